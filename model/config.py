@@ -1,0 +1,107 @@
+"""What the network looks like: its dimensions, its layer pattern and its multi-token-prediction head.
+
+A pattern is a string with one symbol a layer, in megatron-core's alphabet: ``G`` Gated DeltaNet, ``*`` gated
+attention, ``E`` mixture of experts, ``|`` a pipeline cut. ``GEGEGE*E`` is the 3:1 hybrid of Qwen3-Next: four blocks
+of a token mixer and a mixture of experts each.
+"""
+
+from dataclasses import dataclass, field
+
+LAYER_SYMBOLS = "G*E"
+
+
+class ModelError(ValueError):
+    """A model setting that cannot be built; the message names the setting, its value, the reason and the mend."""
+
+
+def _setting(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape and initialisation of the network. Defaults are Qwen3-Next-80B-A3B's where a default is needed."""
+
+    pattern: str = _setting("GEGEGE*E", "layers: G Gated DeltaNet, * gated attention, E experts, | pipeline cut")
+    repeats: int = _setting(1, "how many times the pattern is repeated")
+    hidden_size: int = _setting(128, "width of the residual stream")
+    vocab_size: int | None = _setting(None, "rows of the embedding; null takes the tokenizer's, padded to 64")
+    attention_heads: int = _setting(4, "query heads of gated attention")
+    key_value_heads: int = _setting(2, "key/value heads of gated attention (GQA groups)")
+    head_dim: int = _setting(32, "dimensions of an attention head")
+    rotary_fraction: float = _setting(0.25, "share of head_dim that RoPE rotates")
+    rope_base: float = _setting(1e7, "RoPE base (theta)")
+    linear_key_heads: int = _setting(2, "query/key heads of Gated DeltaNet")
+    linear_value_heads: int = _setting(4, "value heads of Gated DeltaNet, a multiple of linear_key_heads")
+    linear_key_dim: int = _setting(64, "dimensions of a Gated DeltaNet query/key head")
+    linear_value_dim: int = _setting(64, "dimensions of a Gated DeltaNet value head")
+    conv_kernel: int = _setting(4, "taps of the causal depthwise convolution in Gated DeltaNet")
+    experts: int = _setting(16, "routed experts in a mixture-of-experts layer")
+    experts_per_token: int = _setting(4, "routed experts that each token uses (top-k)")
+    expert_size: int = _setting(64, "hidden width of a routed expert")
+    shared_expert_size: int = _setting(64, "hidden width of the shared expert")
+    balance_weight: float = _setting(1e-3, "weight of the load-balancing loss; a balanced layer adds 1.0 x weight")
+    norm_eps: float = _setting(1e-6, "epsilon of every RMSNorm")
+    init_std: float = _setting(0.02, "standard deviation of linear and embedding weights at the start")
+    dtype: str = _setting("float32", "parameter and activation type: float32 or bfloat16")
+    backend: str = _setting("torch", "implementation of the modules: torch")
+
+    @property
+    def layers(self) -> str:
+        """The whole trunk as one symbol a layer, without pipeline cuts."""
+        return (self.pattern * self.repeats).replace("|", "")
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The trunk cut at its ``|`` marks."""
+        return tuple((self.pattern * self.repeats).strip("|").split("|"))
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of a head that RoPE rotates."""
+        return int(self.head_dim * self.rotary_fraction)
+
+
+@dataclass(frozen=True)
+class MtpConfig:
+    """Multi-token prediction: one shared layer (gated attention + experts) applied ``steps`` times."""
+
+    steps: int = _setting(2, "tokens predicted beyond the next one; 0 trains no MTP layer")
+    weight: float = _setting(0.3, "weight of the MTP loss (the mean over its steps) beside the next-token loss")
+
+
+def check_model(model: ModelConfig, mtp: MtpConfig) -> None:
+    """Raises ModelError for the first setting that cannot be built."""
+    unknown = sorted(set(model.pattern) - set(LAYER_SYMBOLS + "|"))
+    if unknown or not model.layers:
+        raise ModelError(
+            f"model.pattern={model.pattern!r} has {'unknown symbols ' + ''.join(unknown) if unknown else 'no layers'}: "
+            f"use G (Gated DeltaNet), * (gated attention), E (experts) and | (pipeline cut), as in GEGEGE*E"
+        )
+    for name, value in (("repeats", model.repeats), ("hidden_size", model.hidden_size), ("experts", model.experts)):
+        if value < 1:
+            raise ModelError(f"model.{name}={value} must be at least 1")
+    for many, few in (
+        ("attention_heads", "key_value_heads"),
+        ("linear_value_heads", "linear_key_heads"),
+    ):
+        if getattr(model, many) % getattr(model, few):
+            raise ModelError(
+                f"model.{many}={getattr(model, many)} is not a multiple of model.{few}={getattr(model, few)}: "
+                f"each key head serves the same number of {many.replace('_', ' ')}"
+            )
+    if model.rotary_dim % 2 or not 0 <= model.rotary_dim <= model.head_dim:
+        raise ModelError(
+            f"model.rotary_fraction={model.rotary_fraction} of model.head_dim={model.head_dim} rotates "
+            f"{model.rotary_dim} dimensions: RoPE turns pairs, so choose a fraction that gives an even number"
+        )
+    if not 1 <= model.experts_per_token <= model.experts:
+        raise ModelError(
+            f"model.experts_per_token={model.experts_per_token} must lie between 1 and model.experts={model.experts}"
+        )
+    if model.dtype not in ("float32", "bfloat16"):
+        raise ModelError(f"model.dtype={model.dtype!r} is not known: choose float32 or bfloat16")
+    if model.backend != "torch":
+        raise ModelError(f"model.backend={model.backend!r} is not known: choose torch")
+    if mtp.steps < 0 or mtp.weight < 0:
+        raise ModelError(f"mtp.steps={mtp.steps} and mtp.weight={mtp.weight} must not be negative")

@@ -1,0 +1,120 @@
+"""Which process holds what: the sizes of each kind of parallelism, checked against the model and the batch.
+
+A job has ``world`` processes = tensor x pipeline x context x data. Experts are spread over ``expert`` of the data-
+parallel processes. ``expert=auto`` takes the largest size that divides both the experts and the data-parallel width.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+
+class TopologyError(ValueError):
+    """A layout that cannot be built; the message names the sizes that clash, why, and the nearest valid values."""
+
+
+def _setting(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Sizes of each kind of parallelism; what is left of the processes is data parallel."""
+
+    tensor: int = _setting(1, "processes that share each layer's heads and columns")
+    pipeline: int = _setting(1, "processes that hold consecutive layers; the pattern needs as many stages")
+    context: int = _setting(1, "processes that share each sequence")
+    expert: int | str = _setting("auto", "processes that share a layer's experts, or auto")
+    world: int | None = _setting(None, "processes of the whole job; null takes what is started")
+
+
+@dataclass(frozen=True)
+class Topology:
+    """A checked layout: every size as a plain number."""
+
+    world: int
+    tensor: int
+    pipeline: int
+    context: int
+    expert: int
+    data: int
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors of a positive number, ascending."""
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def nearest_divisors(number: int, wanted: int) -> str:
+    """The divisors of ``number`` around ``wanted``, for an error message."""
+    near = sorted(divisors(number), key=lambda size: abs(size - wanted))[:3]
+    return " or ".join(str(size) for size in sorted(near))
+
+
+def _require_divides(size: int, setting: str, number: int, what: str) -> None:
+    if size < 1 or number % size:
+        raise TopologyError(
+            f"{setting}={size} does not divide {what}={number}: choose {nearest_divisors(number, size)}"
+        )
+
+
+def resolve(parallel: ParallelConfig, model, world: int) -> Topology:
+    """The layout of ``world`` processes for a model (a ModelConfig or anything with its head and expert counts).
+
+    Raises:
+        TopologyError: sizes that do not fit the processes, the heads, the experts or the pattern.
+    """
+    if parallel.world not in (None, world):
+        raise TopologyError(
+            f"parallel.world={parallel.world} but {world} processes are started: start {parallel.world} "
+            f"(NPROC={parallel.world}) or drop parallel.world"
+        )
+    if parallel.context != 1:
+        raise TopologyError(f"parallel.context={parallel.context} is not supported yet: choose 1")
+    for name in ("tensor", "pipeline"):
+        if getattr(parallel, name) < 1:
+            raise TopologyError(f"parallel.{name}={getattr(parallel, name)} must be at least 1")
+    layout = parallel.tensor * parallel.pipeline * parallel.context
+    if world % layout:
+        raise TopologyError(
+            f"{world} processes cannot be laid out as parallel.tensor={parallel.tensor} x parallel.pipeline="
+            f"{parallel.pipeline} x parallel.context={parallel.context} = {layout} each: start a multiple of {layout} "
+            f"(NPROC={max(layout, world // layout * layout)})"
+        )
+    _require_divides(parallel.tensor, "parallel.tensor", model.attention_heads, "model.attention_heads")
+    _require_divides(parallel.tensor, "parallel.tensor", model.key_value_heads, "model.key_value_heads")
+    _require_divides(parallel.tensor, "parallel.tensor", model.linear_key_heads, "model.linear_key_heads")
+    stages = len(model.stages)
+    if stages != parallel.pipeline:
+        raise TopologyError(
+            f"parallel.pipeline={parallel.pipeline} but model.pattern={model.pattern!r} x {model.repeats} has {stages} "
+            f"stage{'s' if stages > 1 else ''}: put {parallel.pipeline - 1} '|' into the pattern or choose "
+            f"parallel.pipeline={stages}"
+        )
+    data = world // layout
+    expert = parallel.expert
+    if expert == "auto":
+        expert = math.gcd(data, model.experts)
+    if not isinstance(expert, int):
+        raise TopologyError(f"parallel.expert={expert!r} is not known: choose a number of processes or auto")
+    _require_divides(expert, "parallel.expert", model.experts, "model.experts")
+    _require_divides(expert, "parallel.expert", data, "the data-parallel processes")
+    return Topology(world, parallel.tensor, parallel.pipeline, parallel.context, expert, data)
+
+
+def microbatches(topology: Topology, global_batch: int, micro_batch: int) -> int:
+    """Microbatches each data-parallel rank runs a step: global = micro x data x microbatches.
+
+    Raises:
+        TopologyError: the global batch cannot be divided so.
+    """
+    if global_batch < 1 or micro_batch < 1:
+        raise TopologyError(f"batch.global={global_batch} and batch.micro={micro_batch} must be at least 1")
+    each = micro_batch * topology.data
+    if global_batch % each:
+        valid = max(each, round(global_batch / each) * each)
+        raise TopologyError(
+            f"batch.global={global_batch} is not a multiple of batch.micro={micro_batch} x {topology.data} data-parallel "
+            f"processes = {each}: choose batch.global={valid}, a batch.micro that divides "
+            f"{global_batch // topology.data or 1}, or fewer processes (NPROC)"
+        )
+    return global_batch // each

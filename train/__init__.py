@@ -1,0 +1,1 @@
+"""Time, state, and what the user sees: commands, the loop, metrics, checkpoints."""
