@@ -1,0 +1,243 @@
+"""Every setting of a training run as one frozen tree, its checks, and those of evaluate and generate."""
+
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import yaml
+
+from data.config import DataConfig, check_data
+from data.errors import CorpusError
+from model.config import ModelConfig, ModelError, MtpConfig, check_model
+from parallel.topology import ParallelConfig, Topology, TopologyError, microbatches, resolve
+from train.settings import ConfigError, from_dict, hint, leaves, to_dict
+
+USER_ERRORS = (ConfigError, ModelError, TopologyError, CorpusError)
+CONFIG_FILE = "config.yaml"
+
+
+def _setting(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How long a run is, where it lives, and what it writes on the way."""
+
+    name: str = _setting("", "the run and its directory; empty takes the recipe's; an old name resumes")
+    dir: str = _setting("runs", "directory that holds the runs")
+    steps: int = _setting(300, "optimizer steps of the whole run")
+    save_every: int = _setting(0, "steps between checkpoints; 0 saves only at the end")
+    eval_every: int = _setting(0, "steps between held-out evaluations; 0 evaluates only at the end")
+    eval_samples: int = _setting(64, "held-out sequences of one evaluation")
+    log_every: int = _setting(10, "steps between logged lines")
+    max_time: float | None = _setting(None, "minutes after which the run saves and stops; null: no limit")
+
+    @property
+    def path(self) -> Path:
+        """The run's directory."""
+        return Path(self.dir) / self.name
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """Sequences of a step. ``global_`` is batch.global: the other spelling is a Python keyword."""
+
+    global_: int = _setting(16, "sequences of one optimizer step, over all processes")
+    micro: int = _setting(8, "sequences that a process computes at once")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its learning-rate schedule."""
+
+    lr: float = _setting(3e-4, "peak learning rate")
+    min_lr: float = _setting(3e-5, "learning rate at the last step")
+    schedule: str = _setting("cosine", "learning rate after the warm-up: cosine or wsd (stable, then decay)")
+    warmup_steps: int = _setting(0, "steps of linear warm-up")
+    decay_fraction: float = _setting(0.2, "wsd: share of run.steps in which the learning rate decays")
+    decay_shape: str = _setting("sqrt", "wsd: shape of the decay, linear or sqrt (1 - sqrt of its progress)")
+    betas: tuple[float, float] = _setting((0.9, 0.95), "AdamW's decay rates of the gradient's two moments")
+    eps: float = _setting(1e-8, "AdamW's epsilon")
+    weight_decay: float = _setting(0.1, "decoupled weight decay")
+    clip: float = _setting(1.0, "largest norm of the whole gradient; 0 does not clip")
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    """Weights & Biases beside metrics.jsonl, which is always written."""
+
+    mode: str = _setting("offline", "offline (files in the run's directory), online or disabled")
+    project: str = _setting("tessera", "project that the run is filed under")
+    entity: str | None = _setting(None, "user or team; null takes the account's default")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a training run."""
+
+    seed: int = _setting(1234, "seed of the initialisation and of the order of the data")
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    mtp: MtpConfig = field(default_factory=MtpConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+
+@dataclass(frozen=True)
+class RunReference:
+    """An existing run."""
+
+    name: str = _setting("tiny", "name of the run")
+    dir: str = _setting("runs", "directory that holds the runs")
+
+    @property
+    def path(self) -> Path:
+        """The run's directory."""
+        return Path(self.dir) / self.name
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What `evaluate` measures."""
+
+    run: RunReference = field(default_factory=RunReference)
+    samples: int | None = _setting(None, "held-out sequences; null takes the run's run.eval_samples")
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """What `generate` writes."""
+
+    run: RunReference = field(default_factory=RunReference)
+    prompt: str = _setting("def ", "text to continue")
+    tokens: int = _setting(100, "tokens to write")
+    temperature: float = _setting(0.0, "0 takes the likeliest token; 1 samples from the model's distribution")
+    seed: int = _setting(1234, "seed of the sampling")
+
+
+def check(config: Config, world: int) -> Topology:
+    """The layout of ``world`` processes, once every check has passed; creates the run's directory.
+
+    Raises:
+        USER_ERRORS: the first setting that cannot be used.
+    """
+    _check_run(config.run)
+    _check_optim(config.optim)
+    _check_choice("wandb.mode", config.wandb.mode, ("offline", "online", "disabled"))
+    check_model(config.model, config.mtp)
+    topology = resolve(config.parallel, config.model, world)
+    microbatches(topology, config.batch.global_, config.batch.micro)
+    check_data(config.data, config.mtp.steps)
+    _check_writable(config.run)
+    return topology
+
+
+def check_generate(config: GenerateConfig) -> None:
+    """Raises ConfigError for the first setting that cannot be used."""
+    _check_least("tokens", config.tokens, 1)
+    _check_least("temperature", config.temperature, 0.0)
+
+
+def check_evaluate(config: EvaluateConfig) -> None:
+    """Raises ConfigError for the first setting that cannot be used."""
+    if config.samples is not None:
+        _check_least("samples", config.samples, 1)
+
+
+def describe(config: Config, topology: Topology) -> list[str]:
+    """Lines for the start of a run: the settings that differ from their defaults, and what follows."""
+    chosen = dict(leaves(to_dict(config)))
+    defaults = dict(leaves(to_dict(Config())))
+    lines = [f"{path} = {value}" for path, value in chosen.items() if value != defaults[path]]
+    accumulated = microbatches(topology, config.batch.global_, config.batch.micro)
+    tokens = config.batch.global_ * config.data.seq_length
+    lines.append(
+        f"processes: {topology.world} = tensor {topology.tensor} x pipeline {topology.pipeline} x context "
+        f"{topology.context} x data {topology.data}; experts over {topology.expert}"
+    )
+    lines.append(
+        f"a step: {config.batch.global_} sequences = micro {config.batch.micro} x data {topology.data} x "
+        f"{accumulated} microbatches = {tokens:,} tokens"
+    )
+    lines.append(f"the run: {config.run.steps:,} steps = {config.run.steps * tokens:,} tokens")
+    return lines
+
+
+def save_config(config: Config) -> Path:
+    """Writes the resolved configuration into the run's directory."""
+    path = config.run.path / CONFIG_FILE
+    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    return path
+
+
+def load_config(run: RunReference) -> Config:
+    """The configuration of an existing run, found where the run is now.
+
+    Raises:
+        ConfigError: no such run, or a configuration that cannot be read.
+    """
+    path = run.path / CONFIG_FILE
+    if not path.is_file():
+        known = sorted(item.parent.name for item in Path(run.dir).glob(f"*/{CONFIG_FILE}"))
+        mend = f"{hint(run.name, known)} Known: {', '.join(known)}" if known else "it holds none"
+        raise ConfigError(f"run.name={run.name} is not a run in {run.dir}: {mend}")
+    try:
+        config = from_dict(Config, yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, ConfigError) as error:
+        raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    return replace(config, run=replace(config.run, name=run.name, dir=run.dir))
+
+
+def _check_run(run: RunConfig) -> None:
+    if not run.name or run.name.startswith((".", "-")) or "/" in run.name:
+        raise ConfigError(f"run.name={run.name!r} cannot name a directory in {run.dir}: choose a plain name")
+    _check_least("run.steps", run.steps, 1)
+    _check_least("run.log_every", run.log_every, 1)
+    _check_least("run.eval_samples", run.eval_samples, 1)
+    _check_least("run.save_every", run.save_every, 0)
+    _check_least("run.eval_every", run.eval_every, 0)
+    if run.max_time is not None and not run.max_time > 0:
+        raise ConfigError(f"run.max_time={run.max_time} must be above 0 minutes, or null to have no limit")
+
+
+def _check_optim(optim: OptimConfig) -> None:
+    _check_choice("optim.schedule", optim.schedule, ("cosine", "wsd"))
+    _check_choice("optim.decay_shape", optim.decay_shape, ("linear", "sqrt"))
+    if not 0 < optim.lr < float("inf"):
+        raise ConfigError(f"optim.lr={optim.lr} must be a number above 0")
+    if not 0 <= optim.min_lr <= optim.lr:
+        raise ConfigError(f"optim.min_lr={optim.min_lr} must lie between 0 and optim.lr={optim.lr}")
+    if not 0 < optim.decay_fraction <= 1:
+        raise ConfigError(f"optim.decay_fraction={optim.decay_fraction} must lie above 0 and not above 1")
+    if not all(0 <= beta < 1 for beta in optim.betas):
+        raise ConfigError(f"optim.betas={list(optim.betas)} must lie from 0 to below 1")
+    if not optim.eps > 0:
+        raise ConfigError(f"optim.eps={optim.eps} must be above 0")
+    _check_least("optim.warmup_steps", optim.warmup_steps, 0)
+    _check_least("optim.weight_decay", optim.weight_decay, 0.0)
+    _check_least("optim.clip", optim.clip, 0.0)
+
+
+def _check_least(path: str, value: float, least: float) -> None:
+    if not value >= least:
+        raise ConfigError(f"{path}={value} must be at least {least}")
+
+
+def _check_choice(path: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{path}={value!r} is not known: choose {', '.join(choices[:-1])} or {choices[-1]}")
+
+
+def _check_writable(run: RunConfig) -> None:
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=run.path) as probe:
+            probe.write(b"probe")
+    except OSError as error:
+        raise ConfigError(
+            f"run.dir={run.dir} cannot be written: {run.path}: {error.strerror}: choose another run.dir"
+        ) from error
