@@ -1,0 +1,1 @@
+"""Tokenized corpora: making them (`prepare`), reading (`corpus`), ordering and packing them (`stream`)."""

@@ -1,0 +1,133 @@
+"""Settings of data, and the checks that come before any work."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data.corpus import Corpus
+from data.embedded import EMBEDDED, HELDOUT_FRACTION, library_root
+from data.errors import CorpusError
+from data.tokenizer import EOD_TOKEN, MIN_VOCAB_SIZE
+
+TRAIN_TOKENIZER = "train"
+SAMPLE_BY = ("document", "paragraph", "line")
+# Offsets of a shard's documents are 32-bit, and a shard is read whole.
+MAX_SHARD_TOKENS = 2**30
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What a run trains on."""
+
+    corpus: str = field(
+        default=EMBEDDED,
+        metadata={
+            "help": "directory made by prepare, or embedded: the standard-library sources of this Python"
+        },
+    )
+    seq_length: int = field(default=256, metadata={"help": "tokens of a training sample"})
+    vocab_size: int = field(
+        default=2048,
+        metadata={"help": "size of the tokenizer trained for the embedded corpus; others bring theirs"},
+    )
+    cache: str = field(
+        default=".cache/corpus",
+        metadata={"help": "directory that keeps the embedded corpus once it is tokenized"},
+    )
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """How raw text becomes a corpus."""
+
+    input: str = field(
+        metadata={
+            "help": "file or directory of .parquet, .jsonl, .json, .txt or .arrow (text also .gz, .zst), "
+            "a URL of such files (s3://..., hf://..., https://...), the name of a dataset on the "
+            "Hugging Face hub, or embedded: the standard-library sources of this Python"
+        }
+    )
+    output: str = field(metadata={"help": "corpus directory to make; must not exist yet, or be empty"})
+    tokenizer: str = field(
+        default=TRAIN_TOKENIZER,
+        metadata={
+            "help": "tokenizer.json of any Hugging Face model or its directory, or train: a byte-level BPE"
+        },
+    )
+    vocab_size: int = field(default=32768, metadata={"help": "tokens of the BPE, with tokenizer=train"})
+    train_bytes: int = field(
+        default=2**30,
+        metadata={"help": "how much text from the start the BPE learns from, with tokenizer=train"},
+    )
+    eod_token: str = field(
+        default=EOD_TOKEN, metadata={"help": "the token of the given tokenizer that ends each document"}
+    )
+    text_column: str = field(default="text", metadata={"help": "column that holds a document's text"})
+    sample_by: str = field(
+        default="document",
+        metadata={"help": "a document of a .txt file: the whole file (document), a paragraph or a line"},
+    )
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "configuration (subset) of a hub dataset"}
+    )
+    dataset_split: str = field(default="train", metadata={"help": "split of a hub dataset to read"})
+    shard_tokens: int = field(default=2**24, metadata={"help": "tokens after which a new shard begins"})
+    heldout_fraction: float = field(
+        default=HELDOUT_FRACTION, metadata={"help": "share of documents kept for evaluation; 0 keeps none"}
+    )
+    seed: int = field(default=0, metadata={"help": "chooses which documents are held out"})
+
+
+def check_data(config: DataConfig, mtp_steps: int) -> None:
+    """Refuses what cannot be trained on. Costs a manifest and one stat per shard; no token is read.
+
+    Args:
+        mtp_steps: multi-token-prediction steps; step k of position t has token t + 1 + k as its target.
+    """
+    if config.seq_length < mtp_steps + 2:
+        raise CorpusError(
+            f"data.seq_length={config.seq_length} is too short for mtp.steps={mtp_steps}: "
+            f"use {mtp_steps + 2} or more, so that every prediction step has a target"
+        )
+    if config.corpus != EMBEDDED:
+        Corpus.open(config.corpus)
+        return
+    _check_vocab_size("data.vocab_size", config.vocab_size)
+    library_root()
+    _check_writable(config.cache)
+
+
+def check_prepare(config: PrepareConfig) -> None:
+    """Refuses settings that cannot work, before any text is read."""
+    if not config.input:
+        raise CorpusError("input= is empty: name a file, a directory, a dataset or embedded")
+    if not config.output:
+        raise CorpusError("output= is empty: name the corpus directory to make")
+    if config.tokenizer == TRAIN_TOKENIZER:
+        _check_vocab_size("vocab_size", config.vocab_size)
+        if config.eod_token != EOD_TOKEN:
+            raise CorpusError(f"eod_token={config.eod_token} is for a given tokenizer; train has {EOD_TOKEN}")
+    if config.train_bytes < 1:
+        raise CorpusError(f"train_bytes={config.train_bytes} leaves no text to learn from: use 1 or more")
+    if config.sample_by not in SAMPLE_BY:
+        raise CorpusError(f"sample_by={config.sample_by} is unknown: use one of {', '.join(SAMPLE_BY)}")
+    if not 1 <= config.shard_tokens <= MAX_SHARD_TOKENS:
+        raise CorpusError(f"shard_tokens={config.shard_tokens} is out of range: use 1 to {MAX_SHARD_TOKENS}")
+    if not 0 <= config.heldout_fraction < 1:
+        raise CorpusError(
+            f"heldout_fraction={config.heldout_fraction} is out of range: use 0 or more, below 1"
+        )
+
+
+def _check_vocab_size(setting: str, vocab_size: int) -> None:
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise CorpusError(
+            f"{setting}={vocab_size} cannot hold 256 bytes and {EOD_TOKEN}: use {MIN_VOCAB_SIZE} or more"
+        )
+
+
+def _check_writable(cache: str) -> None:
+    directory = Path(cache).expanduser()
+    existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise CorpusError(f"data.cache={cache} cannot be written: {existing} is not a writable directory")

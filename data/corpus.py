@@ -1,0 +1,120 @@
+"""A prepared corpus: tokenized documents in shards, proved by the hashes of its manifest."""
+
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from data.errors import CorpusError, one_line
+from data.manifest import MANIFEST_FILE, FileInfo, Manifest, Totals, file_info, read_manifest
+from data.progress import byte_bar
+from data.shards import Shard, broken_file, read_shard
+from data.tokenizer import Tokenizer
+
+
+class Corpus:
+    """Reads a corpus directory. Every error that its files can cause is a CorpusError that names the file."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._proved: set[str] = set()
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Corpus":
+        """Reads the manifest and checks each file's size; a hash waits until its file is read."""
+        directory = Path(path).expanduser()
+        if not directory.is_dir():
+            what = "is not a directory" if directory.exists() else "does not exist"
+            raise CorpusError(
+                f"data.corpus={path} {what}: set it to a directory made by prepare, or to embedded"
+            )
+        if not any(directory.iterdir()):
+            raise CorpusError(
+                f"data.corpus={path} is empty: set it to a directory made by prepare, or to embedded"
+            )
+        manifest = read_manifest(directory)
+        for info in manifest.files:
+            _check_size(directory, info)
+        return cls(directory, manifest)
+
+    @property
+    def fingerprint(self) -> str:
+        return self.manifest.fingerprint
+
+    @property
+    def vocab_size(self) -> int:
+        return self.manifest.vocab_size
+
+    @property
+    def eod_id(self) -> int:
+        return self.manifest.eod_id
+
+    def totals(self, split: str) -> Totals:
+        """Documents, tokens and bytes of "train" or "heldout"."""
+        return self.manifest.totals(split)
+
+    def num_shards(self, split: str) -> int:
+        return len(self.manifest.splits[split])
+
+    def shard_tokens(self, split: str) -> np.ndarray:
+        """int64 [shards]: tokens of each shard, known without opening one."""
+        return np.array([shard.tokens for shard in self.manifest.splits[split]], dtype=np.int64)
+
+    def shard(self, split: str, index: int) -> Shard:
+        """Reads one shard from disk, and proves its hash the first time."""
+        info = self.manifest.splits[split][index]
+        shard = read_shard(self.path, info, self.vocab_size, check_hash=info.file not in self._proved)
+        self._proved.add(info.file)
+        return shard
+
+    def documents(self, split: str) -> Iterator[np.ndarray]:
+        """Tokens of each document in the order of the files, the end-of-document token last."""
+        for index in range(self.num_shards(split)):
+            shard = self.shard(split, index)
+            for document in range(shard.num_documents):
+                yield shard.document(document)
+
+    def tokenizer(self) -> Tokenizer:
+        self._prove(self.manifest.tokenizer)
+        return Tokenizer.from_path(self.path, self.manifest.eod_token)
+
+    @cached_property
+    def token_bytes(self) -> np.ndarray:
+        """int32 [vocab_size]: UTF-8 bytes that each token stands for, 0 for special tokens."""
+        self._prove(self.manifest.token_bytes)
+        return np.load(self.path / self.manifest.token_bytes.file)
+
+    def verify(self, progress: bool = True) -> None:
+        """Proves the hash of every file; CorpusError names the first that is not as prepare left it."""
+        files = self.manifest.files
+        with byte_bar("verifying the corpus", sum(info.size for info in files), show=progress) as bar:
+            for info in files:
+                self._prove(info)
+                bar.update(info.size)
+
+    def _prove(self, info: FileInfo) -> None:
+        path = self.path / info.file
+        try:
+            found = file_info(path)
+        except OSError as error:
+            raise broken_file(path, f"cannot be read: {one_line(error)}") from error
+        if (found.size, found.sha256) != (info.size, info.sha256):
+            raise broken_file(path, f"is corrupt: its hash differs from the one in {MANIFEST_FILE}")
+        self._proved.add(info.file)
+
+
+def _check_size(directory: Path, info: FileInfo) -> None:
+    # A manifest from elsewhere must not reach outside its directory.
+    if Path(info.file).name != info.file:
+        raise CorpusError(
+            f"data.corpus={directory}: {MANIFEST_FILE} lists {info.file}, which is not a plain file name"
+        )
+    path = directory / info.file
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError as error:
+        raise broken_file(path, "is missing") from error
+    if size != info.size:
+        raise broken_file(path, f"has {size} bytes, and the manifest says {info.size}")

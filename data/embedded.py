@@ -1,0 +1,56 @@
+"""The embedded corpus: standard-library sources of the Python that runs this, real text on every machine."""
+
+import sysconfig
+from pathlib import Path
+
+from data.documents import Document, Source
+from data.errors import CorpusError
+
+EMBEDDED = "embedded"
+HELDOUT_FRACTION = 0.05
+# Installed packages differ from machine to machine; tests would double the corpus with repetitive text.
+EXCLUDED_DIRECTORIES = frozenset(
+    {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
+)
+# Written when Python is built, with the paths of the machine that built it.
+EXCLUDED_PREFIX = "_sysconfigdata"
+
+
+def library_root() -> Path:
+    """Directory of the standard-library sources. CorpusError where this Python ships without them."""
+    root = Path(sysconfig.get_path("stdlib"))
+    if not (root / "os.py").is_file():
+        raise CorpusError(
+            f"data.corpus={EMBEDDED} needs the standard-library sources, and {root} has none: "
+            "use another Python, or set data.corpus to a directory made by prepare"
+        )
+    return root
+
+
+def embedded_source(max_files: int | None = None) -> Source:
+    """The library's files sorted by relative path, each a document; `max_files` keeps the first ones only."""
+    root = library_root()
+    documents, undecodable = [], 0
+    for name in _library_files(root)[:max_files]:
+        try:
+            text = (root / name).read_bytes().decode("utf-8")
+        except UnicodeDecodeError:
+            undecodable += 1
+            continue
+        # Split by path: it stays when a file changes between two patch releases.
+        documents.append(Document(text, name, split_key=name))
+    return Source(
+        description={"input": EMBEDDED, "files": len(documents), "undecodable_files": undecodable},
+        documents=lambda: iter(documents),
+        num_bytes=sum(len(document.text.encode()) for document in documents),
+    )
+
+
+def _library_files(root: Path) -> list[str]:
+    names = []
+    for path in root.rglob("*.py"):
+        relative = path.relative_to(root)
+        excluded = EXCLUDED_DIRECTORIES.intersection(relative.parts) or path.name.startswith(EXCLUDED_PREFIX)
+        if path.is_file() and not excluded:
+            names.append(relative.as_posix())
+    return sorted(names)

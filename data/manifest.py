@@ -1,0 +1,148 @@
+"""The manifest of a corpus directory: what it holds, and the hashes that prove it."""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from data.errors import CorpusError, one_line
+
+MANIFEST_FILE = "manifest.json"
+FORMAT = "token-corpus"
+VERSION = 1
+TRAIN, HELDOUT = SPLITS = ("train", "heldout")
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """A file of the corpus directory; `size` in bytes."""
+
+    file: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ShardInfo(FileInfo):
+    """A shard. `bytes` counts its UTF-8 text, `tokens` its end-of-document tokens too."""
+
+    documents: int
+    tokens: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Totals:
+    documents: int
+    tokens: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything about a corpus but its tokens. `token_bytes` is the file of `Tokenizer.token_bytes`."""
+
+    vocab_size: int
+    eod_token: str
+    eod_id: int
+    tokenizer: FileInfo
+    token_bytes: FileInfo
+    source: dict[str, str | int]
+    splits: dict[str, tuple[ShardInfo, ...]]
+
+    @property
+    def files(self) -> list[FileInfo]:
+        return [
+            self.tokenizer,
+            self.token_bytes,
+            *(shard for split in SPLITS for shard in self.splits[split]),
+        ]
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal tokens in equal shards, wherever they came from and wherever they lie."""
+        content = [
+            self.vocab_size,
+            self.eod_id,
+            {split: [asdict(s) for s in self.splits[split]] for split in SPLITS},
+        ]
+        content.append([self.tokenizer.sha256, self.token_bytes.sha256])
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def totals(self, split: str) -> Totals:
+        shards = self.splits[split]
+        return Totals(
+            documents=sum(shard.documents for shard in shards),
+            tokens=sum(shard.tokens for shard in shards),
+            bytes=sum(shard.bytes for shard in shards),
+        )
+
+
+def file_info(path: Path) -> FileInfo:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileInfo(path.name, path.stat().st_size, digest)
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """The manifest makes a directory a corpus, so it comes last and all at once."""
+    fields = asdict(manifest)
+    fields["splits"] = {
+        split: asdict(manifest.totals(split)) | {"shards": shards}
+        for split, shards in fields["splits"].items()
+    }
+    text = json.dumps(
+        {"format": FORMAT, "version": VERSION, "fingerprint": manifest.fingerprint, **fields}, indent=1
+    )
+    temporary = directory / f".{MANIFEST_FILE}.tmp"
+    temporary.write_text(text + "\n", encoding="utf-8")
+    os.replace(temporary, directory / MANIFEST_FILE)
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """CorpusError where there is none, where another version wrote it, or where it was changed since."""
+    path = directory / MANIFEST_FILE
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CorpusError(
+            f"data.corpus={directory} is no corpus ({MANIFEST_FILE} is missing): make one with prepare"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise _broken(path, one_line(error)) from error
+    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+        raise _broken(path, f"it is not the manifest of a {FORMAT}")
+    if fields.get("version") != VERSION:
+        raise _broken(
+            path, f"it has version {fields.get('version')}, and this program reads version {VERSION}"
+        )
+    try:
+        manifest = _from_fields(fields)
+        intact = manifest.fingerprint == fields["fingerprint"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _broken(path, f"a field is missing or wrong ({one_line(error)})") from error
+    if not intact:
+        raise _broken(path, "its fingerprint does not fit what it lists")
+    return manifest
+
+
+def _from_fields(fields: dict) -> Manifest:
+    splits = {
+        split: tuple(ShardInfo(**shard) for shard in fields["splits"][split]["shards"]) for split in SPLITS
+    }
+    return Manifest(
+        vocab_size=fields["vocab_size"],
+        eod_token=fields["eod_token"],
+        eod_id=fields["eod_id"],
+        tokenizer=FileInfo(**fields["tokenizer"]),
+        token_bytes=FileInfo(**fields["token_bytes"]),
+        source=fields["source"],
+        splits=splits,
+    )
+
+
+def _broken(path: Path, reason: str) -> CorpusError:
+    return CorpusError(
+        f"data.corpus={path.parent}: {path.name} cannot be used: {reason}; prepare the corpus again"
+    )

@@ -1,0 +1,123 @@
+"""Tokenizers: a byte-level BPE trained here, or any Hugging Face `tokenizer.json`."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+
+from data.errors import CorpusError, one_line
+from data.progress import byte_bar, ticking
+
+TOKENIZER_FILE = "tokenizer.json"
+EOD_TOKEN = "<|endoftext|>"
+# 256 bytes and the end-of-document token: below this a byte-level BPE cannot spell every text.
+MIN_VOCAB_SIZE = 257
+
+
+class Tokenizer:
+    """Text to token ids and back, from the JSON text of a `tokenizer.json`.
+
+    Special tokens written out in a document (a web page about tokenizers, say) are ordinary text here: only
+    `prepare` places an `eod_id`. `source` names the file in errors.
+    """
+
+    def __init__(self, text: str, eod_token: str = EOD_TOKEN, source: str = TOKENIZER_FILE) -> None:
+        try:
+            backend = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # `tokenizers` raises bare Exception for whatever is wrong with the file
+            raise CorpusError(f"{source} is not a tokenizer file: {one_line(error)}") from error
+        eod_id = backend.token_to_id(eod_token)
+        if eod_id is None:
+            raise CorpusError(f"eod_token={eod_token} is not in {source}: name its end-of-document token")
+        backend.encode_special_tokens = True
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self._text = text
+        self.eod_token = eod_token
+        self.eod_id: int = eod_id
+        # Ids can have holes, so the largest id counts, not the number of tokens.
+        self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @classmethod
+    def from_path(cls, path: str | Path, eod_token: str = EOD_TOKEN) -> "Tokenizer":
+        """Reads a `tokenizer.json`, or the one in a directory (of a Hugging Face model, or a corpus)."""
+        file = Path(path).expanduser()
+        if file.is_dir():
+            file = file / TOKENIZER_FILE
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CorpusError(f"tokenizer={path} cannot be read: {one_line(error)}") from error
+        return cls(text, eod_token, str(file))
+
+    def save(self, path: str | Path) -> None:
+        """Writes the very text it was read from, so that an upstream tokenizer stays byte for byte itself."""
+        Path(path).write_text(self._text, encoding="utf-8")
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self._text.encode()).hexdigest()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, without any token at its beginning or end."""
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, special tokens included; bytes that are no UTF-8 become U+FFFD."""
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    @property
+    def token_bytes(self) -> np.ndarray:
+        """int32 [vocab_size]: how many UTF-8 bytes of text each token stands for; special tokens none.
+
+        Exact for byte-level BPE; the word marker of SentencePiece counts as the space it stands for.
+        """
+        spec = json.loads(self._text)
+        added = {token["id"]: token for token in spec["added_tokens"]}
+        byte_level = '"ByteLevel"' in json.dumps([spec["pre_tokenizer"], spec["decoder"]])
+        sizes = np.zeros(self.vocab_size, dtype=np.int32)
+        for token, index in self._backend.get_vocab(with_added_tokens=True).items():
+            if index in added:
+                sizes[index] = 0 if added[index]["special"] else len(token.encode())
+            else:
+                # Byte-level vocabularies spell each byte as one character.
+                sizes[index] = len(token) if byte_level else _piece_bytes(token)
+        return sizes
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool = True) -> Tokenizer:
+    """Trains a byte-level BPE with `EOD_TOKEN` as id 0; the same texts in the same order give the same one.
+
+    `vocab_size` >= MIN_VOCAB_SIZE; a small text can yield fewer tokens.
+    """
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOD_TOKEN],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    with ticking(byte_bar("training the tokenizer", show=progress)) as bar:
+        backend.train_from_iterator(_counted(texts, bar), trainer)
+    return Tokenizer(backend.to_str())
+
+
+def _counted(texts: Iterable[str], bar: tqdm) -> Iterator[str]:
+    for text in texts:
+        bar.update(len(text.encode()))
+        yield text
+
+
+def _piece_bytes(token: str) -> int:
+    if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+        return 1
+    return len(token.replace("\u2581", " ").encode())
