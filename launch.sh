@@ -120,8 +120,10 @@ set_up() (
   complete=$(state "$extras")
   echo installing >"$STATE"
   say "installing packages (extras: $extras): about 5 GB, about 2 minutes; log in .venv/install.log"
-  PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore .venv/bin/python -m pip install \
-    --log .venv/install.log --constraint constraints.txt --editable ".[$extras]" ||
+  export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+  # pip first: the one that a Python brings may be too old to show how far an installation has come.
+  pip=(.venv/bin/python -m pip install --constraint constraints.txt)
+  { "${pip[@]}" --quiet --upgrade pip && "${pip[@]}" --log .venv/install.log --editable ".[$extras]"; } ||
     fail 1 "pip failed for the reason above; no network? disk full (free: $(df -Ph . | awk 'END {print $4}'))?" \
       "The same command tries again."
   printf '%s\n' "$complete" >"$STATE"

@@ -1,0 +1,15 @@
+"""What all tests share: GPU tests skip, with their reason, where there is no GPU."""
+
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips the tests marked `gpu` on a machine without an NVIDIA GPU."""
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not on_gpu:
+        return
+    import torch  # here, since it takes seconds that a run without GPU tests need not spend
+
+    if not torch.cuda.is_available():
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
