@@ -1,0 +1,182 @@
+"""The command line: ``python -m train COMMAND [-cn RECIPE] [key=value ...]``. The only file that knows Hydra.
+
+Exit codes: 0 success, 1 failure, 2 a user's mistake (one line on stderr), 130 Ctrl-C, 143 SIGTERM.
+"""
+
+import re
+import signal
+import sys
+from dataclasses import replace
+
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from data.config import PrepareConfig
+from parallel.topology import resolve
+from train import front, usage
+from train.config import (
+    USER_ERRORS,
+    Config,
+    EvaluateConfig,
+    GenerateConfig,
+    check,
+    check_evaluate,
+    check_generate,
+    load_config,
+)
+from train.settings import ConfigError, from_dict, from_text, hint, settings, takes_text
+
+DEFAULT_RECIPE = "tiny"
+SETTINGS = {setting.path: setting for setting in settings(Config)}
+
+
+def compose(arguments: list[str]) -> Config:
+    """The configuration of a recipe with overrides. Later wins: defaults, groups, recipe, ``key=value``.
+
+    Raises:
+        ConfigError: an unknown recipe, group choice or setting, or an override that cannot be read.
+    """
+    recipe, overrides = _split_recipe(arguments)
+    try:
+        with initialize_config_dir(str(usage.RECIPES.resolve()), version_base=None):
+            composed = hydra_compose(recipe, [_checked(override) for override in overrides])
+        values = OmegaConf.to_container(composed, resolve=True)
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        asked = " ".join(["-cn", recipe, *overrides])
+        raise ConfigError(f"{asked} cannot be composed: {' '.join(str(error).split())}") from error
+    config = from_dict(Config, values)
+    return replace(config, run=replace(config.run, name=config.run.name or recipe))
+
+
+def _split_recipe(arguments: list[str]) -> tuple[str, list[str]]:
+    recipe, overrides, rest = DEFAULT_RECIPE, [], list(arguments)
+    while rest:
+        name, equals, value = rest.pop(0).partition("=")
+        if name in ("-cn", "--config-name"):
+            if not equals and not rest:
+                raise ConfigError(f"{name} needs a recipe. Known: {', '.join(usage.recipes())}")
+            recipe = value if equals else rest.pop(0)
+        elif name.startswith("-"):
+            raise ConfigError(f"unknown option {name}: use -cn RECIPE, --help, or key=value for a setting")
+        else:
+            overrides.append(name + equals + value)
+    if recipe not in usage.recipes():
+        raise ConfigError(f"unknown recipe {recipe!r}: {_hint_known(recipe, usage.recipes())}")
+    return recipe, overrides
+
+
+def _checked(override: str) -> str:
+    """The override for Hydra: a known setting need not stand in a recipe, and text needs no quotes."""
+    key, equals, value = override.partition("=")
+    path = key.lstrip("+~")
+    if path in usage.groups() and equals:
+        if value not in usage.groups()[path]:
+            raise ConfigError(f"unknown choice {override}: {_hint_known(value, usage.groups()[path])}")
+    elif path not in SETTINGS:
+        raise ConfigError(f"unknown setting {override}: {hint(path, [*SETTINGS, *usage.groups()])}")
+    elif not equals and not key.startswith("~"):
+        raise ConfigError(f"{override} has no value: write {override}=...")
+    elif takes_text(SETTINGS[path].annotation) and not re.fullmatch(r"null|'.*'|\".*\"", value):
+        value = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + (found[2] and "\\'"), value)
+        return f"++{path}='{value}'"
+    elif equals:
+        return f"++{path}={value}"
+    return override
+
+
+def _hint_known(name: str, known: list[str]) -> str:
+    nearest = hint(name, known)
+    return f"{nearest if nearest.startswith('did') else ''} Known: {', '.join(known)}".lstrip()
+
+
+def train(arguments: list[str]) -> int:
+    """Trains a recipe, or resumes the run of that name."""
+    config = compose(arguments)
+    if front.is_worker():
+        from train.loop import run_training
+
+        check(config, front.world_size())
+        return run_training(config)
+    processes = front.num_processes()
+    check(config, processes)
+    front.ensure_corpus(config.data)
+    return front.launch(["-m", "train", "train", *arguments], processes)
+
+
+def evaluate(arguments: list[str]) -> int:
+    """Measures a run's last checkpoint on held-out text."""
+    evaluation = from_text(EvaluateConfig, arguments)
+    check_evaluate(evaluation)
+    config = load_config(evaluation.run)
+    if front.is_worker():
+        from train.evaluate import run_evaluation
+
+        return run_evaluation(evaluation, config)
+    processes = front.num_processes()
+    resolve(config.parallel, config.model, processes)
+    front.ensure_corpus(config.data)
+    return front.launch(["-m", "train", "evaluate", *arguments], processes)
+
+
+def generate(arguments: list[str]) -> int:
+    """Writes text with a run's last checkpoint."""
+    generation = from_text(GenerateConfig, arguments)
+    check_generate(generation)
+    config = load_config(generation.run)
+    if front.is_worker():
+        from train.generate import run_generation
+
+        return run_generation(generation, config)
+    processes = front.num_processes(front.layout_size(config.parallel))
+    resolve(config.parallel, config.model, processes)
+    front.ensure_corpus(config.data)
+    return front.launch(["-m", "train", "generate", *arguments], processes)
+
+
+def prepare(arguments: list[str]) -> int:
+    """Turns raw text into a corpus of tokenized shards."""
+    from data.prepare import prepare as prepare_corpus
+
+    path = prepare_corpus(from_text(PrepareConfig, arguments))
+    print(f"corpus ready: ./launch.sh train data.corpus={path}")
+    return 0
+
+
+COMMANDS = {"train": train, "prepare": prepare, "evaluate": evaluate, "generate": generate}
+
+
+def run(arguments: list[str]) -> int:
+    """Runs one command line and returns its exit code; user mistakes raise one of USER_ERRORS."""
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if command in ("-h", "--help"):
+        print(usage.overview())
+        return 0
+    if command not in COMMANDS:
+        raise ConfigError(f"unknown command {command!r}: {_hint_known(command, list(COMMANDS))}")
+    if {"-h", "--help"} & set(rest):
+        print(usage.command_help(command))
+        return 0
+    return COMMANDS[command](rest)
+
+
+def main() -> int:
+    """The exit code of ``sys.argv``'s command."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        return run(sys.argv[1:])
+    except USER_ERRORS as error:
+        front.report(error)
+        return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except Exception as error:
+        front.record(error)
+        raise
+
+
+if __name__ == "__main__":
+    sys.exit(main())

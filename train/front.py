@@ -1,0 +1,192 @@
+"""The process that a user starts: it checks everything first, then starts the workers and waits for them.
+
+It is torchrun's agent itself (``elastic_launch``, one node), so that the workers' exit codes and error files
+are at hand and no second interpreter starts. The workers live in sessions of their own: a terminal's Ctrl-C
+reaches only this process, which passes exactly one signal on and waits until they have saved.
+"""
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from data.config import DataConfig
+from data.embedded import EMBEDDED
+from parallel.topology import ParallelConfig
+from train.settings import ConfigError
+
+CPU_PROCESSES = 2
+GRACE_S = 600  # saving the largest models takes minutes; only then are stopping workers killed
+REPEAT_S = 2.0  # `timeout` and terminals may deliver one Ctrl-C twice; a second one of the user comes later
+WORKER_VARIABLES = {"RANK", "LOCAL_RANK", "WORLD_SIZE"}  # what torchrun gives to each process that it starts
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where torchrun wants a worker to leave its exception
+
+
+def is_worker() -> bool:
+    """Whether this process was started by torchrun: by this front, or by the user's own command."""
+    return os.environ.keys() >= WORKER_VARIABLES
+
+
+def world_size() -> int:
+    """Processes of the whole job, in a worker."""
+    return int(os.environ["WORLD_SIZE"])
+
+
+def num_processes(needed: int | None = None) -> int:
+    """Processes to start on this machine: NPROC, or else ``needed``, or else one a GPU, or else 2 on CPU.
+
+    Raises:
+        ConfigError: NPROC is not a positive number.
+    """
+    asked = os.environ.get("NPROC")
+    if asked is not None:
+        if not asked.isdecimal() or int(asked) < 1:
+            raise ConfigError(f"NPROC={asked} is not a number of processes: use 1 or more, or unset it")
+        return int(asked)
+    if needed is not None:
+        return needed
+    import torch
+
+    return torch.cuda.device_count() or CPU_PROCESSES
+
+
+def layout_size(parallel: ParallelConfig) -> int:
+    """The fewest processes that a layout can run on."""
+    expert = parallel.expert if isinstance(parallel.expert, int) else 1
+    return parallel.tensor * parallel.pipeline * parallel.context * expert
+
+
+def ensure_corpus(data: DataConfig) -> None:
+    """Makes the embedded corpus before the workers start, unless it is cached."""
+    if data.corpus == EMBEDDED:
+        from data.prepare import embedded_corpus
+
+        embedded_corpus(data)
+
+
+def report(error: Exception) -> None:
+    """Tells the user of a mistake in one line; a worker leaves that to the process that started it."""
+    if ERROR_FILE in os.environ:
+        record(error)
+    else:
+        print(f"error: {error}", file=sys.stderr)
+
+
+def record(error: Exception) -> None:
+    """Leaves a worker's exception where its starter looks for it."""
+    if ERROR_FILE in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
+
+
+def launch(command: list[str], processes: int) -> int:
+    """Runs ``python COMMAND`` in ``processes`` workers on this machine; returns their exit code.
+
+    SIGINT, SIGTERM and SIGHUP stop the workers in order: they get one signal (SIGINT, or else SIGTERM) and up
+    to GRACE_S seconds; Ctrl-C again kills them at once. The code is then 128 + the signal's number, or 1 if a
+    worker failed.
+    """
+    import torch
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
+    with tempfile.TemporaryDirectory(prefix="train_") as logs, _quiet(), _stopping() as stop:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=processes,
+            run_id=str(uuid.uuid4()),
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="localhost",  # one machine: no need for its name to resolve
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(log_dir=logs),
+            signals_to_handle="SIGQUIT",  # the others are handled here
+            shutdown_timeout=GRACE_S,
+        )
+        try:
+            elastic_launch(config, sys.executable)("-u", *command)
+        except SignalException:
+            failed = any(Path(logs).rglob("error.json"))
+            return 1 if failed else 128 + (stop.signal or signal.SIGQUIT)
+        except ChildFailedError as error:
+            return _failure(error)
+    return 0
+
+
+class _Stop:
+    """Handler of the signals that stop a run."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self.time = 0.0
+
+    def __call__(self, signum: int, frame: object) -> None:
+        from torch.distributed.elastic.multiprocessing import SignalException
+
+        if self.signal is None:
+            self.signal, self.time = signum, time.monotonic()
+            print("stopping after this step (Ctrl-C again stops at once, without saving)", file=sys.stderr)
+            passed_on = signal.SIGINT if signum == signal.SIGINT else signal.SIGTERM
+            raise SignalException(f"stopped by signal {signum}", passed_on)
+        if signum == signal.SIGINT and time.monotonic() - self.time > REPEAT_S:
+            _kill_workers()
+
+
+def _kill_workers() -> None:
+    import psutil
+
+    for child in psutil.Process().children(recursive=True):
+        child.kill()
+
+
+@contextmanager
+def _stopping() -> Iterator[_Stop]:
+    """Handles the signals that stop a run; one that is ignored (nohup) stays ignored."""
+    stop = _Stop()
+    stopping = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in stopping}
+    for number in stopping:
+        if before[number] != signal.SIG_IGN:
+            signal.signal(number, stop)
+    try:
+        yield stop
+    finally:
+        for number in stopping:
+            signal.signal(number, before[number])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences the agent's log: what the user needs to know of a failure is said in `_failure`."""
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _failure(error) -> int:
+    """Says in one line which worker failed first and how (a ChildFailedError); returns the exit code."""
+    rank, failure = error.get_first_failure()
+    if failure.exitcode in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+        return failure.exitcode
+    if failure.exitcode == 2 and isinstance(failure.message, dict):
+        print(f"error: {failure.message['message'].partition(': ')[2]}", file=sys.stderr)
+        return 2
+    if failure.exitcode < 0:
+        cause = "was killed by " + failure.signal_name()
+        cause += ": out of memory?" if failure.exitcode == -signal.SIGKILL else ""
+    else:
+        cause = f"failed with exit code {failure.exitcode}: its messages stand above"
+    print(f"error: process {rank} of the run {cause}", file=sys.stderr)
+    return 2 if failure.exitcode == 2 else 1

@@ -1,0 +1,100 @@
+"""The help texts, made from the settings themselves and from the files in recipes/."""
+
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+
+from data.config import PrepareConfig
+from train.config import Config, EvaluateConfig, GenerateConfig
+from train.settings import MISSING, Setting, settings
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+FOUNDATION = "base"  # what every recipe starts from; not a recipe itself
+
+SUMMARIES = {
+    "train": "Trains a recipe. Training again under the same run.name resumes that run.",
+    "prepare": "Turns raw text into a corpus: tokenized shards, a tokenizer and a manifest.",
+    "evaluate": "Measures a run's last checkpoint on held-out text.",
+    "generate": "Writes text with a run's last checkpoint.",
+}
+EXAMPLES = {
+    "train": (
+        ("train", "the default recipe, tiny, on what this machine has"),
+        ("train -cn tiny_512e run.steps=5", "another recipe, one setting changed"),
+        ("train run.name=mine seed=1 optim=wsd", "a named run, another group choice"),
+        ("train data.corpus=corpora/mine", "on a corpus made by prepare"),
+    ),
+    "prepare": (("prepare input=texts/ output=corpora/mine", "a directory of text, JSON lines or parquet"),),
+    "evaluate": (("evaluate run.name=mine samples=256", "more held-out text than while training"),),
+    "generate": (
+        ("generate run.name=mine prompt='def main('", "the likeliest continuation"),
+        ("generate run.name=mine temperature=0.8 seed=2", "a sampled one"),
+    ),
+}
+CONFIGS = {"train": Config, "prepare": PrepareConfig, "evaluate": EvaluateConfig, "generate": GenerateConfig}
+
+
+@cache
+def recipes() -> list[str]:
+    """Names that -cn takes."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml") if path.stem != FOUNDATION)
+
+
+@cache
+def groups() -> dict[str, list[str]]:
+    """Choices of each group of settings, as in ``model=tiny``."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(RECIPES.glob("*/*.yaml")):
+        found.setdefault(path.parent.name, []).append(path.stem)
+    return found
+
+
+def overview() -> str:
+    """Help without a command."""
+    width = max(map(len, SUMMARIES))
+    lines = ["usage: ./launch.sh COMMAND [-cn RECIPE] [key=value ...]", ""]
+    lines += [f"  {command:<{width}}  {summary}" for command, summary in SUMMARIES.items()]
+    return "\n".join([*lines, "", "./launch.sh COMMAND --help shows a command's settings and examples."])
+
+
+def command_help(command: str) -> str:
+    """Everything that a command takes."""
+    options = "[-cn RECIPE] [key=value ...]" if command == "train" else "[key=value ...]"
+    lines = [SUMMARIES[command], "", f"usage: ./launch.sh {command} {options}", "", "examples:"]
+    width = max(len(example) for example, _ in EXAMPLES[command])
+    lines += [f"  ./launch.sh {example:<{width}}  {text}" for example, text in EXAMPLES[command]]
+    if command == "train":
+        lines += ["", "recipes (-cn), files of recipes/:"]
+        lines += [f"  {recipe:<20}  {_first_comment(RECIPES / f'{recipe}.yaml')}" for recipe in recipes()]
+        lines += ["", "groups (GROUP=CHOICE swaps a section; a recipe has chosen them):"]
+        lines += [f"  {group:<20}  {', '.join(choices)}" for group, choices in groups().items()]
+    if command != "prepare":
+        lines += ["", "NPROC=n sets the processes on this machine; else one a GPU, or 2 on CPU; generate: 1."]
+    where = ", used where the recipe says nothing" if command == "train" else ""
+    lines += ["", f"settings with their defaults{where}:", ""]
+    return "\n".join(lines + _settings(CONFIGS[command]))
+
+
+def _settings(cls: type) -> list[str]:
+    listed = list(settings(cls))
+    width = max(len(f"{setting.path}={_shown(setting)}") for setting in listed)
+    lines = []
+    for _, section in groupby(listed, key=lambda setting: setting.path.rpartition(".")[0]):
+        lines += [""] if lines else []
+        lines += [f"  {f'{setting.path}={_shown(setting)}':<{width}}  {setting.help}" for setting in section]
+    return lines
+
+
+def _shown(setting: Setting) -> str:
+    if setting.default is None:
+        return "null"
+    if setting.default == MISSING:
+        return "..."
+    if isinstance(setting.default, tuple):
+        return str(list(setting.default)).replace(" ", "")
+    return str(setting.default)
+
+
+def _first_comment(path: Path) -> str:
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    return first.removeprefix("#").strip() if first.startswith("#") else ""
