@@ -185,8 +185,7 @@ def test_python_search_passes_over_broken_shims_and_old_versions(bare: Sandbox) 
 def test_python_found_by_uv_is_used(bare: Sandbox) -> None:
     python = bare.add_program("uv-python", fake_python(bare))
     bare.add_program("uv", f'#!/bin/bash\n[[ "$1 $2" == "python find" ]] && echo "{python}"\n')
-    result = bare.run("train")
-    assert result.returncode == 0 and f"with {python}" in result.stderr
+    assert f"making .venv with {python}\n" in bare.run("train").stderr
 
 
 def test_relative_PYTHON_is_taken_from_the_callers_folder(bare: Sandbox, tmp_path: Path) -> None:
@@ -239,11 +238,9 @@ def test_changed_requirements_are_installed_into_the_same_venv(clone: Sandbox, n
 def test_gpu_extra_comes_with_a_gpu_and_stays_without_one(clone: Sandbox) -> None:
     nvidia_smi = clone.add_program("nvidia-smi", "#!/bin/bash\necho 'GPU 0: NVIDIA H200 (UUID: GPU-0)'\n")
     clone.run("train")
-    before = clone.calls()
-    assert before[-1].endswith("--editable .[dev,gpu]")
+    assert clone.calls()[-1].endswith("--editable .[dev,gpu]")
     nvidia_smi.unlink()
-    assert clone.run("train").returncode == 0
-    assert clone.calls() == before
+    assert clone.run("train").stderr == "", "nothing was installed again"
 
 
 def test_gpu_extra_is_added_to_a_set_up_made_without_a_gpu(clone: Sandbox) -> None:
@@ -263,12 +260,15 @@ def test_failed_pip_ends_with_one_clear_line_and_is_tried_again(clone: Sandbox) 
     assert not (clone.root / "command.log").exists()
     (clone.root / "pip.sh").write_text("exit 0\n")
     assert clone.run("train").returncode == 0
-    assert clone.command()[1:] == ["-m", "train", "train"]
 
 
-@pytest.fixture
-def installing(clone: Sandbox) -> Iterator[Process]:
-    """A set-up whose pip does not come to an end by itself."""
+@pytest.fixture(params=["first", "renewal"])
+def installing(clone: Sandbox, request: pytest.FixtureRequest) -> Iterator[Process]:
+    """A set-up whose pip does not come to an end by itself: the first one, or that of new requirements."""
+    if request.param == "renewal":
+        clone.run("train")
+        (clone.root / "constraints.txt").write_text("torch==2\n")
+    (clone.root / "calls.log").unlink(missing_ok=True)
     (clone.root / "pip.sh").write_text("exec sleep 60\n")
     process = clone.start("train")
     wait_for(lambda: clone.installs() == 1, process)
@@ -288,7 +288,6 @@ def test_interrupted_set_up_is_made_anew(
     (clone.root / ".venv/half-written").touch()
     (clone.root / "pip.sh").write_text("exit 0\n")
     assert clone.run("train").returncode == 0
-    assert clone.calls().count("venv") == 2
     assert not (clone.root / ".venv/half-written").exists()
     assert clone.run("train").stderr == ""
 
@@ -308,8 +307,8 @@ def test_two_at_once_set_up_once(clone: Sandbox) -> None:
 
 
 def test_lock_is_not_held_by_the_command_that_follows(clone: Sandbox) -> None:
-    python = clone.root / ".venv/bin/python"
     clone.run("train")
+    python = clone.root / ".venv/bin/python"
     (clone.root / "constraints.txt").write_text("torch==2\n")
     python.write_text(python.read_text().replace("  *) ", '  *) echo >"$root/running"; exec sleep 40; '))
     training = clone.start("train")
@@ -341,9 +340,9 @@ def test_venv_whose_python_vanished_is_made_anew(clone: Sandbox) -> None:
 
 def test_ctrl_c_reaches_the_command(clone: Sandbox) -> None:
     clone.run("train")
-    python = clone.root / ".venv/bin/python"
     code = "import signal, sys; signal.signal(2, lambda *_: sys.exit(77)); open('up', 'w'); signal.pause()"
-    python.write_text(f"#!/bin/bash\nexec {shlex.quote(sys.executable)} -c {shlex.quote(code)}\n")
+    program = f"#!/bin/bash\nexec {shlex.quote(sys.executable)} -c {shlex.quote(code)}\n"
+    (clone.root / ".venv/bin/python").write_text(program)
     process = clone.start("train")
     wait_for((clone.root / "up").exists, process)
     process.send_signal(signal.SIGINT)  # to the first process alone: launch.sh must have become the command
