@@ -80,14 +80,14 @@ def write_corpus(config: PrepareConfig, source: Source, output: Path) -> Path:
             split: ShardWriter(directory, split, token_dtype(tokenizer.vocab_size), config.shard_tokens)
             for split in (TRAIN, HELDOUT)
         }
-        num_empty = _tokenize(config, source, tokenizer, writers)
+        num_blank = _tokenize(config, source, tokenizer, writers)
         manifest = Manifest(
             vocab_size=tokenizer.vocab_size,
             eod_token=tokenizer.eod_token,
             eod_id=tokenizer.eod_id,
             tokenizer=file_info(directory / TOKENIZER_FILE),
             token_bytes=file_info(directory / TOKEN_BYTES_FILE),
-            source=source.description | {"empty_documents": num_empty, "split_seed": config.seed},
+            source=source.description | {"blank_documents": num_blank, "split_seed": config.seed},
             splits={split: writer.finish() for split, writer in writers.items()},
         )
         _check_splits(config, manifest)
@@ -116,19 +116,19 @@ def _training_texts(config: PrepareConfig, source: Source) -> Iterator[str]:
 def _tokenize(
     config: PrepareConfig, source: Source, tokenizer: Tokenizer, writers: dict[str, ShardWriter]
 ) -> int:
-    """Encodes every document into its split's writer; returns how many were left out as empty."""
-    num_empty = 0
+    """Encodes every document into its split's writer; returns how many were left out as blank."""
+    num_blank = 0
     with byte_bar("tokenizing", source.num_bytes) as bar:
         for batch in _batches(source.documents()):
-            filled = [document for document in batch if document.text]
-            num_empty += len(batch) - len(filled)
+            filled = [document for document in batch if document.text.strip()]
+            num_blank += len(batch) - len(filled)
             encoded = tokenizer.encode_batch([document.text for document in filled])
             for document, ids in zip(filled, encoded, strict=True):
                 num_bytes = len(document.text.encode())
                 split = HELDOUT if is_held_out(document, config.heldout_fraction, config.seed) else TRAIN
                 writers[split].add([*ids, tokenizer.eod_id], num_bytes, document.name)
                 bar.update(num_bytes)
-    return num_empty
+    return num_blank
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:

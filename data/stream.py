@@ -121,11 +121,11 @@ def collate(samples: list[Sample]) -> Batch:
 class Loader:
     """Steps of training: each a list of this rank's microbatches, read ahead by one thread.
 
-    Step n holds the samples n * global_batch ... (n + 1) * global_batch - 1 in every layout; microbatch m of a
-    rank has `micro_batch` of them, from n * global_batch + (m * world + rank) * micro_batch on. `rank` and
-    `world` count data-parallel ranks. The state is `step`, the number of the next step. Close it when done (it
-    is a context manager); the stream belongs to it until then. A reading error is raised where its step is
-    asked for.
+    Step n holds the samples n * global_batch ... (n + 1) * global_batch - 1 in every layout; microbatch m of
+    a rank has `micro_batch` of them, from n * global_batch + (m * world + rank) * micro_batch on. `rank` and
+    `world` count data-parallel ranks. The state is `step`, the number of the next step. Close it when done
+    (it is a context manager); the stream belongs to it until then. A reading error is raised where its step
+    is asked for.
     """
 
     def __init__(

@@ -24,7 +24,7 @@ class Tokenizer:
     """Text to token ids and back, from the JSON text of a `tokenizer.json`.
 
     Special tokens written out in a document (a web page about tokenizers, say) are ordinary text here: only
-    `prepare` places an `eod_id`. `source` names the file in errors.
+    `prepare` places an `eod_id`. `source` names it in errors.
     """
 
     def __init__(self, text: str, eod_token: str = EOD_TOKEN, source: str = TOKENIZER_FILE) -> None:
@@ -55,7 +55,7 @@ class Tokenizer:
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise CorpusError(f"tokenizer={path} cannot be read: {one_line(error)}") from error
-        return cls(text, eod_token, str(file))
+        return cls(text, eod_token, f"tokenizer={path}")
 
     def save(self, path: str | Path) -> None:
         """Writes the very text it was read from, so that an upstream tokenizer stays byte for byte itself."""
@@ -79,7 +79,7 @@ class Tokenizer:
 
         Exact for byte-level BPE; the word marker of SentencePiece counts as the space it stands for.
         """
-        spec = json.loads(self._text)
+        spec = json.loads(self._backend.to_str())
         added = {token["id"]: token for token in spec["added_tokens"]}
         byte_level = '"ByteLevel"' in json.dumps([spec["pre_tokenizer"], spec["decoder"]])
         sizes = np.zeros(self.vocab_size, dtype=np.int32)
