@@ -1,0 +1,99 @@
+"""Gated softmax attention: grouped queries, q/k norm, partial rotary embedding, elementwise sigmoid output gate.
+
+Y = sigmoid(X W_gate) * softmax(Q K^T / sqrt(D)) V, then the output projection (Qiu et al., "Gated Attention for Large
+Language Models", 2025, variant G1 elementwise).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+from torch.nn import functional as F
+
+from model.documents import Documents
+from model.norm import at_least_float32
+
+
+@dataclass
+class GatedAttentionSubmodules:
+    """The parts that a backend chooses."""
+
+    linear_qkv: type
+    linear_proj: type
+    norm: type
+
+
+def rotary_table(position_RL: Tensor, rotary_dim: int, base: float) -> Tensor:
+    """cos and sin of the rotary angles, float32 [2, T, rotary_dim]; both halves of the last dimension are equal."""
+    exponent = torch.arange(0, rotary_dim, 2, device=position_RL.device, dtype=torch.float32) / max(rotary_dim, 1)
+    angle = position_RL.flatten().float()[:, None] * (1.0 / base**exponent)
+    angle = torch.cat([angle, angle], dim=-1)
+    return torch.stack([angle.cos(), angle.sin()])
+
+
+def apply_rotary(x_TND: Tensor, table: Tensor) -> Tensor:
+    """Rotates the first rotary_dim dimensions of every head (rotate-half), leaves the rest as it is."""
+    rotary_dim = table.shape[-1]
+    turned, kept = x_TND[..., :rotary_dim], x_TND[..., rotary_dim:]
+    cos, sin = table.to(x_TND.dtype)[:, :, None, :]
+    left, right = turned.chunk(2, dim=-1)
+    return torch.cat([turned * cos + torch.cat([-right, left], dim=-1) * sin, kept], dim=-1)
+
+
+def packed_attention(q_TND: Tensor, k_TMD: Tensor, v_TMD: Tensor, documents: Documents) -> Tensor:
+    """Causal attention inside each document; N query heads share M <= N key heads in order. Returns [T, N, D]."""
+    rows, length = documents.ids_RL.shape
+    q, k, v = (x.view(rows, length, *x.shape[1:]).transpose(1, 2) for x in (q_TND, k_TMD, v_TMD))
+    mask = None
+    if not documents.single:
+        ids = documents.ids_RL
+        mask = (ids[:, None, :, None] == ids[:, None, None, :]).tril()
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    return out.transpose(1, 2).reshape(q_TND.shape)
+
+
+class GatedAttention(MegatronModule):
+    """One gated attention layer.
+
+    The fused projection holds, for each key/value head: its query heads, their gates, the key, the value. So a cut
+    into tensor-parallel parts is a plain cut of rows, as in megatron-core's own attention.
+    """
+
+    def __init__(
+        self, config, submodules, layer_number: int, pg_collection, pp_layer_offset: int | None = None, name=None
+    ):
+        super().__init__(config=config)
+        shape = config.shape
+        self.layer_number = layer_number
+        self.tp_group = pg_collection.tp
+        self.groups = shape.key_value_heads // pg_collection.tp.size()
+        self.queries_per_group = shape.attention_heads // shape.key_value_heads
+        self.head_dim = shape.head_dim
+        rows = shape.key_value_heads * (2 * self.queries_per_group + 2) * shape.head_dim
+        self.linear_qkv = submodules.linear_qkv(config.hidden_size, rows, config, pg_collection.tp)
+        self.q_layernorm = submodules.norm(config, shape.head_dim, shape.norm_eps)
+        self.k_layernorm = submodules.norm(config, shape.head_dim, shape.norm_eps)
+        self.linear_proj = submodules.linear_proj(
+            shape.attention_heads * shape.head_dim, config.hidden_size, config, pg_collection.tp
+        )
+
+    def project(self, hidden_T1H: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Query [T, N, D], key and value [T, M, D] (normed and rotated), and gate [T, N, D]."""
+        mixed, _ = self.linear_qkv(hidden_T1H)
+        each = self.queries_per_group
+        mixed = mixed.view(-1, self.groups, 2 * each + 2, self.head_dim)
+        query, gate, key, value = mixed.split([each, each, 1, 1], dim=2)
+        query = apply_rotary(self.q_layernorm(query.flatten(1, 2)), rotary)
+        key = apply_rotary(self.k_layernorm(key.flatten(1, 2)), rotary)
+        return query, key, value.flatten(1, 2), gate.flatten(1, 2)
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask=None, *, rotary_pos_emb: Tensor, packed_seq_params: Documents, **_
+    ) -> tuple[Tensor, None]:
+        """hidden [T, 1, H] -> [T, 1, H]; other keywords of megatron-core's layer are for its own attentions."""
+        query, key, value, gate = self.project(hidden_states, rotary_pos_emb)
+        mixed = packed_attention(query, key, value, packed_seq_params)
+        # The gate saturates: its sigmoid is taken in float32 (megatron-core and the paper's code do the same).
+        gated = mixed * at_least_float32(gate).sigmoid().to(mixed.dtype)
+        return self.linear_proj(gated.flatten(1)[:, None])

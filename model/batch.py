@@ -1,0 +1,74 @@
+"""A micro-batch as the network wants it: tokens, documents, and for each prediction step its targets and weights.
+
+Step 0 predicts the next token; step k >= 1 is the k-th multi-token-prediction step, which reads token t+k and
+predicts token t+k+1. A target counts only inside the document of its position t.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.documents import Documents
+
+
+def prediction_valid(documents_RS: Tensor, steps: int) -> Tensor:
+    """bool [1 + steps, R, L] for samples of L + 1 tokens: has position t a target at each prediction step?"""
+    length = documents_RS.shape[1] - 1
+    here = documents_RS[:, :length]
+    valid = torch.zeros(1 + steps, *here.shape, dtype=torch.bool)
+    for step in range(1 + steps):
+        target = documents_RS[:, step + 1 :]
+        valid[step, :, : target.shape[1]] = (target == here[:, : target.shape[1]]) & (target >= 0)
+    return valid
+
+
+def count_targets(documents_RS: Tensor, steps: int) -> Tensor:
+    """int64 [2 + steps]: tokens that are not padding, then valid targets of each prediction step."""
+    tokens = (documents_RS[:, :-1] >= 0).sum()[None]
+    return torch.cat([tokens, prediction_valid(documents_RS, steps).sum(dim=(1, 2))])
+
+
+@dataclass
+class MicroBatch:
+    """Tensors of one micro-batch; T = rows x length, K = prediction steps beyond the next token.
+
+    Attributes:
+        tokens_KRL: int64 [1 + K, R, L], the token each step reads: t at step 0, t+k at step k.
+        targets_KT: int64 [1 + K, T], the token each step predicts; 0 where there is none.
+        weights_KT: float32 [1 + K, T], weight of each target in its step's mean over the whole global batch.
+        token_weights_KT: float32 [1 + K, T], each position's weight in the router's mean over the global batch.
+        documents: boundaries of the packed documents.
+    """
+
+    tokens_KRL: Tensor
+    targets_KT: Tensor
+    weights_KT: Tensor
+    token_weights_KT: Tensor
+    documents: Documents
+
+    @classmethod
+    def build(cls, tokens_RS: Tensor, documents_RS: Tensor, counts: Tensor) -> "MicroBatch":
+        """From samples of L + 1 tokens and the counts of `count_targets` summed over the whole global batch."""
+        steps = counts.numel() - 2
+        rows, length = tokens_RS.shape[0], tokens_RS.shape[1] - 1
+        valid = prediction_valid(documents_RS, steps)
+        shifted = torch.zeros(2 + steps, rows, length, dtype=torch.int64)
+        for step in range(2 + steps):
+            part = tokens_RS[:, step : step + length]
+            shifted[step, :, : part.shape[1]] = part
+        per_target = 1.0 / counts[1:].clamp(min=1).float()
+        per_token = torch.cat([counts[:1], counts[2:]]).clamp(min=1).float().reciprocal()
+        reads = torch.cat([(documents_RS[None, :, :-1] >= 0), valid[1:]])
+        return cls(
+            tokens_KRL=shifted[:-1],
+            targets_KT=torch.where(valid, shifted[1:], 0).flatten(1),
+            weights_KT=(valid * per_target[:, None, None]).flatten(1),
+            token_weights_KT=(reads * per_token[:, None, None]).flatten(1),
+            documents=Documents.from_ids(documents_RS[:, :-1]),
+        )
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same micro-batch on ``device``."""
+        tensors = (self.tokens_KRL, self.targets_KT, self.weights_KT, self.token_weights_KT)
+        return MicroBatch(*(x.to(device, non_blocking=True) for x in tensors), self.documents.to(device))

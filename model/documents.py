@@ -1,0 +1,70 @@
+"""Packed documents: which positions of a micro-batch belong together.
+
+A micro-batch is ``rows`` sequences of ``length`` tokens. The network sees them flattened to one row of T = rows x
+length tokens (``hidden`` is [T, 1, H] in megatron-core's sequence-first layout), and a `Documents` says where each
+document starts and ends. Nothing - attention, state, convolution, prediction target - may cross a document.
+
+Shape suffixes in this package: R rows, L length, T = R*L tokens, H hidden, N heads, D head dimension.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+
+@dataclass
+class Documents(PackedSeqParams):
+    """megatron-core's packing record (thd layout), with what a pure-torch module needs beside it.
+
+    Attributes:
+        ids_RL: int64, the document of each token, non-decreasing along a row; -1 marks padding.
+        position_RL: int64, the token's position inside its document.
+        single: every row is one document, so that a plain causal mask is enough.
+    """
+
+    ids_RL: Tensor = None
+    position_RL: Tensor = None
+    single: bool = False
+
+    @classmethod
+    def from_ids(cls, ids_RL: Tensor) -> "Documents":
+        """Builds the record from document ids on the host: [rows, length] integers, non-decreasing along a row."""
+        rows, length = ids_RL.shape
+        ids_RL = ids_RL.long()
+        start_RL = torch.ones_like(ids_RL, dtype=torch.bool)
+        start_RL[:, 1:] = ids_RL[:, 1:] != ids_RL[:, :-1]
+        index_RL = torch.arange(length, device=ids_RL.device).expand(rows, length)
+        position_RL = index_RL - (index_RL * start_RL).cummax(dim=1).values
+        starts = start_RL.flatten().nonzero().flatten()
+        cu_seqlens = torch.cat([starts, starts.new_tensor([rows * length])]).int()
+        longest = int((cu_seqlens[1:] - cu_seqlens[:-1]).max())
+        return cls(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+            ids_RL=ids_RL,
+            position_RL=position_RL,
+            single=bool((ids_RL == ids_RL[:, :1]).all()),
+        )
+
+    def to(self, device: torch.device) -> "Documents":
+        """The same record with its tensors on ``device``."""
+        cu_seqlens = self.cu_seqlens_q.to(device, non_blocking=True)
+        return Documents(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=self.max_seqlen_q,
+            max_seqlen_kv=self.max_seqlen_kv,
+            ids_RL=self.ids_RL.to(device, non_blocking=True),
+            position_RL=self.position_RL.to(device, non_blocking=True),
+            single=self.single,
+        )
+
+    def same_document(self, distance: int) -> Tensor:
+        """bool [R, L]: the token ``distance`` places to the left is of the same document."""
+        return self.position_RL >= distance

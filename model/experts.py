@@ -1,0 +1,187 @@
+"""The mixture of experts: route, send rows to their experts, two grouped matrix products, send back, mix.
+
+Rows are moved by gathers only, forwards and backwards (a scatter-add would be slower and, on a GPU, not
+reproducible): sorting T*K assignments by expert is a permutation, and the inverse of a permutation is a gather.
+
+Shape suffixes: T tokens, K experts per token, N = T*K rows, E local experts, H hidden, F width of an expert.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.norm import at_least_float32
+from model.router import Router
+from parallel.collectives import exchange_rows, gather_counts
+
+
+@dataclass
+class MixtureSubmodules:
+    """The parts that a backend chooses."""
+
+    linear_fc1: type
+    linear_fc2: type
+
+
+class _LoopedLinear(torch.autograd.Function):
+    """One matrix product an expert. On a CPU this beats `grouped_mm`, whose cost there grows with idle experts."""
+
+    @staticmethod
+    def forward(ctx, x_NI: Tensor, weight_EOI: Tensor, counts: list[int]) -> Tensor:
+        ctx.save_for_backward(x_NI, weight_EOI)
+        ctx.counts = counts
+        out = x_NI.new_empty(x_NI.shape[0], weight_EOI.shape[1])
+        for rows, weight, x in zip(out.split(counts), weight_EOI, x_NI.split(counts), strict=True):
+            torch.mm(x, weight.t(), out=rows)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_NO: Tensor):
+        x_NI, weight_EOI = ctx.saved_tensors
+        grad_x, grad_weight = torch.empty_like(x_NI), torch.empty_like(weight_EOI)
+        grad_NO = grad_NO.contiguous()
+        parts = (grad_NO.split(ctx.counts), x_NI.split(ctx.counts), grad_x.split(ctx.counts))
+        for grad, x, out, weight, out_weight in zip(*parts, weight_EOI, grad_weight, strict=True):
+            torch.mm(grad, weight, out=out)
+            torch.mm(grad.t(), x, out=out_weight)
+        return grad_x, grad_weight, None
+
+
+def grouped_linear(x_NI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
+    """Rows sorted by expert, each times its expert's matrix: [N, I] x [E, O, I] -> [N, O]; counts [E] sum to N."""
+    if x_NI.is_cuda and x_NI.dtype == torch.bfloat16:
+        offsets = counts_E.cumsum(0).int()
+        return F.grouped_mm(x_NI, weight_EOI.transpose(1, 2), offs=offsets)
+    return _LoopedLinear.apply(x_NI, weight_EOI, counts_E.tolist())
+
+
+class _GatherRows(torch.autograd.Function):
+    """x[index] where index repeats every row of x exactly K times; inverse [T, K] says where each row's copies went."""
+
+    @staticmethod
+    def forward(ctx, x_TH: Tensor, index_N: Tensor, inverse_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse_TK)
+        return x_TH.index_select(0, index_N)
+
+    @staticmethod
+    def backward(ctx, grad_NH: Tensor):
+        (inverse_TK,) = ctx.saved_tensors
+        return grad_NH[inverse_TK].sum(dim=1), None, None
+
+
+def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """Reorders rows by a permutation, with its inverse for the gradient."""
+    return _GatherRows.apply(x, order, inverse[:, None])
+
+
+def invert(order: Tensor) -> Tensor:
+    """The inverse of a permutation."""
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.numel(), device=order.device)
+    return inverse
+
+
+class Experts(MegatronModule):
+    """This rank's routed experts as two stacked weights: gate and up [E, 2F, H], down [E, H, F]."""
+
+    def __init__(self, config, pg_collection):
+        super().__init__(config=config)
+        shape = config.shape
+        self.ep_group, self.dp_group = pg_collection.ep, pg_collection.expt_dp
+        self.local = shape.experts // self.ep_group.size()
+        dtype = config.params_dtype
+        self.weight1 = nn.Parameter(torch.empty(self.local, 2 * shape.expert_size, config.hidden_size, dtype=dtype))
+        self.weight2 = nn.Parameter(torch.empty(self.local, config.hidden_size, shape.expert_size, dtype=dtype))
+        for weight in (self.weight1, self.weight2):
+            # megatron-core's mark of a parameter reduced over its expert-data-parallel group, not over all of
+            # data parallel. Tensor ranks count too: each routes its own slice of the sequence.
+            weight.allreduce = self.ep_group.size() == 1 and pg_collection.tp.size() == 1
+
+    def forward(self, x_NH: Tensor, counts_E: Tensor) -> Tensor:
+        """SwiGLU of each row by its expert; rows sorted by expert."""
+        gate, up = grouped_linear(x_NH, self.weight1, counts_E).chunk(2, dim=-1)
+        return grouped_linear(F.silu(gate) * up, self.weight2, counts_E)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets=(), metadata=None):
+        """One tensor of all experts, cut along the expert dimension."""
+        ep, replica = self.ep_group, (0, 0, self.dp_group.rank())
+        return {
+            f"{prefix}{name}": ShardedTensor.from_rank_offsets(
+                f"{prefix}{name}", weight, *sharded_offsets, (0, ep.rank(), ep.size()), replica_id=replica
+            )
+            for name, weight in self.named_parameters()
+        }
+
+
+class SharedExpert(MegatronModule):
+    """The expert that every token uses: SwiGLU, times the sigmoid of one learned score a token."""
+
+    def __init__(self, config, submodules, pg_collection):
+        super().__init__(config=config)
+        width = config.shape.shared_expert_size
+        self.tp_group = pg_collection.tp
+        self.linear_fc1 = submodules.linear_fc1(config.hidden_size, 2 * width, config, pg_collection.tp)
+        self.linear_fc2 = submodules.linear_fc2(width, config.hidden_size, config, pg_collection.tp)
+        self.gate_weight = nn.Parameter(torch.empty(1, config.hidden_size, dtype=config.params_dtype))
+        self.gate_weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, hidden_T1H: Tensor) -> Tensor:
+        mixed, _ = self.linear_fc1(hidden_T1H)
+        # Unit by unit (gate, up), so that a tensor-parallel cut of the rows keeps the pairs together.
+        gate, up = mixed.unflatten(-1, (-1, 2)).unbind(-1)
+        out, _ = self.linear_fc2(F.silu(gate) * up)
+        score = F.linear(hidden_T1H, self.gate_weight)
+        return out * at_least_float32(score).sigmoid().to(out.dtype)
+
+
+class MixtureOfExperts(MegatronModule):
+    """Routed experts spread over the expert-parallel group, plus the shared expert."""
+
+    def __init__(self, config, submodules, pg_collection, is_mtp_layer: bool = False, name=None):
+        super().__init__(config=config)
+        self.ep_group = pg_collection.ep
+        self.tp_group = pg_collection.tp
+        self.router = Router(config, pg_collection)
+        self.experts = Experts(config, pg_collection)
+        self.shared_expert = SharedExpert(config, submodules, pg_collection)
+
+    @classmethod
+    def builder(cls, submodules: MixtureSubmodules):
+        """What megatron-core's layer calls to build its MLP."""
+        return partial(cls, submodules=submodules)
+
+    def forward(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, None]:
+        """hidden [T, 1, H] -> [T, 1, H].
+
+        megatron-core's layer hands its ``padding_mask`` through untouched; here it carries each token's weight in the
+        global batch (see `Router.forward`), which is 0 for padding.
+        """
+        flat = hidden_states.flatten(0, 1)
+        weights, experts = self.router(flat, padding_mask)
+        order = experts.flatten().argsort(stable=True)
+        inverse = invert(order).view(experts.shape)
+        counts = torch.bincount(experts.flatten(), minlength=self.router.num_experts)
+        rows = _GatherRows.apply(flat, order // experts.shape[1], inverse)
+        out = self.experts_over_group(rows, counts) if self.ep_group.size() > 1 else self.experts(rows, counts)
+        copies = permute(out, inverse.flatten(), order).view(*experts.shape, -1)
+        mixed = (copies * weights.to(copies.dtype)[..., None]).sum(dim=1)
+        return mixed.view_as(hidden_states) + self.shared_expert(hidden_states), None
+
+    def experts_over_group(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """Sends rows (sorted by global expert) to the ranks that hold their experts, and the results back."""
+        ep, local = self.ep_group, self.experts.local
+        sent = counts.view(ep.size(), local)
+        received = gather_counts(sent, ep)[:, ep.rank()]
+        send, receive = torch.stack([sent.sum(1), received.sum(1)]).tolist()
+        arrived = exchange_rows(rows, send, receive, ep)
+        # Rows arrive ordered by (source, expert); the grouped products want them by expert.
+        expert = torch.arange(local, device=rows.device).repeat(ep.size()).repeat_interleave(received.flatten())
+        order = expert.argsort(stable=True)
+        inverse = invert(order)
+        out = self.experts(permute(arrived, order, inverse), received.sum(0))
+        return exchange_rows(permute(out, inverse, order), receive, send, ep)

@@ -1,0 +1,114 @@
+"""How every parameter starts: one table from role to distribution.
+
+A parameter's numbers depend only on the seed, its name in the whole model and, for experts, the expert's index. So
+any layout of processes starts from the same model, and no rank draws what another one holds.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from torch import Tensor
+
+from model.deltanet import draw_decay, draw_time_step_bias
+from model.network import LanguageModel
+from model.router import normalise_rows
+
+
+def _generator(seed: int, name: str, device: torch.device) -> torch.Generator:
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest) >> 1)
+
+
+def _normal(std: float) -> Callable:
+    return lambda shape, generator: torch.randn(shape, generator=generator, device=generator.device) * std
+
+
+def _uniform(low: float, high: float) -> Callable:
+    return lambda shape, generator: low + (high - low) * torch.rand(shape, generator=generator, device=generator.device)
+
+
+def rules(config) -> dict[str, Callable]:
+    """Name ending -> how to draw a float32 tensor of the parameter's whole shape.
+
+    Layers that write into the residual stream start smaller by the square root of the number of writes (one a
+    symbol of the pattern), so that the stream's variance does not grow with depth (GPT-2; Megatron-LM counts two
+    writes a block, and so do two symbols).
+    """
+    std = config.shape.init_std
+    residual = std / math.sqrt(config.num_layers)
+    bound = config.shape.conv_kernel**-0.5
+    uniform = _uniform(0.0, 1.0)
+    return {
+        "embedding.word_embeddings.weight": _normal(std),
+        "output_layer.weight": _normal(std),
+        "linear_qkv.weight": _normal(std),
+        "linear_proj.weight": _normal(residual),
+        "in_proj.weight": _normal(std),
+        "out_proj.weight": _normal(residual),
+        "conv_weight": _uniform(-bound, bound),
+        "A_log": lambda shape, generator: draw_decay(uniform(shape, generator)),
+        "dt_bias": lambda shape, generator: draw_time_step_bias(uniform(shape, generator)),
+        "router.weight": lambda shape, generator: normalise_rows(_normal(1.0)(shape, generator), std),
+        "experts.weight1": _normal(std),
+        "experts.weight2": _normal(residual),
+        "linear_fc1.weight": _normal(std),
+        "linear_fc2.weight": _normal(residual),
+        "gate_weight": _normal(std),
+        "eh_proj.weight": _normal(std),
+        "norm.weight": lambda shape, generator: torch.zeros(shape, device=generator.device),
+        "layernorm.weight": lambda shape, generator: torch.zeros(shape, device=generator.device),
+    }
+
+
+def _rule_for(name: str, table: dict[str, Callable]) -> Callable:
+    endings = [ending for ending in table if name.endswith(ending)]
+    if not endings:
+        raise KeyError(f"no initialisation rule for parameter {name}: add one to model.init.rules")
+    return table[max(endings, key=len)]
+
+
+def _draw(entry: ShardedTensor, draw: Callable, seed: int) -> Tensor:
+    """This rank's part of a parameter; experts one by one, everything else whole and then cut."""
+    device = entry.data.device
+    shape, offset = entry.global_shape, entry.global_offset
+    if ".experts." in entry.key:
+        first = offset[0]
+        each = range(first, first + entry.local_shape[0])
+        return torch.stack([draw(shape[1:], _generator(seed, f"{entry.key}/{index}", device)) for index in each])
+    whole = draw(shape, _generator(seed, entry.key, device))
+    part = tuple(slice(start, start + size) for start, size in zip(offset, entry.local_shape, strict=True))
+    return whole[part]
+
+
+@torch.no_grad()
+def initialise(model: LanguageModel, sharded: ShardedStateDict, seed: int) -> None:
+    """Fills every parameter of a pipeline stage; ``sharded`` is the stage's own sharded state dict.
+
+    Raises:
+        KeyError: a parameter without a rule. RuntimeError: one that the sharded state dict does not hold.
+    """
+    table = rules(model.config)
+    entries = {id(entry.data): entry for entry in sharded.values() if isinstance(entry, ShardedTensor)}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in entries:
+            raise RuntimeError(f"parameter {name} is missing from the sharded state dict")
+        entry = entries[id(parameter)]
+        parameter.copy_(_draw(entry, _rule_for(entry.key, table), seed))
+
+
+def suspicious(model: LanguageModel) -> list[str]:
+    """Parameters whose values look wrong after initialisation: not finite, all zero where they should not be, huge."""
+    found = []
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().float()
+        if not values.isfinite().all():
+            found.append(f"{name} holds values that are not finite")
+        elif not name.endswith("norm.weight") and not values.any():
+            found.append(f"{name} is all zero")
+        elif values.abs().max() > 20:
+            found.append(f"{name} reaches {values.abs().max().item():.1f}")
+    return found

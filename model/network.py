@@ -1,0 +1,107 @@
+"""The language model: megatron-core's HybridModel built from our modules, with our forward pass and losses."""
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from torch import Tensor
+
+from model.attention import rotary_table
+from model.batch import MicroBatch
+from model.experts import MixtureOfExperts
+from model.loss import linear_cross_entropy
+from model.stack import HybridConfig, full_pattern, stack_spec
+
+
+@dataclass
+class Losses:
+    """What a forward pass over a micro-batch leaves behind on the last pipeline stage.
+
+    Attributes:
+        total: scalar to differentiate, this micro-batch's addend of the loss of the whole global batch.
+        by_step: [1 + K], the addends of the next-token loss and of each MTP step's loss, unweighted.
+        tokens_KT: cross-entropy of every position at every step, nats, detached.
+    """
+
+    total: Tensor
+    by_step: Tensor
+    tokens_KT: Tensor
+
+
+class LanguageModel(HybridModel):
+    """One pipeline stage of the model."""
+
+    def __init__(self, config: HybridConfig, vocab_size: int, pg_collection, pre_process=True, post_process=True):
+        super().__init__(
+            config=config,
+            hybrid_stack_spec=stack_spec(),
+            vocab_size=vocab_size,
+            max_sequence_length=0,
+            hybrid_layer_pattern=full_pattern(config.shape, config.mtp),
+            pre_process=pre_process,
+            post_process=post_process,
+            position_embedding_type="none",
+            pg_collection=pg_collection,
+        )
+
+    def mixtures(self) -> list[MixtureOfExperts]:
+        """The mixture-of-experts layers of this stage, the MTP layer's last."""
+        return [module for module in self.modules() if isinstance(module, MixtureOfExperts)]
+
+    def embed(self, tokens_RL: Tensor) -> Tensor:
+        """Embeddings of a micro-batch flattened to one row: [R, L] -> [T, 1, H]."""
+        embedded = self.embedding.word_embeddings(tokens_RL.reshape(1, -1))
+        # Under sequence parallelism megatron-core has already turned [1, T, H] round to scatter it.
+        return embedded if self.config.sequence_parallel else embedded.transpose(0, 1)
+
+    def token_weight(self, batch: MicroBatch, step: int) -> Tensor:
+        """Router weights of the tokens that this rank routes: its slice of the sequence under sequence parallelism."""
+        weight = batch.token_weights_KT[step]
+        return weight.chunk(self.tp_group.size())[self.tp_group.rank()] if self.config.sequence_parallel else weight
+
+    def trunk(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """This stage's layers: the states [T, 1, H] (after the final norm on the last stage), and the rotary table."""
+        shape = self.config.shape
+        rotary = rotary_table(batch.documents.position_RL, shape.rotary_dim, shape.rope_base)
+        hidden = self.decoder(
+            hidden_states=self.embed(batch.tokens_KRL[0]) if self.pre_process else None,
+            attention_mask=None,
+            rotary_pos_emb=rotary,
+            packed_seq_params=batch.documents,
+            padding_mask=self.token_weight(batch, 0),
+        )
+        return hidden, rotary
+
+    def predictions(self, batch: MicroBatch) -> list[Tensor]:
+        """The states that the head reads, one [T, 1, H] for the next token and one for each MTP step."""
+        hidden, rotary = self.trunk(batch)
+        states = [hidden]
+        for step in range(1, 1 + self.config.mtp.steps):
+            # The layer is used once a step, so its balance loss is the mean over the steps.
+            weight = self.token_weight(batch, step) / self.config.mtp.steps
+            embedding = self.embed(batch.tokens_KRL[step])
+            states.append(self.mtp.layers[0](states[-1], embedding, rotary, batch.documents, weight))
+        return states
+
+    def logits(self, hidden_T1H: Tensor) -> Tensor:
+        """Output head over the whole vocabulary: [T, 1, H] -> [T, V]."""
+        logits, _ = self.output_layer(hidden_T1H, runtime_gather_output=True)
+        return logits[:, 0]
+
+    def forward(self, batch: MicroBatch) -> Losses | Tensor:
+        """The losses of a micro-batch on the last pipeline stage, the states to send on elsewhere."""
+        if not self.post_process:
+            return self.trunk(batch)[0]
+        states = self.predictions(batch)
+        if self.config.sequence_parallel:
+            states = [gather_from_sequence_parallel_region(x, group=self.tp_group) for x in states]
+        results = [
+            linear_cross_entropy(hidden[:, 0], self.output_layer.weight, target, weight, self.tp_group)
+            for hidden, target, weight in zip(states, batch.targets_KT, batch.weights_KT, strict=True)
+        ]
+        means = torch.stack([mean for mean, _ in results])
+        total = means[0]
+        if len(results) > 1:
+            total = total + self.config.mtp.weight * means[1:].mean()
+        return Losses(total, means.detach(), torch.stack([losses for _, losses in results]))

@@ -1,0 +1,47 @@
+"""Zero-centred RMSNorm: the weight is stored as its distance from one, so that weight decay pulls the gain to 1."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """float32, or float64 where the input is: where half precision would lose the result."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def zero_centred_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * (1 + weight) over the last dimension, computed in at least float32 and cast back to x's type."""
+    wide = at_least_float32(x)
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (normed * (1 + weight.to(wide.dtype))).to(x.dtype)
+
+
+def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Zero-centred RMSNorm of x, then times SiLU(gate): the output norm of Gated DeltaNet. Shapes [..., D]."""
+    return (zero_centred_rms_norm(at_least_float32(x), weight, eps) * F.silu(at_least_float32(gate))).to(x.dtype)
+
+
+class ZeroCentredRMSNorm(nn.Module):
+    """The norm of every place in the model; signature as megatron-core's specs call it.
+
+    The weight starts at zero (gain one), stays in float32, and is decayed like a matrix
+    (Qwen3-Next: "weight decay on norm weights").
+    """
+
+    def __init__(self, config, hidden_size: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(hidden_size, dtype=torch.float32))
+        # Under sequence parallelism each tensor rank sees its own tokens (or its own heads): gradients are summed.
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        return zero_centred_rms_norm(x, self.weight, self.eps)
+
+
+class GatedRMSNorm(ZeroCentredRMSNorm):
+    """The gated form, per value head of Gated DeltaNet."""
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        return gated_rms_norm(x, gate, self.weight, self.eps)

@@ -1,0 +1,134 @@
+"""From a pattern string to megatron-core specs, and from our settings to megatron-core's configuration.
+
+The one place that names megatron-core's configuration fields and assembles its layers from our modules.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlock,
+    MultiTokenPredictionBlockSubmodules,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from model.attention import GatedAttention, GatedAttentionSubmodules
+from model.backends import ReplicatedLinear, column_linear, row_linear
+from model.config import ModelConfig, MtpConfig
+from model.deltanet import GatedDeltaNet, GatedDeltaNetSubmodules
+from model.experts import MixtureOfExperts, MixtureSubmodules
+from model.mtp import MTP_PATTERN, MtpLayer
+from model.norm import GatedRMSNorm, ZeroCentredRMSNorm
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+@dataclass
+class HybridConfig(TransformerConfig):
+    """megatron-core's configuration, carrying the settings of ours that it has no field for."""
+
+    shape: ModelConfig | None = None
+    mtp: MtpConfig | None = None
+
+
+@dataclass
+class MtpSubmodules:
+    """The parts of the multi-token-prediction layer."""
+
+    norm: type
+    eh_proj: type
+    stack: type
+
+
+class Stack(HybridStack):
+    """megatron-core's stack of layers with our final norm (its own is hard-wired to Transformer Engine's)."""
+
+    def __init__(self, config, submodules, *args, post_process: bool = True, **kwargs):
+        super().__init__(config, submodules, *args, post_layer_norm=False, post_process=post_process, **kwargs)
+        self.post_layer_norm = post_process
+        if post_process:
+            self.final_norm = ZeroCentredRMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+
+
+def full_pattern(shape: ModelConfig, mtp: MtpConfig) -> str:
+    """The pattern as megatron-core reads it: trunk stages cut by ``|``, then one ``/`` part for each MTP step."""
+    return "|".join(shape.stages) + f"/{MTP_PATTERN}" * mtp.steps
+
+
+def hybrid_config(shape: ModelConfig, mtp: MtpConfig, tensor: int = 1, pipeline: int = 1, expert: int = 1):
+    """megatron-core's configuration of the model for a layout."""
+    dtype = DTYPES[shape.dtype]
+    return HybridConfig(
+        shape=shape,
+        mtp=mtp,
+        num_layers=len(shape.layers),
+        hidden_size=shape.hidden_size,
+        num_attention_heads=shape.attention_heads,
+        num_query_groups=shape.key_value_heads,
+        kv_channels=shape.head_dim,
+        ffn_hidden_size=shape.expert_size,
+        layernorm_epsilon=shape.norm_eps,
+        normalization="RMSNorm",
+        layernorm_zero_centered_gamma=True,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_dropout_fusion=False,
+        gradient_accumulation_fusion=False,
+        num_moe_experts=shape.experts,
+        moe_router_topk=shape.experts_per_token,
+        moe_ffn_hidden_size=shape.expert_size,
+        moe_router_load_balancing_type="none",
+        mtp_num_layers=mtp.steps or None,
+        mtp_use_repeated_layer=mtp.steps > 0,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        pipeline_dtype=dtype,
+        tensor_model_parallel_size=tensor,
+        sequence_parallel=tensor > 1,
+        pipeline_model_parallel_size=pipeline,
+        expert_model_parallel_size=expert,
+        expert_tensor_parallel_size=1,
+        # Losses arrive divided by their counts over the whole global batch: gradients are plain sums.
+        calculate_per_token_loss=True,
+        deallocate_pipeline_outputs=pipeline > 1,
+        # Every parameter is drawn from its own seed by `model.init`: construction draws and copies nothing.
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        init_model_with_meta_device=True,
+    )
+
+
+def stack_spec() -> ModuleSpec:
+    """The spec of the trunk (and of the MTP layer inside it) for the pure-torch backend."""
+
+    def layer(**parts) -> ModuleSpec:
+        return ModuleSpec(module=TransformerLayer, submodules=TransformerLayerSubmodules(**parts))
+
+    def mixer(module, submodules) -> ModuleSpec:
+        return layer(
+            input_layernorm=ZeroCentredRMSNorm,
+            self_attention=ModuleSpec(module=module, submodules=submodules),
+            self_attn_bda=get_bias_dropout_add,
+        )
+
+    attention = GatedAttentionSubmodules(column_linear, row_linear, ZeroCentredRMSNorm)
+    delta = GatedDeltaNetSubmodules(column_linear, row_linear, GatedRMSNorm)
+    experts = MixtureOfExperts.builder(MixtureSubmodules(column_linear, row_linear))
+    mtp = ModuleSpec(module=MtpLayer, submodules=MtpSubmodules(ZeroCentredRMSNorm, ReplicatedLinear, Stack))
+    return ModuleSpec(
+        module=Stack,
+        submodules=HybridStackSubmodules(
+            gdn_layer=mixer(GatedDeltaNet, delta),
+            attention_layer=mixer(GatedAttention, attention),
+            moe_layer=layer(pre_mlp_layernorm=ZeroCentredRMSNorm, mlp=experts, mlp_bda=get_bias_dropout_add),
+            mtp_block_spec=ModuleSpec(
+                module=MultiTokenPredictionBlock, submodules=MultiTokenPredictionBlockSubmodules(layer_specs=[mtp])
+            ),
+        ),
+    )

@@ -1,0 +1,73 @@
+"""The collectives that the model uses, differentiable where a gradient passes, alike on gloo and NCCL."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def sum_over(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum of x over a group, without gradient; x itself is left as it is."""
+    total = x.detach().clone()
+    if group.size() > 1:
+        dist.all_reduce(total, group=group)
+    return total
+
+
+def max_over(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The elementwise maximum of x over a group, without gradient."""
+    largest = x.detach().clone()
+    if group.size() > 1:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    return largest
+
+
+def gather_counts(counts: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Stacks every rank's integers: [...] -> [group size, ...]."""
+    gathered = counts.new_empty(group.size() * counts.numel())
+    dist.all_gather_into_tensor(gathered, counts.flatten(), group=group)
+    return gathered.view(group.size(), *counts.shape)
+
+
+class _ExchangeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.send, ctx.receive, ctx.group = send, receive, group
+        out = x.new_empty(sum(receive), *x.shape[1:])
+        dist.all_to_all_single(out, x.contiguous(), receive, send, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return _ExchangeRows.apply(grad, ctx.receive, ctx.send, ctx.group), None, None, None
+
+
+def exchange_rows(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+    """All-to-all of rows with unequal counts; the gradient takes the way back.
+
+    Args:
+        x: [sum(send), ...], the rows for rank 0 first.
+        send, receive: rows to and from each rank of the group.
+    Returns:
+        [sum(receive), ...], the rows from rank 0 first.
+    """
+    return _ExchangeRows.apply(x, send, receive, group)
+
+
+class _AttachLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, loss: Tensor) -> Tensor:
+        ctx.save_for_backward(loss)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (loss,) = ctx.saved_tensors
+        return grad, torch.ones_like(loss)
+
+
+def attach_loss(x: Tensor, loss: Tensor) -> Tensor:
+    """x unchanged, with a scalar loss hung onto it: backward through x also back-propagates 1.0 into the loss.
+
+    So a loss of an early pipeline stage needs no road of its own to the last one.
+    """
+    return _AttachLoss.apply(x, loss)

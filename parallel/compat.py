@@ -1,0 +1,90 @@
+"""Every patch of megatron-core, one function each: the symbol, the versions, the reason.
+
+All of them let megatron-core 0.19 run without CUDA; with a GPU none is applied. `tests/parallel/test_compat.py` holds
+a test for each that fails once upstream no longer needs the patch.
+"""
+
+import contextlib
+import importlib
+import types
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+# megatron-core modules on our path that name the "cuda" device outright (0.19.2).
+CUDA_BOUND_MODULES = (
+    "megatron.core.distributed.distributed_data_parallel",
+    "megatron.core.distributed.param_and_grad_buffer",
+    "megatron.core.optimizer.clip_grads",
+    "megatron.core.optimizer.distrib_optimizer",
+    "megatron.core.optimizer.optimizer",
+    "megatron.core.pipeline_parallel.p2p_communication",
+    "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.tensor_parallel.layers",
+    "megatron.core.tensor_parallel.mappings",
+    "megatron.core.utils",
+)
+
+
+def _on_cpu(factory):
+    def build(*args, **kwargs):
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = "cpu"
+        return factory(*args, **kwargs)
+
+    return build
+
+
+class _Delegate(types.ModuleType):
+    """A module that answers like another one, but for the names set on it."""
+
+    def __init__(self, original: types.ModuleType, **replaced):
+        super().__init__(original.__name__)
+        self.__dict__.update(replaced, _original=original)
+
+    def __getattr__(self, name: str):
+        return getattr(self._original, name)
+
+
+def _torch_on_cpu() -> types.ModuleType:
+    """`torch` as one megatron-core module sees it: the CPU is the current device, and what asks for "cuda" gets it."""
+    cuda = _Delegate(
+        torch.cuda,
+        current_device=lambda: torch.device("cpu"),
+        synchronize=lambda device=None: None,
+        empty_cache=lambda: None,
+        current_stream=lambda: None,
+    )
+    factories = {f.__name__: _on_cpu(f) for f in (torch.empty, torch.ones, torch.tensor, torch.zeros)}
+    return _Delegate(torch, cuda=cuda, **factories)
+
+
+def replace_cuda_device() -> None:
+    """Symbols: `torch` in CUDA_BOUND_MODULES, 0.19.x. Reason: `device="cuda"` and `torch.cuda.current_device()`."""
+    stand_in = _torch_on_cpu()
+    for name in CUDA_BOUND_MODULES:
+        importlib.import_module(name).torch = stand_in
+
+
+class cuda_type_names(TorchFunctionMode):
+    """Symbols: `Tensor.type()` in `DistributedOptimizer` and `clip_grad_by_total_norm_fp32`, 0.19.x.
+
+    Reason: they compare with names such as "torch.cuda.FloatTensor". Inside this context CPU tensors answer so.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+
+def optimizer_context(device: torch.device) -> contextlib.AbstractContextManager:
+    """Where megatron-core's optimizer is built, stepped and saved: see `cuda_type_names`."""
+    return cuda_type_names() if device.type == "cpu" else contextlib.nullcontext()
+
+
+def apply(device: torch.device) -> None:
+    """Applies what this device needs, once per process and before the engine is built."""
+    if device.type == "cpu":
+        replace_cuda_device()

@@ -1,0 +1,133 @@
+"""The megatron-core engine: DDP, distributed optimizer, schedules, gradient clipping behind three calls."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, ParamGroupOverride, ParamKey, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from parallel import compat
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """What the optimizer needs to know; the learning rate comes with each step."""
+
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    clip: float
+
+
+def _finalize(model, num_tokens=None, **kwargs) -> None:
+    """Sums gradients over ranks. Losses are already divided by their global counts, so nothing is divided here."""
+    finalize_model_grads(model, None, **kwargs)
+
+
+class MegatronEngine:
+    """Runs training steps of one pipeline stage's model over megatron-core's process groups.
+
+    Args:
+        network: the stage's module, parameters filled; it must take a micro-batch and have a megatron-core ``config``.
+        decays: whether weight decay applies to a parameter, by name.
+    """
+
+    def __init__(self, network, groups, adamw: AdamW, device: torch.device, decays: Callable[[str], bool]):
+        self.network, self.groups, self.device = network, groups, device
+        config = network.config
+        config.finalize_model_grads_func = _finalize
+        ddp_config = DistributedDataParallelConfig(
+            use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False
+        )
+        layout = DistributedOptimizer.compute_full_param_layout(
+            [parameter for parameter in network.parameters() if parameter.requires_grad],
+            None,
+            groups.intra_dp_cp.size(),
+            ddp_config,
+            expert_data_parallel_world_size=groups.intra_expt_dp.size(),
+        )
+        self.ddp = DistributedDataParallel(
+            config, ddp_config, network, pg_collection=groups, full_param_layout=layout
+        )
+        undecayed = ParamWithNamePredicate(name="undecayed", fn=lambda _, name: not decays(name))
+        with compat.optimizer_context(device):
+            self.optimizer = get_megatron_optimizer(
+                OptimizerConfig(
+                    optimizer="adam",
+                    lr=1.0,
+                    min_lr=0.0,
+                    weight_decay=adamw.weight_decay,
+                    adam_beta1=adamw.betas[0],
+                    adam_beta2=adamw.betas[1],
+                    adam_eps=adamw.eps,
+                    clip_grad=adamw.clip,
+                    bf16=config.bf16,
+                    params_dtype=config.params_dtype,
+                    use_distributed_optimizer=True,
+                ),
+                [self.ddp],
+                config_overrides={ParamKey(with_name_predicate=undecayed): ParamGroupOverride(wd_mult=0.0)},
+                pg_collection=groups,
+                use_gloo_process_groups=False,
+            )
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = adamw.weight_decay * group["wd_mult"]
+        self._schedule = get_forward_backward_func()
+
+    def _run(self, batches: Iterable, count: int, tokens: int, forward_only: bool) -> list:
+        def forward_step(iterator, model):
+            output = model(next(iterator))
+            return output, lambda losses: (losses.total, torch.tensor(1, dtype=torch.int), losses)
+
+        return self._schedule(
+            forward_step_func=forward_step,
+            data_iterator=iter(batches),
+            model=[self.ddp],
+            num_microbatches=count,
+            seq_length=tokens,
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+    def train_step(self, batches: list, tokens: int, lr: float) -> tuple[list, float]:
+        """One optimizer step over this rank's micro-batches of ``tokens`` tokens each.
+
+        Returns:
+            What the network returned for each micro-batch (last pipeline stage only), and the gradient norm before
+            clipping.
+        """
+        self.ddp.train()
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        outputs = self._run(batches, len(batches), tokens, forward_only=False)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        with compat.optimizer_context(self.device):
+            finite, grad_norm, _ = self.optimizer.step()
+        if not finite:
+            raise FloatingPointError("gradients are not finite; the optimizer step was not taken")
+        return outputs, grad_norm
+
+    def evaluate(self, batches: list, tokens: int) -> list:
+        """What the network returns for each micro-batch, without gradients (last pipeline stage only)."""
+        self.ddp.eval()
+        with torch.no_grad():
+            return self._run(batches, len(batches), tokens, forward_only=True)
+
+    def sharded_state_dict(self, is_loading: bool) -> dict:
+        """Model and optimizer as megatron-core's sharded state dict, for saving or as a template for loading."""
+        metadata = {"distrib_optim_sharding_type": "dp_reshardable", "dp_cp_group": self.groups.dp_cp}
+        model = self.network.sharded_state_dict(metadata=metadata)
+        with compat.optimizer_context(self.device):
+            optimizer = self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+        return {"model": model, "optimizer": optimizer}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes what `sharded_state_dict` described and the checkpoint filled."""
+        self.network.load_state_dict(state["model"])
+        with compat.optimizer_context(self.device):
+            self.optimizer.load_state_dict(state["optimizer"])

@@ -1,0 +1,46 @@
+"""Starting and ending the process groups of a job, and the device of this process."""
+
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from parallel import compat
+from parallel.topology import Topology
+
+
+def local_device() -> torch.device:
+    """This process's device: its own GPU when the machine has GPUs, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+def start(device: torch.device, timeout_minutes: float = 30) -> None:
+    """Joins the job's processes (as torchrun names them) over NCCL on GPUs and gloo on CPUs."""
+    compat.apply(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes))
+
+
+def lay_out(topology: Topology) -> ProcessGroupCollection:
+    """Builds megatron-core's process groups for a layout."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=topology.tensor,
+        pipeline_model_parallel_size=topology.pipeline,
+        context_parallel_size=topology.context,
+        expert_model_parallel_size=topology.expert,
+        expert_tensor_parallel_size=1,
+    )
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def stop() -> None:
+    """Leaves the job."""
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
