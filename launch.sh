@@ -81,7 +81,7 @@ find_python() {
     "'uv python install 3.12' or 'conda create -n py312 python=3.12') or name it: PYTHON=/path/to/python3.12"
 }
 
-has_gpu() { nvidia-smi -L 2>/dev/null | grep -q '^GPU'; }
+has_gpu() { [[ $(nvidia-smi -L 2>/dev/null) == GPU* ]]; }
 
 # The state that a complete set-up with the extras "$1" leaves behind.
 state() { printf '%s\n%s %s\n' "$PWD" "$1" "$(cat pyproject.toml constraints.txt | cksum)"; }
