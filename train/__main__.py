@@ -29,6 +29,7 @@ from train.config import (
     load_config,
 )
 from train.settings import ConfigError, from_dict, from_text, hint, settings, takes_text
+from train.trackers import check_login
 
 DEFAULT_RECIPE = "tiny"
 SETTINGS = {setting.path: setting for setting in settings(Config)}
@@ -103,6 +104,7 @@ def train(arguments: list[str]) -> int:
         return run_training(config)
     processes = front.num_processes()
     check(config, processes)
+    check_login(config.wandb)
     front.ensure_corpus(config.data)
     return front.launch(["-m", "train", "train", *arguments], processes)
 

@@ -89,9 +89,8 @@ def record(error: Exception) -> None:
 def launch(command: list[str], processes: int) -> int:
     """Runs ``python COMMAND`` in ``processes`` workers on this machine; returns their exit code.
 
-    SIGINT, SIGTERM and SIGHUP stop the workers in order: they get one signal (SIGINT, or else SIGTERM) and up
-    to GRACE_S seconds; Ctrl-C again kills them at once. The code is then 128 + the signal's number, or 1 if a
-    worker failed.
+    SIGINT, SIGTERM and SIGHUP stop the workers in order: they get one SIGTERM and up to GRACE_S seconds; a
+    second Ctrl-C kills them at once. The code is then 128 + the signal's number, or 1 if a worker failed.
     """
     import torch
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
@@ -136,8 +135,8 @@ class _Stop:
         if self.signal is None:
             self.signal, self.time = signum, time.monotonic()
             print("stopping after this step (Ctrl-C again stops at once, without saving)", file=sys.stderr)
-            passed_on = signal.SIGINT if signum == signal.SIGINT else signal.SIGTERM
-            raise SignalException(f"stopped by signal {signum}", passed_on)
+            # Not SIGINT: a worker that is still importing would print its KeyboardInterrupt.
+            raise SignalException(f"stopped by signal {signum}", signal.SIGTERM)
         if signum == signal.SIGINT and time.monotonic() - self.time > REPEAT_S:
             _kill_workers()
 

@@ -1,0 +1,99 @@
+"""What a run measures: the names, the log that is always written, and the line on the console."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+STEP = "step"
+TOKENS = "tokens"  # trained on since the start of the run
+LOSS = "loss"  # what is minimised: lm_loss + weighted MTP and balance losses
+LM_LOSS = "lm_loss"  # nats a token, next-token prediction
+BALANCE_LOSS = "balance_loss"  # mean over layers; 1.0 is perfectly balanced
+GRAD_NORM = "grad_norm"  # of the whole gradient, before clipping
+LR = "lr"
+TOKENS_PER_SECOND = "tokens_per_second"  # over all processes
+HELDOUT_LM_LOSS = "heldout_lm_loss"
+HELDOUT_BITS_PER_BYTE = "heldout_bits_per_byte"
+HELDOUT_UNIGRAM_ENTROPY = "heldout_unigram_entropy"  # nats a token: the loss of knowing only token frequencies
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def mtp_loss(depth: int) -> str:
+    """Name of the loss of multi-token-prediction step ``depth``, from 1."""
+    return f"mtp_loss/{depth}"
+
+
+def heldout_mtp_loss(depth: int) -> str:
+    """Name of the held-out loss of multi-token-prediction step ``depth``, from 1."""
+    return f"heldout_mtp_loss/{depth}"
+
+
+class MetricsLog:
+    """``metrics.jsonl``: one JSON object a logged step, written through at once.
+
+    Floats keep all their digits: equal files mean bit-identical runs. What is not finite becomes null, because
+    JSON has no word for it.
+    """
+
+    def __init__(self, path: Path, start_step: int) -> None:
+        """Opens the log of a run that goes on after ``start_step``; what lies beyond is cut off."""
+        _cut(path, start_step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({STEP: step, **finite}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The objects of a log, in order; a last line that was torn off by a crash is left out."""
+    whole = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in whole if line.endswith("\n")]
+
+
+def console_line(step: int, steps: int, values: Mapping[str, float], eta_s: float) -> str:
+    """``step  10/300  loss 7.6241  lm_loss 6.9042  lr 1.00e-03  8.1k tokens/s  ETA 1m40s``."""
+    parts = [f"step {step:>{len(str(steps))}}/{steps}"]
+    losses = (LOSS, LM_LOSS, HELDOUT_LM_LOSS, HELDOUT_BITS_PER_BYTE)
+    parts += [f"{name} {values[name]:.4f}" for name in losses if name in values]
+    if LR in values:
+        parts.append(f"{LR} {values[LR]:.2e}")
+    if TOKENS_PER_SECOND in values:
+        parts.append(f"{_short(values[TOKENS_PER_SECOND])} tokens/s")
+    return "  ".join([*parts, f"ETA {duration(eta_s)}"])
+
+
+def duration(seconds: float) -> str:
+    """A time in its two largest units: ``1m40s``, ``3h05m``, ``2d07h``."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d{hours:02}h"
+    if hours:
+        return f"{hours}h{minutes:02}m"
+    return f"{minutes}m{seconds:02}s" if minutes else f"{seconds}s"
+
+
+def _short(number: float) -> str:
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f}{letter}"
+    return f"{number:.0f}"
+
+
+def _cut(path: Path, start_step: int) -> None:
+    """Keeps the whole lines of steps up to ``start_step``."""
+    if not path.exists():
+        return
+    kept = [entry for entry in read_metrics(path) if entry[STEP] <= start_step]
+    draft = path.with_suffix(".draft")
+    draft.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+    os.replace(draft, path)
