@@ -20,8 +20,7 @@ usage: ./launch.sh COMMAND [options] [key=value ...]
 
 examples:
   ./launch.sh train                                    the default recipe, on what this machine has
-  ./launch.sh train run.name=mine run.steps=200 seed=1  settings are key=value; files go to runs/mine
-  ./launch.sh train run.name=mine run.steps=400        the same name again resumes that run
+  ./launch.sh train run.name=mine run.steps=200 seed=1 settings are key=value; the same line again resumes runs/mine
   ./launch.sh train -cn tiny_512e run.steps=5          another recipe, a file of recipes/
   NPROC=4 ./launch.sh train parallel.expert=4          processes on this machine (else every GPU, or 2 on CPU)
   ./launch.sh evaluate run.name=mine
