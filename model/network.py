@@ -49,6 +49,10 @@ class LanguageModel(HybridModel):
         """The mixture-of-experts layers of this stage, the MTP layer's last."""
         return [module for module in self.modules() if isinstance(module, MixtureOfExperts)]
 
+    def take_balance(self) -> Tensor:
+        """This rank's addend of the balance losses of all layers since the last call."""
+        return sum((mixture.router.take_balance() for mixture in self.mixtures()), torch.zeros(()))
+
     def embed(self, tokens_RL: Tensor) -> Tensor:
         """Embeddings of a micro-batch flattened to one row: [R, L] -> [T, 1, H]."""
         embedded = self.embedding.word_embeddings(tokens_RL.reshape(1, -1))

@@ -1,6 +1,6 @@
 """The megatron-core engine: DDP, distributed optimizer, schedules, gradient clipping behind three calls."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,27 @@ class AdamW:
 def _finalize(model, num_tokens=None, **kwargs) -> None:
     """Sums gradients over ranks. Losses are already divided by their global counts, so nothing is divided here."""
     finalize_model_grads(model, None, **kwargs)
+
+
+def run_schedule(model: torch.nn.Module, batches: list, tokens: int, forward_only: bool) -> list:
+    """Runs megatron-core's schedule (plain or pipelined) over micro-batches of ``tokens`` tokens each.
+
+    Returns:
+        What the network returned for each micro-batch, on the last pipeline stage; an empty list elsewhere.
+    """
+
+    def forward_step(iterator, model):
+        return model(next(iterator)), lambda losses: (losses.total, torch.tensor(1, dtype=torch.int), losses)
+
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(batches),
+        model=[model],
+        num_microbatches=len(batches),
+        seq_length=tokens,
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
 
 
 class MegatronEngine:
@@ -76,22 +97,6 @@ class MegatronEngine:
             )
         for group in self.optimizer.param_groups:
             group["weight_decay"] = adamw.weight_decay * group["wd_mult"]
-        self._schedule = get_forward_backward_func()
-
-    def _run(self, batches: Iterable, count: int, tokens: int, forward_only: bool) -> list:
-        def forward_step(iterator, model):
-            output = model(next(iterator))
-            return output, lambda losses: (losses.total, torch.tensor(1, dtype=torch.int), losses)
-
-        return self._schedule(
-            forward_step_func=forward_step,
-            data_iterator=iter(batches),
-            model=[self.ddp],
-            num_microbatches=count,
-            seq_length=tokens,
-            micro_batch_size=1,
-            forward_only=forward_only,
-        )
 
     def train_step(self, batches: list, tokens: int, lr: float) -> tuple[list, float]:
         """One optimizer step over this rank's micro-batches of ``tokens`` tokens each.
@@ -100,10 +105,9 @@ class MegatronEngine:
             What the network returned for each micro-batch (last pipeline stage only), and the gradient norm before
             clipping.
         """
-        self.ddp.train()
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        outputs = self._run(batches, len(batches), tokens, forward_only=False)
+        outputs = run_schedule(self.ddp, batches, tokens, forward_only=False)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         with compat.optimizer_context(self.device):
@@ -111,12 +115,6 @@ class MegatronEngine:
         if not finite:
             raise FloatingPointError("gradients are not finite; the optimizer step was not taken")
         return outputs, grad_norm
-
-    def evaluate(self, batches: list, tokens: int) -> list:
-        """What the network returns for each micro-batch, without gradients (last pipeline stage only)."""
-        self.ddp.eval()
-        with torch.no_grad():
-            return self._run(batches, len(batches), tokens, forward_only=True)
 
     def sharded_state_dict(self, is_loading: bool) -> dict:
         """Model and optimizer as megatron-core's sharded state dict, for saving or as a template for loading."""

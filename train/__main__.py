@@ -28,6 +28,7 @@ from train.config import (
     check_generate,
     load_config,
 )
+from train.runs import require_checkpoint, steps_done
 from train.settings import ConfigError, from_dict, from_text, hint, settings, takes_text
 from train.trackers import check_login
 
@@ -97,13 +98,15 @@ def _hint_known(name: str, known: list[str]) -> str:
 def train(arguments: list[str]) -> int:
     """Trains a recipe, or resumes the run of that name."""
     config = compose(arguments)
-    if front.is_worker():
+    processes = front.world_size() or front.num_processes()
+    done = steps_done(config, check(config, processes))
+    if done >= config.run.steps:
+        print(f"{config.run.path} is finished: {done} of {config.run.steps} steps; more run.steps continue it")
+        return 0
+    if front.world_size():
         from train.loop import run_training
 
-        check(config, front.world_size())
         return run_training(config)
-    processes = front.num_processes()
-    check(config, processes)
     check_login(config.wandb)
     front.ensure_corpus(config.data)
     return front.launch(["-m", "train", "train", *arguments], processes)
@@ -114,12 +117,13 @@ def evaluate(arguments: list[str]) -> int:
     evaluation = from_text(EvaluateConfig, arguments)
     check_evaluate(evaluation)
     config = load_config(evaluation.run)
-    if front.is_worker():
+    require_checkpoint(evaluation.run)
+    processes = front.world_size() or front.num_processes()
+    resolve(config.parallel, config.model, processes)
+    if front.world_size():
         from train.evaluate import run_evaluation
 
         return run_evaluation(evaluation, config)
-    processes = front.num_processes()
-    resolve(config.parallel, config.model, processes)
     front.ensure_corpus(config.data)
     return front.launch(["-m", "train", "evaluate", *arguments], processes)
 
@@ -129,12 +133,13 @@ def generate(arguments: list[str]) -> int:
     generation = from_text(GenerateConfig, arguments)
     check_generate(generation)
     config = load_config(generation.run)
-    if front.is_worker():
+    require_checkpoint(generation.run)
+    processes = front.world_size() or front.num_processes(front.layout_size(config.parallel))
+    resolve(config.parallel, config.model, processes)
+    if front.world_size():
         from train.generate import run_generation
 
         return run_generation(generation, config)
-    processes = front.num_processes(front.layout_size(config.parallel))
-    resolve(config.parallel, config.model, processes)
     front.ensure_corpus(config.data)
     return front.launch(["-m", "train", "generate", *arguments], processes)
 

@@ -175,7 +175,7 @@ def save_config(config: Config) -> Path:
 
 
 def load_config(run: RunReference) -> Config:
-    """The configuration of an existing run, found where the run is now.
+    """The configuration of an existing run, where it is now and on whatever processes it is used with.
 
     Raises:
         ConfigError: no such run, or a configuration that cannot be read.
@@ -189,7 +189,8 @@ def load_config(run: RunReference) -> Config:
         config = from_dict(Config, yaml.safe_load(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, ConfigError) as error:
         raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    return replace(config, run=replace(config.run, name=run.name, dir=run.dir))
+    here = replace(config.run, name=run.name, dir=run.dir)
+    return replace(config, run=here, parallel=replace(config.parallel, world=None))
 
 
 def _check_run(run: RunConfig) -> None:

@@ -28,14 +28,9 @@ WORKER_VARIABLES = {"RANK", "LOCAL_RANK", "WORLD_SIZE"}  # what torchrun gives t
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where torchrun wants a worker to leave its exception
 
 
-def is_worker() -> bool:
-    """Whether this process was started by torchrun: by this front, or by the user's own command."""
-    return os.environ.keys() >= WORKER_VARIABLES
-
-
-def world_size() -> int:
-    """Processes of the whole job, in a worker."""
-    return int(os.environ["WORLD_SIZE"])
+def world_size() -> int | None:
+    """Processes of the whole job in a worker (of this front, or of the user's own torchrun); None in the front."""
+    return int(os.environ["WORLD_SIZE"]) if os.environ.keys() >= WORKER_VARIABLES else None
 
 
 def num_processes(needed: int | None = None) -> int:

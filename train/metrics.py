@@ -16,7 +16,7 @@ LR = "lr"
 TOKENS_PER_SECOND = "tokens_per_second"  # over all processes
 HELDOUT_LM_LOSS = "heldout_lm_loss"
 HELDOUT_BITS_PER_BYTE = "heldout_bits_per_byte"
-HELDOUT_UNIGRAM_ENTROPY = "heldout_unigram_entropy"  # nats a token: the loss of knowing only token frequencies
+HELDOUT_UNIGRAM_ENTROPY = "heldout_unigram_entropy"  # nats a token, of knowing only frequencies
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -34,8 +34,8 @@ def heldout_mtp_loss(depth: int) -> str:
 class MetricsLog:
     """``metrics.jsonl``: one JSON object a logged step, written through at once.
 
-    Floats keep all their digits: equal files mean bit-identical runs. What is not finite becomes null, because
-    JSON has no word for it.
+    Floats keep all their digits: equal files mean bit-identical runs. What is not finite becomes
+    null, as JSON has no word for it.
     """
 
     def __init__(self, path: Path, start_step: int) -> None:

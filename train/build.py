@@ -1,0 +1,106 @@
+"""The assembly: settings become objects here and nowhere else."""
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from data.corpus import Corpus
+from data.prepare import open_corpus
+from model.init import initialise, suspicious
+from model.network import LanguageModel
+from model.stack import hybrid_config
+from parallel import groups as process_groups
+from parallel.engine_megatron import MegatronEngine
+from parallel.topology import Topology, TopologyError, resolve
+from train.config import Config
+from train.optim import adamw, decays
+from train.settings import ConfigError
+
+VOCAB_MULTIPLE = 64
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every command of a run works with, as this process has it."""
+
+    config: Config
+    topology: Topology
+    groups: ProcessGroupCollection
+    device: torch.device
+    corpus: Corpus
+    network: LanguageModel
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process speaks for the job: writes files, prints lines."""
+        return torch.distributed.get_rank() == 0
+
+    @property
+    def microbatch_tokens(self) -> int:
+        """Tokens of one micro-batch."""
+        return self.config.batch.micro * self.config.data.seq_length
+
+    def describe(self) -> list[str]:
+        """Lines for the start of a run: the model as this process holds it."""
+        held = sum(parameter.numel() for parameter in self.network.parameters())
+        return [
+            f"model: {self.network.vocab_size} token vocabulary, {held:,} parameters in this process on {self.device}",
+            f"corpus: {self.corpus.path}, {self.corpus.totals('train').tokens:,} tokens to train on",
+        ]
+
+    def close(self) -> None:
+        """Leaves the job's process group."""
+        process_groups.stop()
+
+
+def padded_vocab(config: Config, corpus: Corpus, topology: Topology) -> int:
+    """Rows of the embedding.
+
+    Raises:
+        ConfigError: fewer rows than the corpus has tokens. TopologyError: rows that tensor parallelism cannot share.
+    """
+    size = config.model.vocab_size
+    if size is None:
+        size = -(-corpus.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    if size < corpus.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={size} is smaller than the corpus's tokenizer ({corpus.vocab_size} tokens): "
+            f"choose at least {corpus.vocab_size}, or null"
+        )
+    if size % topology.tensor:
+        raise TopologyError(f"parallel.tensor={topology.tensor} does not divide the vocabulary of {size} rows")
+    return size
+
+
+def build_job(config: Config) -> Job:
+    """Joins the process group, lays it out, opens the corpus and builds this process's part of the model."""
+    device = process_groups.local_device()
+    process_groups.start(device)
+    topology = resolve(config.parallel, config.model, torch.distributed.get_world_size())
+    groups = process_groups.lay_out(topology)
+    corpus = open_corpus(config.data)
+    mcore_config = hybrid_config(config.model, config.mtp, topology.tensor, topology.pipeline, topology.expert)
+    stage, stages = groups.pp.rank(), groups.pp.size()
+    with torch.device(device):
+        network = LanguageModel(
+            mcore_config,
+            padded_vocab(config, corpus, topology),
+            groups,
+            pre_process=stage == 0,
+            post_process=stage == stages - 1,
+        )
+    return Job(config, topology, groups, device, corpus, network)
+
+
+def build_engine(job: Job) -> MegatronEngine:
+    """Draws the model's parameters and wraps it for training.
+
+    Raises:
+        RuntimeError: parameters with suspicious values after initialisation.
+    """
+    initialise(job.network, job.network.sharded_state_dict(), job.config.seed)
+    found = suspicious(job.network)
+    if found:
+        raise RuntimeError("the initialisation went wrong: " + "; ".join(found))
+    return MegatronEngine(job.network, job.groups, adamw(job.config.optim), job.device, decays)

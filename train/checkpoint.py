@@ -1,0 +1,52 @@
+"""Checkpoints: megatron-core's sharded format in a directory that takes its name only once it is whole."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from megatron.core import dist_checkpointing
+
+from parallel.engine_megatron import MegatronEngine
+from train.build import Job
+from train.runs import STATE_FILE, checkpoint_path, read_state
+from train.settings import ConfigError
+
+
+def save(job: Job, engine: MegatronEngine, step: int, fingerprint: str) -> Path:
+    """Writes the state after ``step`` steps; every rank takes part. The step's old checkpoint, if any, is replaced."""
+    path = checkpoint_path(job.config.run.path, step)
+    partial = path.with_name(path.name + ".partial")
+    if job.is_first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    torch.distributed.barrier()
+    dist_checkpointing.save(engine.sharded_state_dict(is_loading=False), str(partial))
+    torch.distributed.barrier()
+    if job.is_first:
+        state = {"step": step, "fingerprint": fingerprint, "layout": vars(job.topology)}
+        (partial / STATE_FILE).write_text(json.dumps(state) + "\n", encoding="utf-8")
+        shutil.rmtree(path, ignore_errors=True)
+        partial.rename(path)
+    torch.distributed.barrier()
+    return path
+
+
+def load(engine: MegatronEngine, path: Path, fingerprint: str) -> None:
+    """Puts a checkpoint of the same layout into the engine: weights and optimizer.
+
+    Raises:
+        ConfigError: it was trained on another stream of tokens.
+    """
+    if read_state(path)["fingerprint"] != fingerprint:
+        raise ConfigError(
+            f"{path} was trained on another corpus, data.seq_length or seed: set them as before, or choose "
+            f"another run.name"
+        )
+    engine.load_state_dict(dist_checkpointing.load(engine.sharded_state_dict(is_loading=True), str(path)))
+
+
+def load_model(job: Job, path: Path) -> None:
+    """Puts only a checkpoint's weights into the network, on any layout."""
+    template = {"model": job.network.sharded_state_dict()}
+    job.network.load_state_dict(dist_checkpointing.load(template, str(path))["model"])

@@ -1,0 +1,80 @@
+"""Held-out loss: nats a token for each prediction step, bits a byte, beside the entropy of guessing blindly."""
+
+import math
+
+import torch
+
+from data.stream import Batch, TokenStream, heldout_batches
+from model.batch import MicroBatch, count_targets, prediction_valid
+from parallel.engine_megatron import run_schedule
+from train import metrics
+from train.build import Job, build_job
+from train.checkpoint import load_model
+from train.config import Config, EvaluateConfig
+from train.runs import read_state, require_checkpoint
+
+
+def microbatch(job: Job, batch: Batch, counts: torch.Tensor) -> MicroBatch:
+    """A batch of the data pipeline as the network takes it, on this process's device."""
+    return MicroBatch.build(batch.tokens, batch.documents, counts).to(job.device)
+
+
+def unigram_entropy(histogram: torch.Tensor) -> float:
+    """Entropy in nats of tokens counted by id: the loss of a model that knows only how frequent each token is."""
+    share = histogram[histogram > 0].double() / histogram.sum()
+    return float(-(share * share.log()).sum())
+
+
+@torch.no_grad()
+def heldout_metrics(job: Job, max_samples: int) -> dict[str, float]:
+    """Losses over the first ``max_samples`` held-out sequences (spread evenly), the same on every process."""
+    config, steps = job.config, job.config.mtp.steps
+    stream = TokenStream(job.corpus, "heldout", config.data.seq_length, seed=0, shuffle=False)
+    token_bytes = torch.from_numpy(job.corpus.token_bytes).long()
+    histogram = torch.zeros(job.corpus.vocab_size, dtype=torch.int64)
+    sums = torch.zeros(1 + steps, dtype=torch.float64)
+    counts = torch.zeros(1 + steps, dtype=torch.int64)
+    for batch in heldout_batches(stream, config.batch.micro, job.groups.dp.rank(), job.groups.dp.size(), max_samples):
+        valid = prediction_valid(batch.documents, steps)
+        ready = microbatch(job, batch, count_targets(batch.documents, steps).clamp(min=1))
+        outputs = run_schedule(job.network, [ready], job.microbatch_tokens, forward_only=True)
+        for losses in outputs:
+            sums += (losses.tokens_KT.cpu().double() * valid.flatten(1)).sum(dim=1)
+        counts += valid.sum(dim=(1, 2))
+        histogram += torch.bincount(batch.tokens[:, 1:][valid[0]], minlength=len(histogram))
+    # Every pipeline stage has read the same batches; only the last has losses.
+    total = torch.cat([sums, counts.double(), histogram.double()]).to(job.device)
+    torch.distributed.all_reduce(total, group=job.groups.dp)
+    torch.distributed.broadcast(total, group_src=job.groups.pp.size() - 1, group=job.groups.pp)
+    sums, counts, histogram = total.cpu().split([1 + steps, 1 + steps, len(histogram)])
+    losses = (sums / counts.clamp(min=1)).tolist()
+    num_bytes = float((histogram * token_bytes).sum())
+    values = {
+        metrics.HELDOUT_LM_LOSS: losses[0],
+        metrics.HELDOUT_BITS_PER_BYTE: float(sums[0]) / math.log(2) / num_bytes,
+        metrics.HELDOUT_UNIGRAM_ENTROPY: unigram_entropy(histogram),
+    }
+    return values | {metrics.heldout_mtp_loss(step): losses[step] for step in range(1, 1 + steps)}
+
+
+def report(values: dict[str, float]) -> str:
+    """What an evaluation found, in a line or two for a person."""
+    loss, entropy = values[metrics.HELDOUT_LM_LOSS], values[metrics.HELDOUT_UNIGRAM_ENTROPY]
+    text = (
+        f"held-out lm_loss {loss:.4f} nats a token, {entropy - loss:.4f} under the unigram entropy {entropy:.4f}; "
+        f"{values[metrics.HELDOUT_BITS_PER_BYTE]:.4f} bits a byte"
+    )
+    deeper = [f"{name} {value:.4f}" for name, value in values.items() if name.startswith(metrics.heldout_mtp_loss(""))]
+    return "; ".join([text, *deeper])
+
+
+def run_evaluation(evaluation: EvaluateConfig, config: Config) -> int:
+    """The evaluate command, in each of its processes."""
+    path = require_checkpoint(evaluation.run)
+    job = build_job(config)
+    load_model(job, path)
+    values = heldout_metrics(job, evaluation.samples or config.run.eval_samples)
+    if job.is_first:
+        print(f"{config.run.name} after {read_state(path)['step']} steps: {report(values)}", flush=True)
+    job.close()
+    return 0

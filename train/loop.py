@@ -1,0 +1,146 @@
+"""The training loop."""
+
+import signal
+import time
+from collections.abc import Callable
+
+import torch
+
+from data.stream import Batch, Loader, TokenStream
+from model.batch import count_targets
+from model.network import Losses
+from parallel.engine_megatron import MegatronEngine
+from train import checkpoint, metrics
+from train.build import Job, build_engine, build_job
+from train.config import Config, describe, save_config
+from train.evaluate import heldout_metrics, microbatch, report
+from train.runs import last_checkpoint, steps_done
+from train.schedule import learning_rate
+from train.trackers import Tracker, build_trackers
+
+TIME_IS_UP = 1  # a reason to stop, beside the numbers of signals (2 and up)
+
+
+class StopRequest:
+    """Ctrl-C, SIGTERM or the end of run.max_time, agreed on by all processes between two steps."""
+
+    def __init__(self, device: torch.device, max_minutes: float | None) -> None:
+        self._device, self._signal = device, 0
+        self._deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame) -> None:
+        self._signal = number
+
+    def agreed(self) -> int:
+        """0 to go on, else the reason, the same on every process."""
+        late = self._deadline is not None and time.monotonic() > self._deadline
+        reason = torch.tensor(max(self._signal, TIME_IS_UP * late), device=self._device)
+        torch.distributed.all_reduce(reason, op=torch.distributed.ReduceOp.MAX)
+        return int(reason)
+
+
+def train_step(job: Job, engine: MegatronEngine, batches: list[Batch], lr: float) -> tuple[list[Losses], float]:
+    """One optimizer step over this rank's micro-batches; losses and gradient norm.
+
+    Every loss is divided by its number of targets in the whole global batch, which is known before the step, so
+    that unequal documents on ranks and micro-batches weigh each token alike.
+    """
+    counts = sum(count_targets(batch.documents, job.config.mtp.steps) for batch in batches).to(job.device)
+    torch.distributed.all_reduce(counts, group=job.groups.dp)
+    ready = [microbatch(job, batch, counts.cpu()) for batch in batches]
+    return engine.train_step(ready, job.microbatch_tokens, lr)
+
+
+def step_metrics(job: Job, outputs: list[Losses], balance: torch.Tensor) -> dict[str, float]:
+    """The losses of a step over the whole global batch, the same on every process (one reduction)."""
+    config, steps = job.config, job.config.mtp.steps
+    addends = torch.zeros(2 + steps, dtype=torch.float64, device=job.device)
+    if outputs and job.groups.tp.rank() == 0:
+        addends[: 1 + steps] = sum(losses.by_step.double() for losses in outputs)
+    addends[-1] = balance
+    torch.distributed.all_reduce(addends)
+    lm_loss, *mtp_losses, balance_sum = addends.tolist()
+    layers = config.model.layers.count("E") + (steps > 0)
+    loss = lm_loss + config.model.balance_weight * balance_sum
+    if mtp_losses:
+        loss += config.mtp.weight * sum(mtp_losses) / steps
+    values = {metrics.LOSS: loss, metrics.LM_LOSS: lm_loss}
+    values |= {metrics.mtp_loss(step): value for step, value in enumerate(mtp_losses, start=1)}
+    return values | {metrics.BALANCE_LOSS: balance_sum / max(layers, 1)}
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """Whether something done every so many steps, and at the end, is done after this one."""
+    return step == last or (every > 0 and step % every == 0)
+
+
+def fit(
+    job: Job,
+    engine: MegatronEngine,
+    loader: Loader,
+    tracker: Tracker,
+    stop: StopRequest,
+    save: Callable[[int], None],
+) -> tuple[int, int]:
+    """Trains to the end of the run or to a request to stop; returns the steps done and the reason (0: the end)."""
+    run, reason, seconds, rate_steps = job.config.run, 0, 0.0, 0
+    step_tokens = job.config.batch.global_ * job.config.data.seq_length
+    for step in range(loader.step + 1, run.steps + 1):
+        start = time.perf_counter()
+        lr = learning_rate(job.config.optim, step, run.steps)
+        outputs, grad_norm = train_step(job, engine, next(loader), lr)
+        balance = job.network.take_balance()
+        seconds, rate_steps = seconds + time.perf_counter() - start, rate_steps + 1
+
+        values = {}
+        if due(step, run.log_every, run.steps) or step == 1:
+            values = {metrics.TOKENS: step * step_tokens, **step_metrics(job, outputs, balance)}
+            values |= {metrics.GRAD_NORM: grad_norm, metrics.LR: lr}
+            values |= {metrics.TOKENS_PER_SECOND: rate_steps * step_tokens / seconds}
+            seconds, rate_steps = 0.0, 0
+        if due(step, run.eval_every, run.steps):
+            values |= heldout_metrics(job, run.eval_samples)
+        if values:
+            tracker.log(step, values)
+
+        reason = stop.agreed()
+        if reason or due(step, run.save_every, run.steps):
+            save(step)
+        if reason:
+            break
+    if job.is_first and metrics.HELDOUT_LM_LOSS in values:
+        print(report(values), flush=True)
+    return step, reason
+
+
+def run_training(config: Config) -> int:
+    """The train command, in each of its processes; returns the exit code."""
+    job = build_job(config)
+    engine = build_engine(job)
+    stream = TokenStream(job.corpus, "train", config.data.seq_length, config.seed)
+    start = steps_done(config, job.topology)
+    if start:
+        checkpoint.load(engine, last_checkpoint(config.run.path), stream.fingerprint)
+    if job.is_first:
+        save_config(config)
+        print("\n".join([*describe(config, job.topology), *job.describe(), f"starting after step {start}"]), flush=True)
+
+    def save(step: int) -> None:
+        path = checkpoint.save(job, engine, step, stream.fingerprint)
+        if job.is_first:
+            print(f"saved {path}", flush=True)
+
+    stop = StopRequest(job.device, config.run.max_time)
+    tracker = build_trackers(config, torch.distributed.get_rank(), start)
+    batch, data = config.batch, job.groups.dp
+    try:
+        with Loader(stream, batch.global_, batch.micro, data.rank(), data.size(), start) as loader:
+            step, reason = fit(job, engine, loader, tracker, stop, save)
+    finally:
+        tracker.close()
+    job.close()
+    if reason and job.is_first:
+        print(f"stopped after step {step} of {config.run.steps}: the same command goes on from here", flush=True)
+    return 128 + reason if reason > TIME_IS_UP else 0

@@ -1,0 +1,17 @@
+"""Which parameters are decayed, and what the engine's optimizer is given."""
+
+from parallel.engine_megatron import AdamW
+from train.config import OptimConfig
+
+# Decay rates and time steps are no weights: pulling them to zero would mean a memory of a fixed length.
+UNDECAYED = ("A_log", "dt_bias", "bias")
+
+
+def decays(name: str) -> bool:
+    """Whether weight decay applies to a parameter: to all, norm weights included, but for `UNDECAYED`."""
+    return name.rsplit(".", 1)[-1] not in UNDECAYED
+
+
+def adamw(optim: OptimConfig) -> AdamW:
+    """The optimizer's settings as an engine takes them."""
+    return AdamW(betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, clip=optim.clip)

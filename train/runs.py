@@ -1,0 +1,83 @@
+"""The directory of a run, and what may be trained into it again. Reads files only: no torch, no processes.
+
+runs/NAME/config.yaml                     the resolved settings
+runs/NAME/metrics.jsonl                   one object a logged step
+runs/NAME/checkpoints/step_NNNNNNNN/      a complete checkpoint; *.partial is one being written
+runs/NAME/wandb/                          Weights & Biases files
+"""
+
+import json
+from pathlib import Path
+
+from parallel.topology import Topology
+from train.config import CONFIG_FILE, Config, RunReference, load_config
+from train.settings import ConfigError, leaves, to_dict
+
+STATE_FILE = "state.json"
+# What a resumed run may not change: the checkpoint or the meaning of its step depends on it.
+FIXED = ("seed", "data.seq_length", "batch.global", "model.", "mtp.")
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    """Where the checkpoint after ``step`` steps lies."""
+    return run / "checkpoints" / f"step_{step:08d}"
+
+
+def last_checkpoint(run: Path) -> Path | None:
+    """The newest complete checkpoint of a run."""
+    return max((path.parent for path in run.glob(f"checkpoints/step_*[0-9]/{STATE_FILE}")), default=None)
+
+
+def read_state(checkpoint: Path) -> dict:
+    """What a checkpoint says of itself: its step, the fingerprint of its data and its layout.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{checkpoint / STATE_FILE} cannot be read ({error}): delete that checkpoint") from error
+
+
+def require_checkpoint(run: RunReference) -> Path:
+    """The newest checkpoint of a run that must have one.
+
+    Raises:
+        ConfigError: there is none yet.
+    """
+    path = last_checkpoint(run.path)
+    if path is None:
+        raise ConfigError(f"run.name={run.name} has no checkpoint yet: let it train to its end, or set run.save_every")
+    return path
+
+
+def steps_done(config: Config, topology: Topology) -> int:
+    """Steps that the run has behind it: 0 for a new one.
+
+    Raises:
+        ConfigError: the run cannot go on with these settings or on this layout.
+    """
+    path = last_checkpoint(config.run.path)
+    if path is None:
+        return 0
+    state = read_state(path)
+    name = config.run.name
+    if (config.run.path / CONFIG_FILE).is_file():
+        before = dict(leaves(to_dict(load_config(RunReference(name, config.run.dir)))))
+        changed = [
+            f"{key}={value} (was {before.get(key)})"
+            for key, value in leaves(to_dict(config))
+            if key.startswith(FIXED) and before.get(key) != value
+        ]
+        if changed:
+            raise ConfigError(
+                f"run.name={name} exists and cannot go on with {', '.join(changed)}: choose another run.name, or "
+                f"set these as before"
+            )
+    if state["layout"] != vars(topology):
+        sizes = ", ".join(f"{k} {v} (was {state['layout'][k]})" for k, v in vars(topology).items() if state["layout"][k] != v)
+        raise ConfigError(
+            f"run.name={name} was trained on another layout: {sizes}: resume it as before, or choose another run.name"
+        )
+    return state["step"]
