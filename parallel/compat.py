@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 # megatron-core modules on our path that name the "cuda" device outright (0.19.2).
 CUDA_BOUND_MODULES = (
     "megatron.core.dist_checkpointing.strategies.filesystem_async",
+    "megatron.core.dist_checkpointing.strategies.state_dict_saver",
     "megatron.core.distributed.distributed_data_parallel",
     "megatron.core.distributed.param_and_grad_buffer",
     "megatron.core.optimizer.clip_grads",
