@@ -22,14 +22,18 @@ from data.shards import Shard
 # A sample rarely spans more than two shards; the others serve the next samples of the other microbatches.
 OPEN_SHARDS = 4
 PREFETCH_STEPS = 2
+# Samples are dealt out at random within windows of this many, so that a batch is not a few long documents in a
+# row; a window spans few shards, so that reading stays local.
+WINDOW_SAMPLES = 4096
 # Part of the fingerprint: raise it when the order of samples changes, so that no run resumes in another one.
-ORDER_VERSION = 1
+ORDER_VERSION = 2
 
 
 class TokenStream:
     """The endless stream of samples of one split, epoch after epoch.
 
-    With `shuffle` each epoch has an order of its own: of the shards, and of the documents within each shard.
+    With `shuffle` each epoch has an order of its own: of the shards, of the documents within each shard, and of
+    the samples within each window of WINDOW_SAMPLES.
     Not for two threads at a time. CorpusError where the split does not fill a single sample.
     """
 
@@ -52,6 +56,7 @@ class TokenStream:
         self._open_shard = lru_cache(OPEN_SHARDS)(self._read_shard)
         self._document_layout = lru_cache(OPEN_SHARDS)(self._lay_out_documents)
         self._shard_layout = lru_cache(2)(self._lay_out_shards)
+        self._window_order = lru_cache(2)(self._order_window)
 
     @property
     def fingerprint(self) -> str:
@@ -62,6 +67,9 @@ class TokenStream:
     def sample(self, index: int) -> Sample:
         """Sample `index` >= 0 counted over all epochs; opens at most the shards that it overlaps."""
         epoch, position = divmod(index, self.samples_per_epoch)
+        if self.shuffle:
+            window, place = divmod(position, WINDOW_SAMPLES)
+            position = window * WINDOW_SAMPLES + int(self._window_order(epoch, window)[place])
         shards, ends = self._shard_layout(epoch)
         pieces: list[np.ndarray] = []
         for item, start, stop in overlaps(ends, *sample_span(position, self.seq_length)):
@@ -76,6 +84,10 @@ class TokenStream:
 
     def _read_shard(self, shard_index: int) -> Shard:
         return self.corpus.shard(self.split, shard_index)
+
+    def _order_window(self, epoch: int, window: int) -> np.ndarray:
+        size = min(WINDOW_SAMPLES, self.samples_per_epoch - window * WINDOW_SAMPLES)
+        return permutation(size, self.seed, epoch, 0, 1 + window)
 
     def _lay_out_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         return self._lay_out(self._shard_tokens, epoch, 0)
@@ -160,9 +172,7 @@ class Loader:
         if self._stop.is_set():
             raise StopIteration
         if self._thread is None:
-            self._thread = threading.Thread(
-                target=self._read_ahead, args=(self.step,), name="loader", daemon=True
-            )
+            self._thread = threading.Thread(target=self._read_ahead, args=(self.step,), name="loader", daemon=True)
             self._thread.start()
         item = self._queue.get()
         if isinstance(item, Exception):

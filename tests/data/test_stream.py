@@ -48,7 +48,19 @@ def assert_equal_batches(left: list[Batch], right: list[Batch]) -> None:
         assert torch.equal(one.documents, other.documents)
 
 
-def test_an_epoch_holds_every_document_once(stream: TokenStream) -> None:
+def test_a_window_deals_out_its_samples_in_another_order(stream: TokenStream, monkeypatch) -> None:
+    monkeypatch.setattr("data.stream.WINDOW_SAMPLES", 8)
+    assert stream.samples_per_epoch > 16
+    dealt = [stream.sample(index).tokens.tolist() for index in range(stream.samples_per_epoch)]
+    monkeypatch.setattr("data.stream.WINDOW_SAMPLES", 1)
+    in_order = [stream.sample(index).tokens.tolist() for index in range(stream.samples_per_epoch)]
+    assert dealt != in_order
+    for first in range(0, len(dealt), 8):
+        assert sorted(dealt[first : first + 8]) == sorted(in_order[first : first + 8])
+
+
+def test_an_epoch_holds_every_document_once(stream: TokenStream, monkeypatch) -> None:
+    monkeypatch.setattr("data.stream.WINDOW_SAMPLES", 1)  # samples in the order of their tokens
     assert stream.corpus.num_shards("train") > 3
     for epoch in (0, 1):
         tokens = epoch_tokens(stream, epoch)
@@ -80,6 +92,12 @@ def test_each_epoch_and_seed_has_an_order_of_its_own(corpus: Corpus, stream: Tok
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, second)
     assert not np.array_equal(first, other_seed)
+
+
+def test_documents_of_one_shard_come_in_another_order_each_epoch(make_corpus: Callable[..., Corpus]) -> None:
+    stream = TokenStream(make_corpus("one-shard", shard_tokens=10**6), "train", SEQ, seed=5)
+    assert stream.corpus.num_shards("train") == 1
+    assert not np.array_equal(epoch_tokens(stream, 0), epoch_tokens(stream, 1))
 
 
 def test_shards_too_come_in_another_order_each_epoch(stream: TokenStream) -> None:
@@ -122,9 +140,7 @@ def test_fingerprint_tells_streams_apart(make_corpus: Callable[..., Corpus], cor
         for shuffle in (True, False)
     }
     assert len(fingerprints) == 32
-    assert (
-        TokenStream(corpus, "train", SEQ, 0).fingerprint == TokenStream(corpus, "train", SEQ, 0).fingerprint
-    )
+    assert TokenStream(corpus, "train", SEQ, 0).fingerprint == TokenStream(corpus, "train", SEQ, 0).fingerprint
 
 
 @pytest.mark.parametrize("step", [0, 3, 40])
@@ -191,18 +207,17 @@ def test_reading_error_reaches_the_consumer(corpus: Corpus) -> None:
     for shard in corpus.path.glob("train-*.parquet"):
         shard.write_bytes(b"x" * shard.stat().st_size)
     before = set(threading.enumerate())
-    with (
-        Loader(TokenStream(corpus, "train", SEQ, 0), 4, 2, rank=0, world=1) as loader,
-        pytest.raises(CorpusError, match=r"train-\d+\.parquet is corrupt"),
-    ):
-        next(loader)
+    with Loader(TokenStream(corpus, "train", SEQ, 0), 4, 2, rank=0, world=1) as loader:
+        with pytest.raises(CorpusError, match=r"train-\d+\.parquet is corrupt"):
+            next(loader)
+        # Asking again must not wait for a thread that is gone.
+        with pytest.raises(StopIteration):
+            next(loader)
     assert set(threading.enumerate()) == before
 
 
 @pytest.mark.parametrize(("global_batch", "micro", "world"), [(6, 4, 1), (8, 4, 4), (0, 1, 1), (4, 0, 1)])
-def test_batch_that_does_not_divide_is_refused(
-    stream: TokenStream, global_batch: int, micro: int, world: int
-) -> None:
+def test_batch_that_does_not_divide_is_refused(stream: TokenStream, global_batch: int, micro: int, world: int) -> None:
     with pytest.raises(CorpusError, match=rf"batch\.global={global_batch} .* batch\.micro={micro}"):
         Loader(stream, global_batch, micro, 0, world)
 
@@ -221,9 +236,7 @@ def test_negative_seed_is_refused(corpus: Corpus) -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("max_samples", [None, 1, 7, 10_000])
-def test_held_out_pass_gives_each_sample_to_one_rank(
-    corpus: Corpus, world: int, max_samples: int | None
-) -> None:
+def test_held_out_pass_gives_each_sample_to_one_rank(corpus: Corpus, world: int, max_samples: int | None) -> None:
     stream = TokenStream(corpus, "heldout", SEQ, 0, shuffle=False)
     total = stream.samples_per_epoch
     count = total if max_samples is None else min(total, max_samples)
@@ -239,9 +252,7 @@ def test_held_out_pass_gives_each_sample_to_one_rank(
     assert (documents[count:] == -1).all()
 
 
-def test_fewer_held_out_samples_are_spread_over_the_split(
-    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fewer_held_out_samples_are_spread_over_the_split(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = TokenStream(corpus, "heldout", SEQ, 0, shuffle=False)
     read: list[int] = []
     sample = TokenStream.sample
