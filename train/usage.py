@@ -1,5 +1,6 @@
 """The help texts, made from the settings themselves and from the files in recipes/."""
 
+import textwrap
 from functools import cache
 from itertools import groupby
 from pathlib import Path
@@ -9,6 +10,7 @@ from train.config import Config, EvaluateConfig, GenerateConfig
 from train.settings import MISSING, Setting, settings
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+COLUMNS = 118
 FOUNDATION = "base"  # what every recipe starts from; not a recipe itself
 
 SUMMARIES = {
@@ -65,9 +67,12 @@ def command_help(command: str) -> str:
     lines += [f"  ./launch.sh {example:<{width}}  {text}" for example, text in EXAMPLES[command]]
     if command == "train":
         lines += ["", "recipes (-cn), files of recipes/:"]
-        lines += [f"  {recipe:<20}  {_first_comment(RECIPES / f'{recipe}.yaml')}" for recipe in recipes()]
+        width = max(map(len, recipes()))
+        for recipe in recipes():
+            lines += _entry(recipe, _first_comment(RECIPES / f"{recipe}.yaml"), width)
         lines += ["", "groups (GROUP=CHOICE swaps a section; a recipe has chosen them):"]
-        lines += [f"  {group:<20}  {', '.join(choices)}" for group, choices in groups().items()]
+        for group, choices in groups().items():
+            lines += _entry(group, ", ".join(choices), width)
     if command != "prepare":
         lines += ["", "NPROC=n sets the processes on this machine; else one a GPU, or 2 on CPU; generate: 1."]
     where = ", used where the recipe says nothing" if command == "train" else ""
@@ -81,8 +86,15 @@ def _settings(cls: type) -> list[str]:
     lines = []
     for _, section in groupby(listed, key=lambda setting: setting.path.rpartition(".")[0]):
         lines += [""] if lines else []
-        lines += [f"  {f'{setting.path}={_shown(setting)}':<{width}}  {setting.help}" for setting in section]
+        for setting in section:
+            lines += _entry(f"{setting.path}={_shown(setting)}", setting.help, width)
     return lines
+
+
+def _entry(left: str, text: str, width: int) -> list[str]:
+    """A line of a two-column list; text that is too long goes on below itself."""
+    first, *rest = textwrap.wrap(text, COLUMNS - width - 4)
+    return [f"  {left:<{width}}  {first}", *(" " * (width + 4) + line for line in rest)]
 
 
 def _shown(setting: Setting) -> str:
@@ -97,4 +109,4 @@ def _shown(setting: Setting) -> str:
 
 def _first_comment(path: Path) -> str:
     first = path.read_text(encoding="utf-8").partition("\n")[0]
-    return first.removeprefix("#").strip() if first.startswith("#") else ""
+    return first.removeprefix("#").strip() if first.startswith("#") else "(it says nothing of itself)"

@@ -1,0 +1,83 @@
+"""Every recipe composes, fits its machines and stays short; the large one has its model's published numbers."""
+
+from pathlib import Path
+
+import pytest
+
+from model.config import check_model
+from parallel.topology import microbatches, resolve
+from train import usage
+from train.__main__ import compose
+from train.config import Config
+
+# Arguments that a recipe cannot do without, and the processes that it is made for.
+NEEDS = {"qwen3_next_80b_a3b": (["data.corpus=corpora/mine"], 64)}
+RECIPE_FILES = sorted(usage.RECIPES.rglob("*.yaml"))
+
+
+def composed(recipe: str) -> tuple[Config, int]:
+    arguments, processes = NEEDS.get(recipe, ([], 2))
+    return compose(["-cn", recipe, *arguments]), processes
+
+
+@pytest.mark.parametrize("recipe", usage.recipes())
+def test_a_recipe_composes_and_fits_its_processes(recipe):
+    config, processes = composed(recipe)
+    assert config.run.name == recipe
+    check_model(config.model, config.mtp)
+    topology = resolve(config.parallel, config.model, processes)
+    assert topology.expert == processes
+    assert microbatches(topology, config.batch.global_, config.batch.micro) >= 1
+    assert config.optim.warmup_steps < config.run.steps
+
+
+@pytest.mark.parametrize("path", RECIPE_FILES, ids=lambda path: path.relative_to(usage.RECIPES).as_posix())
+def test_a_recipe_file_is_short_and_says_what_it_is(path: Path):
+    lines = path.read_text().splitlines()
+    assert len(lines) <= 40
+    assert lines[0].startswith("# ")
+
+
+@pytest.mark.parametrize("choice", [f"{group}={name}" for group, names in usage.groups().items() for name in names])
+def test_every_choice_of_a_group_composes(choice):
+    assert compose([choice, "data.corpus=embedded"]).run.name == "tiny"
+
+
+def test_the_default_is_tiny():
+    config = compose([])
+    assert config == compose(["-cn", "tiny"])
+    assert (config.model.layers, config.model.experts, config.model.experts_per_token) == ("GEGEGE*E", 16, 4)
+    # What a serving engine's CPU kernels need of the tiny model.
+    assert config.model.head_dim >= 32
+    assert (config.model.linear_key_dim, config.model.linear_value_dim) == (64, 64)
+
+
+def test_tiny_512e_is_tiny_with_qwen3_nexts_experts():
+    model, tiny = compose(["-cn", "tiny_512e"]).model, compose([]).model
+    assert (model.experts, model.experts_per_token) == (512, 10)
+    assert (model.pattern, model.hidden_size, model.head_dim) == (tiny.pattern, tiny.hidden_size, tiny.head_dim)
+
+
+def test_qwen3_next_80b_a3b_has_the_published_numbers():
+    """config.json of Qwen3-Next-80B-A3B; a block there is a token mixer and a mixture of experts: two layers here."""
+    config, _ = composed("qwen3_next_80b_a3b")
+    model = config.model
+    assert model.layers == "GEGEGE*E" * 12  # 48 blocks, every 4th with full attention
+    assert (model.hidden_size, model.vocab_size) == (2048, 151936)
+    assert (model.attention_heads, model.key_value_heads, model.head_dim) == (16, 2, 256)
+    assert (model.rotary_fraction, model.rope_base) == (0.25, 1e7)
+    assert (model.linear_key_heads, model.linear_value_heads) == (16, 32)
+    assert (model.linear_key_dim, model.linear_value_dim, model.conv_kernel) == (128, 128, 4)
+    assert (model.experts, model.experts_per_token, model.expert_size) == (512, 10, 512)
+    assert model.shared_expert_size == 512
+    assert (model.norm_eps, model.init_std, model.balance_weight) == (1e-6, 0.02, 1e-3)
+    assert model.dtype == "bfloat16"
+    assert config.mtp.steps == 1
+    assert config.parallel.expert == 64
+    assert config.data.seq_length == 4096
+
+
+def test_qwen3_next_80b_a3b_trains_15_trillion_tokens():
+    config, _ = composed("qwen3_next_80b_a3b")
+    tokens = config.run.steps * config.batch.global_ * config.data.seq_length
+    assert 15e12 <= tokens < 15e12 + config.batch.global_ * config.data.seq_length

@@ -1,0 +1,109 @@
+"""Who hears of the metrics, and what Weights & Biases may and may not do."""
+
+import psutil
+import pytest
+import wandb
+
+from train.config import Config
+from train.metrics import read_metrics
+from train.settings import ConfigError, from_dict
+from train.trackers import ConsoleTracker, NullTracker, WandbTracker, build_trackers, check_login
+
+
+@pytest.fixture
+def config(tmp_path):
+    config = from_dict(Config, {"run": {"name": "one", "dir": str(tmp_path), "steps": 100}})
+    config.run.path.mkdir()
+    return config
+
+
+@pytest.fixture
+def logged_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "settings"))
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    wandb.teardown()  # forgets a login of this process
+    yield
+    wandb.teardown()
+
+
+def with_mode(config: Config, mode: str) -> Config:
+    return from_dict(Config, {"run": {"name": "one", "dir": config.run.dir}, "wandb": {"mode": mode}})
+
+
+def test_only_rank_zero_says_anything(config, capsys):
+    tracker = build_trackers(config, rank=1, start_step=0)
+    tracker.log(1, {"loss": 1.0})
+    tracker.close()
+    assert isinstance(tracker, NullTracker)
+    assert capsys.readouterr().out == "" and not list(config.run.path.iterdir())
+
+
+def test_rank_zero_writes_the_log_the_console_and_wandb_offline(config, capsys):
+    tracker = build_trackers(config, rank=0, start_step=0)
+    tracker.log(10, {"loss": 1.5})
+    tracker.close()
+    captured = capsys.readouterr()
+    assert captured.out.startswith("step  10/100  loss 1.5000  ETA ")
+    assert captured.out.count("\n") == 1 and captured.err == ""
+    assert read_metrics(config.run.path / "metrics.jsonl") == [{"step": 10, "loss": 1.5}]
+    assert len(list(config.run.path.glob("wandb/offline-run-*/*.wandb"))) == 1
+
+
+def test_a_resumed_run_is_one_run_at_wandb(config):
+    for step in (1, 2):
+        tracker = WandbTracker(config)
+        tracker.log(step, {"loss": 1.0})
+        tracker.close()
+    ids = {path.stem for path in config.run.path.glob("wandb/offline-run-*/*.wandb")}
+    assert ids == {"run-" + (config.run.path / "wandb" / "run_id.txt").read_text()}
+
+
+def test_disabled_leaves_no_trace_of_wandb(config, capsys):
+    tracker = build_trackers(with_mode(config, "disabled"), rank=0, start_step=0)
+    tracker.log(10, {"loss": 1.5})
+    tracker.close()
+    assert [path.name for path in config.run.path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_online_without_a_login_is_refused(config, logged_out):
+    online = with_mode(config, "online")
+    with pytest.raises(ConfigError, match=r"wandb\.mode=online cannot start .*wandb login.*offline"):
+        check_login(online.wandb)
+    with pytest.raises(ConfigError, match=r"wandb\.mode=online cannot start"):
+        build_trackers(online, rank=0, start_step=0)
+    check_login(config.wandb)  # offline needs no login
+
+
+def test_offline_wandb_that_cannot_start_does_not_stop_the_run(config, capsys):
+    bad = from_dict(Config, {"run": {"name": "one", "dir": config.run.dir}, "wandb": {"project": "a/b"}})
+    tracker = build_trackers(bad, rank=0, start_step=0)
+    tracker.log(1, {"loss": 1.0})
+    tracker.close()
+    captured = capsys.readouterr()
+    assert captured.err.startswith("warning: no W&B from here on (") and captured.err.count("\n") == 1
+    assert read_metrics(config.run.path / "metrics.jsonl") == [{"step": 1, "loss": 1.0}]
+
+
+def test_wandb_that_breaks_on_the_way_does_not_stop_the_run(config, capsys):
+    tracker = WandbTracker(config)
+    tracker.log(1, {"loss": 1.0})
+    background = [child for child in psutil.Process().children(recursive=True) if "wandb-core" in child.name()]
+    assert background
+    for child in background:
+        child.kill()
+    psutil.wait_procs(background, timeout=10)
+    for step in range(2, 1000):
+        tracker.log(step, {"loss": 1.0})
+    tracker.close()
+    assert capsys.readouterr().err.count("warning: no W&B from here on") == 1
+    with pytest.raises(ConnectionError):  # proof that it is really gone; it would complain when this process ends
+        wandb.teardown()
+
+
+def test_the_console_extrapolates_the_mean_speed(capsys):
+    times = iter([100.0, 120.0])
+    tracker = ConsoleTracker(start_step=50, steps=100, clock=lambda: next(times))
+    tracker.log(60, {"loss": 1.0})  # 10 steps in 20 s: 40 more take 80 s
+    assert capsys.readouterr().out == "step  60/100  loss 1.0000  ETA 1m20s\n"
