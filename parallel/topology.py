@@ -112,9 +112,10 @@ def microbatches(topology: Topology, global_batch: int, micro_batch: int) -> int
     each = micro_batch * topology.data
     if global_batch % each:
         valid = max(each, round(global_batch / each) * each)
+        share, rest = divmod(global_batch, topology.data)
+        smaller = "" if rest else f", a batch.micro that divides {share}"
         raise TopologyError(
-            f"batch.global={global_batch} is not a multiple of batch.micro={micro_batch} x {topology.data} data-parallel "
-            f"processes = {each}: choose batch.global={valid}, a batch.micro that divides "
-            f"{global_batch // topology.data or 1}, or fewer processes (NPROC)"
+            f"batch.global={global_batch} is not a multiple of batch.micro={micro_batch} x {topology.data} "
+            f"data-parallel processes = {each}: choose batch.global={valid}{smaller}, or fewer processes (NPROC)"
         )
     return global_batch // each
