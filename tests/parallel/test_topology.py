@@ -1,0 +1,188 @@
+"""Layouts of processes: every refusal names the sizes that clash and the nearest valid values."""
+
+import itertools
+import re
+
+import pytest
+
+from model.config import ModelConfig
+from parallel.topology import (
+    ParallelConfig,
+    Topology,
+    TopologyError,
+    divisors,
+    microbatches,
+    nearest_divisors,
+    resolve,
+)
+
+# 4 attention heads over 2 key/value heads, 2 linear key heads, 16 experts, one pipeline stage.
+MODEL = ModelConfig()
+
+
+def test_divisors():
+    assert divisors(1) == [1]
+    assert divisors(12) == [1, 2, 3, 4, 6, 12]
+    assert divisors(13) == [1, 13]
+
+
+@pytest.mark.parametrize(
+    ("number", "wanted", "text"),
+    [(16, 3, "1 or 2 or 4"), (512, 48, "16 or 32 or 64"), (7, 3, "1 or 7"), (12, 100, "4 or 6 or 12"), (1, 5, "1")],
+)
+def test_nearest_divisors(number: int, wanted: int, text: str):
+    assert nearest_divisors(number, wanted) == text
+
+
+@pytest.mark.parametrize(
+    ("world", "parallel", "expected"),
+    [
+        (1, ParallelConfig(), Topology(1, 1, 1, 1, 1, 1)),
+        (2, ParallelConfig(), Topology(2, 1, 1, 1, 2, 2)),
+        (2, ParallelConfig(expert=1), Topology(2, 1, 1, 1, 1, 2)),
+        (8, ParallelConfig(tensor=2), Topology(8, 2, 1, 1, 4, 4)),
+        (8, ParallelConfig(tensor=2, expert=2, world=8), Topology(8, 2, 1, 1, 2, 4)),
+        # The largest size that divides 16 experts and 12 or 32 processes.
+        (12, ParallelConfig(), Topology(12, 1, 1, 1, 4, 12)),
+        (32, ParallelConfig(), Topology(32, 1, 1, 1, 16, 32)),
+        (7, ParallelConfig(), Topology(7, 1, 1, 1, 1, 7)),
+    ],
+)
+def test_layout(world: int, parallel: ParallelConfig, expected: Topology):
+    assert resolve(parallel, MODEL, world) == expected
+
+
+def test_layout_of_a_pipeline():
+    model = ModelConfig(pattern="GE*E|", repeats=2)
+    assert resolve(ParallelConfig(tensor=2, pipeline=2), model, 8) == Topology(8, 2, 2, 1, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("world", "parallel", "model", "message"),
+    [
+        (
+            2,
+            ParallelConfig(world=4),
+            MODEL,
+            "parallel.world=4 but 2 processes are started: start 4 (NPROC=4) or drop parallel.world",
+        ),
+        (2, ParallelConfig(context=2), MODEL, "parallel.context=2 is not supported yet: choose 1"),
+        (1, ParallelConfig(tensor=0), MODEL, "parallel.tensor=0 must be at least 1"),
+        (1, ParallelConfig(pipeline=-1), MODEL, "parallel.pipeline=-1 must be at least 1"),
+        (
+            7,
+            ParallelConfig(tensor=2),
+            MODEL,
+            "7 processes cannot be laid out as parallel.tensor=2 x parallel.pipeline=1 x parallel.context=1 = 2 each: "
+            "start a multiple of 2 (NPROC=6)",
+        ),
+        (
+            2,
+            ParallelConfig(tensor=2, pipeline=2),
+            MODEL,
+            "2 processes cannot be laid out as parallel.tensor=2 x parallel.pipeline=2 x parallel.context=1 = 4 each: "
+            "start a multiple of 4 (NPROC=4)",
+        ),
+        (
+            3,
+            ParallelConfig(tensor=3),
+            MODEL,
+            "parallel.tensor=3 does not divide model.attention_heads=4: choose 1 or 2 or 4",
+        ),
+        (
+            4,
+            ParallelConfig(tensor=4),
+            MODEL,
+            "parallel.tensor=4 does not divide model.key_value_heads=2: choose 1 or 2",
+        ),
+        (
+            4,
+            ParallelConfig(tensor=4),
+            ModelConfig(key_value_heads=4),
+            "parallel.tensor=4 does not divide model.linear_key_heads=2: choose 1 or 2",
+        ),
+        (
+            2,
+            ParallelConfig(pipeline=2),
+            MODEL,
+            "parallel.pipeline=2 but model.pattern='GEGEGE*E' x 1 has 1 stage: put 1 '|' into the pattern or choose "
+            "parallel.pipeline=1",
+        ),
+        (
+            1,
+            ParallelConfig(),
+            ModelConfig(pattern="GE|GE|*E"),
+            "parallel.pipeline=1 but model.pattern='GE|GE|*E' x 1 has 3 stages: put 0 '|' into the pattern or choose "
+            "parallel.pipeline=3",
+        ),
+        (
+            3,
+            ParallelConfig(expert=3),
+            MODEL,
+            "parallel.expert=3 does not divide model.experts=16: choose 1 or 2 or 4",
+        ),
+        (1, ParallelConfig(expert=0), MODEL, "parallel.expert=0 does not divide model.experts=16: choose 1 or 2 or 4"),
+        (
+            2,
+            ParallelConfig(expert=4),
+            MODEL,
+            "parallel.expert=4 does not divide the data-parallel processes=2: choose 1 or 2",
+        ),
+        (
+            2,
+            ParallelConfig(expert="all"),
+            MODEL,
+            "parallel.expert='all' is not known: choose a number of processes or auto",
+        ),
+    ],
+)
+def test_refusals_name_sizes_and_nearest_valid_values(world, parallel, model, message):
+    with pytest.raises(TopologyError) as refusal:
+        resolve(parallel, model, world)
+    assert str(refusal.value) == message
+
+
+def test_microbatches():
+    topology = Topology(8, 2, 1, 1, 2, 4)
+    assert microbatches(topology, global_batch=16, micro_batch=4) == 1
+    assert microbatches(topology, global_batch=48, micro_batch=2) == 6
+
+
+@pytest.mark.parametrize(
+    ("global_batch", "micro_batch", "message"),
+    [
+        (0, 1, "batch.global=0 and batch.micro=1 must be at least 1"),
+        (4, 0, "batch.global=4 and batch.micro=0 must be at least 1"),
+        (
+            12,
+            2,
+            "batch.global=12 is not a multiple of batch.micro=2 x 4 data-parallel processes = 8: choose "
+            "batch.global=16, a batch.micro that divides 3, or fewer processes (NPROC)",
+        ),
+        (
+            2,
+            1,
+            "batch.global=2 is not a multiple of batch.micro=1 x 4 data-parallel processes = 4: choose batch.global=4, "
+            "or fewer processes (NPROC)",
+        ),
+    ],
+)
+def test_batches_that_cannot_be_divided(global_batch: int, micro_batch: int, message: str):
+    with pytest.raises(TopologyError) as refusal:
+        microbatches(Topology(8, 2, 1, 1, 2, 4), global_batch, micro_batch)
+    assert str(refusal.value) == message
+
+
+def test_the_proposed_batches_are_valid():
+    refused = 0
+    for world, global_batch, micro_batch in itertools.product(range(1, 7), range(1, 25), range(1, 9)):
+        topology = resolve(ParallelConfig(expert=1), MODEL, world)
+        try:
+            microbatches(topology, global_batch, micro_batch)
+        except TopologyError as refusal:
+            refused += 1
+            proposed = {key: int(value) for key, value in re.findall(r"(global=|divides )(\d+)", str(refusal))}
+            assert microbatches(topology, proposed["global="], micro_batch) >= 1
+            for smaller in divisors(proposed["divides "]) if "divides " in proposed else []:
+                assert microbatches(topology, global_batch, smaller) >= 1
+    assert refused > 500
