@@ -23,7 +23,7 @@ examples:
   ./launch.sh train run.name=mine run.steps=200 seed=1 settings are key=value; the same line again resumes runs/mine
   ./launch.sh train -cn tiny_512e run.steps=5          another recipe, a file of recipes/
   NPROC=4 ./launch.sh train parallel.expert=4          processes on this machine (else every GPU, or 2 on CPU)
-  ./launch.sh evaluate run.name=mine
+  ./launch.sh evaluate run=mine
   ./launch.sh test tests/data -x                       arguments of test go to pytest
   ./launch.sh train --help                             the settings of a command
 

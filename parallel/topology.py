@@ -87,7 +87,7 @@ def resolve(parallel: ParallelConfig, model, world: int) -> Topology:
     if stages != parallel.pipeline:
         raise TopologyError(
             f"parallel.pipeline={parallel.pipeline} but model.pattern={model.pattern!r} x {model.repeats} has {stages} "
-            f"stage{'s' if stages > 1 else ''}: put {parallel.pipeline - 1} '|' into the pattern or choose "
+            f"stage{'s' if stages > 1 else ''}: cut the layers with {parallel.pipeline - 1} '|', or choose "
             f"parallel.pipeline={stages}"
         )
     data = world // layout

@@ -112,9 +112,14 @@ def train(arguments: list[str]) -> int:
     return front.launch(["-m", "train", "train", *arguments], processes)
 
 
+def _named(arguments: list[str]) -> list[str]:
+    """``run=NAME`` where the only thing to say of a run is its name."""
+    return [f"run.name={text.removeprefix('run=')}" if text.startswith("run=") else text for text in arguments]
+
+
 def evaluate(arguments: list[str]) -> int:
     """Measures a run's last checkpoint on held-out text."""
-    evaluation = from_text(EvaluateConfig, arguments)
+    evaluation = from_text(EvaluateConfig, _named(arguments))
     check_evaluate(evaluation)
     config = load_config(evaluation.run)
     require_checkpoint(evaluation.run)
@@ -130,7 +135,7 @@ def evaluate(arguments: list[str]) -> int:
 
 def generate(arguments: list[str]) -> int:
     """Writes text with a run's last checkpoint."""
-    generation = from_text(GenerateConfig, arguments)
+    generation = from_text(GenerateConfig, _named(arguments))
     check_generate(generation)
     config = load_config(generation.run)
     require_checkpoint(generation.run)

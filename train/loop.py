@@ -16,6 +16,7 @@ from train.config import Config, describe, save_config
 from train.evaluate import heldout_metrics, microbatch, report
 from train.runs import last_checkpoint, steps_done
 from train.schedule import learning_rate
+from train.settings import ConfigError
 from train.trackers import Tracker, build_trackers
 
 TIME_IS_UP = 1  # a reason to stop, beside the numbers of signals (2 and up)
@@ -85,7 +86,8 @@ def fit(
     save: Callable[[int], None],
 ) -> tuple[int, int]:
     """Trains to the end of the run or to a request to stop; returns the steps done and the reason (0: the end)."""
-    run, reason, seconds, rate_steps = job.config.run, 0, 0.0, 0
+    run, reason, values = job.config.run, 0, {}
+    seconds, rate_steps = 0.0, 0
     step_tokens = job.config.batch.global_ * job.config.data.seq_length
     for step in range(loader.step + 1, run.steps + 1):
         start = time.perf_counter()
@@ -121,6 +123,8 @@ def run_training(config: Config) -> int:
     engine = build_engine(job)
     stream = TokenStream(job.corpus, "train", config.data.seq_length, config.seed)
     start = steps_done(config, job.topology)
+    if start >= config.run.steps:
+        raise ConfigError(f"run.steps={config.run.steps} but run.name={config.run.name} has done {start}: raise run.steps")
     if start:
         checkpoint.load(engine, last_checkpoint(config.run.path), stream.fingerprint)
     if job.is_first:
@@ -140,7 +144,7 @@ def run_training(config: Config) -> int:
             step, reason = fit(job, engine, loader, tracker, stop, save)
     finally:
         tracker.close()
-    job.close()
     if reason and job.is_first:
         print(f"stopped after step {step} of {config.run.steps}: the same command goes on from here", flush=True)
+    job.close()
     return 128 + reason if reason > TIME_IS_UP else 0

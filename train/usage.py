@@ -27,10 +27,10 @@ EXAMPLES = {
         ("train data.corpus=corpora/mine", "on a corpus made by prepare"),
     ),
     "prepare": (("prepare input=texts/ output=corpora/mine", "a directory of text, JSON lines or parquet"),),
-    "evaluate": (("evaluate run.name=mine samples=256", "more held-out text than while training"),),
+    "evaluate": (("evaluate run=mine samples=256", "more held-out text than while training"),),
     "generate": (
-        ("generate run.name=mine prompt='def main('", "the likeliest continuation"),
-        ("generate run.name=mine temperature=0.8 seed=2", "a sampled one"),
+        ("generate run=mine prompt='def main('", "the likeliest continuation"),
+        ("generate run=mine temperature=0.8 seed=2", "a sampled one"),
     ),
 }
 CONFIGS = {"train": Config, "prepare": PrepareConfig, "evaluate": EvaluateConfig, "generate": GenerateConfig}
