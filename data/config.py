@@ -21,9 +21,7 @@ class DataConfig:
 
     corpus: str = field(
         default=EMBEDDED,
-        metadata={
-            "help": "directory made by prepare, or embedded: the standard-library sources of this Python"
-        },
+        metadata={"help": "directory made by prepare, or embedded: the standard-library sources of this Python"},
     )
     seq_length: int = field(default=256, metadata={"help": "tokens of a training sample"})
     vocab_size: int = field(
@@ -50,9 +48,7 @@ class PrepareConfig:
     output: str = field(metadata={"help": "corpus directory to make; must not exist yet, or be empty"})
     tokenizer: str = field(
         default=TRAIN_TOKENIZER,
-        metadata={
-            "help": "tokenizer.json of any Hugging Face model or its directory, or train: a byte-level BPE"
-        },
+        metadata={"help": "tokenizer.json of any Hugging Face model or its directory, or train: a byte-level BPE"},
     )
     vocab_size: int = field(default=32768, metadata={"help": "tokens of the BPE, with tokenizer=train"})
     train_bytes: int = field(
@@ -67,9 +63,7 @@ class PrepareConfig:
         default="document",
         metadata={"help": "a document of a .txt file: the whole file (document), a paragraph or a line"},
     )
-    dataset_config: str | None = field(
-        default=None, metadata={"help": "configuration (subset) of a hub dataset"}
-    )
+    dataset_config: str | None = field(default=None, metadata={"help": "configuration (subset) of a hub dataset"})
     dataset_split: str = field(default="train", metadata={"help": "split of a hub dataset to read"})
     shard_tokens: int = field(default=2**24, metadata={"help": "tokens after which a new shard begins"})
     heldout_fraction: float = field(
@@ -114,16 +108,12 @@ def check_prepare(config: PrepareConfig) -> None:
     if not 1 <= config.shard_tokens <= MAX_SHARD_TOKENS:
         raise CorpusError(f"shard_tokens={config.shard_tokens} is out of range: use 1 to {MAX_SHARD_TOKENS}")
     if not 0 <= config.heldout_fraction < 1:
-        raise CorpusError(
-            f"heldout_fraction={config.heldout_fraction} is out of range: use 0 or more, below 1"
-        )
+        raise CorpusError(f"heldout_fraction={config.heldout_fraction} is out of range: use 0 or more, below 1")
 
 
 def _check_vocab_size(setting: str, vocab_size: int) -> None:
     if vocab_size < MIN_VOCAB_SIZE:
-        raise CorpusError(
-            f"{setting}={vocab_size} cannot hold 256 bytes and {EOD_TOKEN}: use {MIN_VOCAB_SIZE} or more"
-        )
+        raise CorpusError(f"{setting}={vocab_size} cannot hold 256 bytes and {EOD_TOKEN}: use {MIN_VOCAB_SIZE} or more")
 
 
 def _check_writable(cache: str) -> None:

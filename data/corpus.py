@@ -27,13 +27,9 @@ class Corpus:
         directory = Path(path).expanduser()
         if not directory.is_dir():
             what = "is not a directory" if directory.exists() else "does not exist"
-            raise CorpusError(
-                f"data.corpus={path} {what}: set it to a directory made by prepare, or to embedded"
-            )
+            raise CorpusError(f"data.corpus={path} {what}: set it to a directory made by prepare, or to embedded")
         if not any(directory.iterdir()):
-            raise CorpusError(
-                f"data.corpus={path} is empty: set it to a directory made by prepare, or to embedded"
-            )
+            raise CorpusError(f"data.corpus={path} is empty: set it to a directory made by prepare, or to embedded")
         manifest = read_manifest(directory)
         for info in manifest.files:
             _check_size(directory, info)
@@ -108,9 +104,7 @@ class Corpus:
 def _check_size(directory: Path, info: FileInfo) -> None:
     # A manifest from elsewhere must not reach outside its directory.
     if Path(info.file).name != info.file:
-        raise CorpusError(
-            f"data.corpus={directory}: {MANIFEST_FILE} lists {info.file}, which is not a plain file name"
-        )
+        raise CorpusError(f"data.corpus={directory}: {MANIFEST_FILE} lists {info.file}, which is not a plain file name")
     path = directory / info.file
     try:
         size = path.stat().st_size

@@ -9,9 +9,7 @@ from data.errors import CorpusError
 EMBEDDED = "embedded"
 HELDOUT_FRACTION = 0.05
 # Installed packages differ from machine to machine; tests would double the corpus with repetitive text.
-EXCLUDED_DIRECTORIES = frozenset(
-    {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
-)
+EXCLUDED_DIRECTORIES = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
 # Written when Python is built, with the paths of the machine that built it.
 EXCLUDED_PREFIX = "_sysconfigdata"
 
@@ -48,9 +46,12 @@ def embedded_source(max_files: int | None = None) -> Source:
 
 def _library_files(root: Path) -> list[str]:
     names = []
-    for path in root.rglob("*.py"):
-        relative = path.relative_to(root)
-        excluded = EXCLUDED_DIRECTORIES.intersection(relative.parts) or path.name.startswith(EXCLUDED_PREFIX)
-        if path.is_file() and not excluded:
-            names.append(relative.as_posix())
+    for directory, subdirectories, files in root.walk():
+        # Pruned in place, so that the walk never enters them: site-packages can hold 100 000 files.
+        subdirectories[:] = [name for name in subdirectories if name not in EXCLUDED_DIRECTORIES]
+        for name in files:
+            path = directory / name
+            # Distributions link some files to places that a container may lack.
+            if name.endswith(".py") and not name.startswith(EXCLUDED_PREFIX) and path.is_file():
+                names.append(path.relative_to(root).as_posix())
     return sorted(names)

@@ -89,12 +89,9 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     """The manifest makes a directory a corpus, so it comes last and all at once."""
     fields = asdict(manifest)
     fields["splits"] = {
-        split: asdict(manifest.totals(split)) | {"shards": shards}
-        for split, shards in fields["splits"].items()
+        split: asdict(manifest.totals(split)) | {"shards": shards} for split, shards in fields["splits"].items()
     }
-    text = json.dumps(
-        {"format": FORMAT, "version": VERSION, "fingerprint": manifest.fingerprint, **fields}, indent=1
-    )
+    text = json.dumps({"format": FORMAT, "version": VERSION, "fingerprint": manifest.fingerprint, **fields}, indent=1)
     temporary = directory / f".{MANIFEST_FILE}.tmp"
     temporary.write_text(text + "\n", encoding="utf-8")
     os.replace(temporary, directory / MANIFEST_FILE)
@@ -114,9 +111,7 @@ def read_manifest(directory: Path) -> Manifest:
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         raise _broken(path, f"it is not the manifest of a {FORMAT}")
     if fields.get("version") != VERSION:
-        raise _broken(
-            path, f"it has version {fields.get('version')}, and this program reads version {VERSION}"
-        )
+        raise _broken(path, f"it has version {fields.get('version')}, and this program reads version {VERSION}")
     try:
         manifest = _from_fields(fields)
         intact = manifest.fingerprint == fields["fingerprint"]
@@ -128,9 +123,7 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def _from_fields(fields: dict) -> Manifest:
-    splits = {
-        split: tuple(ShardInfo(**shard) for shard in fields["splits"][split]["shards"]) for split in SPLITS
-    }
+    splits = {split: tuple(ShardInfo(**shard) for shard in fields["splits"][split]["shards"]) for split in SPLITS}
     return Manifest(
         vocab_size=fields["vocab_size"],
         eod_token=fields["eod_token"],
@@ -143,6 +136,4 @@ def _from_fields(fields: dict) -> Manifest:
 
 
 def _broken(path: Path, reason: str) -> CorpusError:
-    return CorpusError(
-        f"data.corpus={path.parent}: {path.name} cannot be used: {reason}; prepare the corpus again"
-    )
+    return CorpusError(f"data.corpus={path.parent}: {path.name} cannot be used: {reason}; prepare the corpus again")

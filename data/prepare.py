@@ -113,9 +113,7 @@ def _training_texts(config: PrepareConfig, source: Source) -> Iterator[str]:
             return
 
 
-def _tokenize(
-    config: PrepareConfig, source: Source, tokenizer: Tokenizer, writers: dict[str, ShardWriter]
-) -> int:
+def _tokenize(config: PrepareConfig, source: Source, tokenizer: Tokenizer, writers: dict[str, ShardWriter]) -> int:
     """Encodes every document into its split's writer; returns how many were left out as blank."""
     num_blank = 0
     with byte_bar("tokenizing", source.num_bytes) as bar:
@@ -150,8 +148,7 @@ def _check_splits(config: PrepareConfig, manifest: Manifest) -> None:
         raise CorpusError(f"input={config.input} is empty: there is no text to prepare")
     if num_train == 0:
         raise CorpusError(
-            f"heldout_fraction={config.heldout_fraction} held out all {num_heldout} documents: "
-            "lower it or add text"
+            f"heldout_fraction={config.heldout_fraction} held out all {num_heldout} documents: lower it or add text"
         )
     if num_heldout == 0 and config.heldout_fraction > 0:
         raise CorpusError(

@@ -111,9 +111,7 @@ def read_shard(directory: Path, info: ShardInfo, vocab_size: int, check_hash: bo
         raise broken_file(path, f"has tokens of type {column.type}, not list<{dtype}>")
     shard = Shard(column.values.to_numpy(), column.offsets.to_numpy().astype(np.int64))
     if (shard.num_documents, len(shard.tokens)) != (info.documents, info.tokens):
-        raise broken_file(
-            path, f"holds {shard.num_documents} documents, and the manifest says {info.documents}"
-        )
+        raise broken_file(path, f"holds {shard.num_documents} documents, and the manifest says {info.documents}")
     if shard.tokens.max() >= vocab_size or shard.tokens.min() < 0:
         raise broken_file(path, f"holds token {shard.tokens.max()}, outside the vocabulary of {vocab_size}")
     return shard

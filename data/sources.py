@@ -43,9 +43,7 @@ def _load_arguments(config: PrepareConfig) -> dict[str, Any]:
     if _builder(path) or config.input.startswith(("/", ".", "~")):
         raise CorpusError(f"input={config.input} does not exist: give a file, a directory or a dataset name")
     if config.sample_by != "document":
-        raise CorpusError(
-            f"sample_by={config.sample_by} is for .txt files; input={config.input} is a dataset"
-        )
+        raise CorpusError(f"sample_by={config.sample_by} is for .txt files; input={config.input} is a dataset")
     return {"path": config.input, "name": config.dataset_config, "split": config.dataset_split}
 
 
@@ -58,9 +56,7 @@ def _file_arguments(config: PrepareConfig, files: list[str]) -> dict[str, Any]:
     builders = {_builder(Path(file)) for file in files}
     if len(builders) != 1 or None in builders:
         endings = " and ".join(sorted({Path(file).suffix or "none" for file in files}))
-        raise CorpusError(
-            f"input={config.input} has the endings {endings}: give one of {', '.join(BUILDERS)}"
-        )
+        raise CorpusError(f"input={config.input} has the endings {endings}: give one of {', '.join(BUILDERS)}")
     (builder,) = builders
     arguments: dict[str, Any] = {"path": builder, "data_files": files, "split": "train"}
     if builder == "text":
@@ -96,10 +92,6 @@ def _builder(path: Path) -> str | None:
     return BUILDERS.get(suffixes[-1]) if suffixes else None
 
 
-# What damaged or unreachable input raises inside `datasets`: files, text and columns, decompression.
-_READ_ERRORS = (OSError, ValueError, RuntimeError, EOFError, zlib.error)
-
-
 def _rows(arguments: dict[str, Any], config: PrepareConfig) -> Iterator[dict[str, Any]]:
     rows = _stream(arguments)
     while True:
@@ -107,7 +99,7 @@ def _rows(arguments: dict[str, Any], config: PrepareConfig) -> Iterator[dict[str
             row = next(rows)
         except StopIteration:
             return
-        except _READ_ERRORS as error:
+        except READ_ERRORS as error:
             raise CorpusError(f"input={config.input} cannot be read: {one_line(error)}") from error
         yield row
 

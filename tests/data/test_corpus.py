@@ -50,11 +50,7 @@ def test_totals_are_those_of_the_documents(corpus: Corpus) -> None:
 
 def test_documents_are_the_texts(corpus: Corpus) -> None:
     tokenizer = corpus.tokenizer()
-    texts = [
-        tokenizer.decode(document[:-1])
-        for split in ("train", "heldout")
-        for document in corpus.documents(split)
-    ]
+    texts = [tokenizer.decode(document[:-1]) for split in ("train", "heldout") for document in corpus.documents(split)]
     numbers = sorted(int(text.split(":")[0].removeprefix("document ")) for text in texts)
     assert numbers == list(range(120))
 
@@ -88,9 +84,7 @@ def test_shard_truncated_after_opening_is_refused_when_read(corpus: Corpus) -> N
         corpus.shard(TRAIN, 0)
 
 
-@pytest.mark.parametrize(
-    "name", ["train-00000.parquet", "heldout-00000.parquet", "tokenizer.json", "token_bytes.npy"]
-)
+@pytest.mark.parametrize("name", ["train-00000.parquet", "heldout-00000.parquet", "tokenizer.json", "token_bytes.npy"])
 def test_missing_file_is_named(corpus: Corpus, name: str) -> None:
     (corpus.path / name).unlink()
     with pytest.raises(CorpusError, match=f"{name} is missing.*prepare the corpus again"):

@@ -48,15 +48,9 @@ def test_corpus_holds_the_text(config: PrepareConfig) -> None:
     corpus = Corpus.open(prepare(config))
     tokenizer = corpus.tokenizer()
     texts = [json.loads(line)["text"] for line in Path(config.input).read_text().splitlines()]
-    found = [
-        tokenizer.decode(document[:-1])
-        for split in ("train", "heldout")
-        for document in corpus.documents(split)
-    ]
+    found = [tokenizer.decode(document[:-1]) for split in ("train", "heldout") for document in corpus.documents(split)]
     assert sorted(found) == sorted(texts)
-    assert corpus.totals("train").bytes + corpus.totals("heldout").bytes == sum(
-        len(t.encode()) for t in texts
-    )
+    assert corpus.totals("train").bytes + corpus.totals("heldout").bytes == sum(len(t.encode()) for t in texts)
     assert corpus.vocab_size == 300
     np.testing.assert_array_equal(corpus.token_bytes, tokenizer.token_bytes)
 
@@ -189,9 +183,7 @@ def test_killed_run_leaves_no_corpus_and_the_next_one_works(config: PrepareConfi
         "prepare.write_manifest = lambda directory, manifest: os.kill(os.getpid(), 9)\n"
         "prepare.prepare(prepare.PrepareConfig(sys.argv[1], sys.argv[2], vocab_size=300))\n"
     )
-    killed = subprocess.run(
-        [sys.executable, "-c", program, config.input, config.output], cwd=ROOT, check=False
-    )
+    killed = subprocess.run([sys.executable, "-c", program, config.input, config.output], cwd=ROOT, check=False)
     assert killed.returncode == -9
     assert not Path(config.output).exists()
     prepare(config)

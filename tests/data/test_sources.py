@@ -84,9 +84,7 @@ def test_equal_texts_share_their_split(tmp_path: Path) -> None:
     assert [document.name for document in documents] == ["row 0", "row 1", "row 2"]
 
 
-def test_quiet_and_leaves_the_settings_of_datasets_alone(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_quiet_and_leaves_the_settings_of_datasets_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     verbosity = datasets.logging.get_verbosity()
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": \n')
     with pytest.raises(CorpusError, match="JSON parse error"):

@@ -74,9 +74,7 @@ def test_training_is_the_same_in_every_process() -> None:
     )
     root = Path(__file__).parents[2]
     hashes = {
-        subprocess.run(
-            [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True
-        ).stdout
+        subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True).stdout
         for _ in range(2)
     }
     assert len(hashes) == 1
@@ -87,9 +85,7 @@ def test_sentencepiece_markers_and_byte_tokens_count_as_the_bytes_they_spell() -
     vocab = {"<unk>": 0, "</s>": 1, "▁": 2, "a": 3, "▁a": 4, "é": 5, "<0xC3>": 6, "<0xBC>": 7}
     backend = tokenizers.Tokenizer(models.BPE(vocab, [("▁", "a")], byte_fallback=True, unk_token="<unk>"))
     backend.normalizer = normalizers.Replace(" ", "▁")
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     backend.add_special_tokens(["</s>"])
     tokenizer = Tokenizer(backend.to_str(), eod_token="</s>")
     text = " aaé ü"
