@@ -105,14 +105,14 @@ def test_layout_of_a_pipeline():
             2,
             ParallelConfig(pipeline=2),
             MODEL,
-            "parallel.pipeline=2 but model.pattern='GEGEGE*E' x 1 has 1 stage: put 1 '|' into the pattern or choose "
+            "parallel.pipeline=2 but model.pattern='GEGEGE*E' x 1 has 1 stage: cut the layers with 1 '|', or choose "
             "parallel.pipeline=1",
         ),
         (
             1,
             ParallelConfig(),
             ModelConfig(pattern="GE|GE|*E"),
-            "parallel.pipeline=1 but model.pattern='GE|GE|*E' x 1 has 3 stages: put 0 '|' into the pattern or choose "
+            "parallel.pipeline=1 but model.pattern='GE|GE|*E' x 1 has 3 stages: cut the layers with 0 '|', or choose "
             "parallel.pipeline=3",
         ),
         (
