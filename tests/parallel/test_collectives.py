@@ -1,4 +1,4 @@
-"""The model's collectives over two and three processes, against the same computation in one."""
+"""The model's collectives over three processes, against the same computation in one."""
 
 import pytest
 import torch
@@ -8,10 +8,11 @@ from parallel.collectives import attach_loss, exchange_rows, gather_counts, max_
 from tests.dist import run_ranks
 
 # counts[source][target] rows: empty parts, a rank that sends nothing, one that receives nothing.
-COUNTS = {
-    2: [[[2, 3], [1, 4]], [[0, 3], [2, 0]], [[0, 0], [5, 1]], [[0, 0], [0, 0]]],
-    3: [[[1, 2, 3], [0, 1, 0], [4, 0, 2]], [[0, 0, 5], [0, 0, 1], [0, 0, 0]]],
-}
+COUNTS = [
+    [[1, 2, 3], [0, 1, 0], [4, 0, 2]],
+    [[0, 0, 5], [0, 0, 1], [0, 0, 0]],
+    [[0, 0, 0], [0, 0, 0], [0, 0, 0]],
+]
 WIDTH = 3
 
 
@@ -25,11 +26,10 @@ def _slopes(target: int, count: int) -> torch.Tensor:
     return 1.0 + target + torch.arange(count * WIDTH, dtype=torch.float64).view(count, WIDTH).square()
 
 
-def _exchange(world: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    dist.init_process_group("gloo")
+def _exchange() -> list[tuple[torch.Tensor, torch.Tensor]]:
     rank, group = dist.get_rank(), dist.group.WORLD
     results = []
-    for counts in COUNTS[world]:
+    for counts in COUNTS:
         send, receive = counts[rank], [row[rank] for row in counts]
         x = _rows(rank, sum(send)).requires_grad_()
         received = exchange_rows(x, send, receive, group)
@@ -47,18 +47,7 @@ def _exchange_in_one(counts: list[list[int]]) -> list[tuple[torch.Tensor, torch.
     return [(x.detach(), rows.grad) for x, rows in zip(received, sent, strict=True)]
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_exchange_rows(world: int):
-    results = run_ranks(_exchange, world, world)
-    for index, counts in enumerate(COUNTS[world]):
-        for rank, (received, grad) in enumerate(_exchange_in_one(counts)):
-            # Rows are only moved, and each gradient is one product: equal to the last bit.
-            assert torch.equal(results[rank][index][0], received)
-            assert torch.equal(results[rank][index][1], grad)
-
-
 def _reductions() -> dict:
-    dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.group.WORLD
     alone = [dist.new_group([other]) for other in range(dist.get_world_size())][rank]
     x = torch.tensor([[1.0, -2.0], [3.0, 4.0]]).mul(rank + 1).requires_grad_()
@@ -77,14 +66,32 @@ def _reductions() -> dict:
     return found
 
 
-def test_reductions():
-    for rank, found in enumerate(run_ranks(_reductions, 2)):
-        assert found["sum"].tolist() == [[3.0, -6.0], [9.0, 12.0]]
-        assert found["max"].tolist() == [[2.0, -2.0], [6.0, 8.0]]
+def _checks() -> tuple[list, dict]:
+    dist.init_process_group("gloo")
+    return _exchange(), _reductions()
+
+
+@pytest.fixture(scope="module")
+def results() -> list[tuple[list, dict]]:
+    return run_ranks(_checks, 3)
+
+
+def test_exchange_rows(results):
+    for index, counts in enumerate(COUNTS):
+        for rank, (received, grad) in enumerate(_exchange_in_one(counts)):
+            # Rows are only moved, and each gradient is one product: equal to the last bit.
+            assert torch.equal(results[rank][0][index][0], received)
+            assert torch.equal(results[rank][0][index][1], grad)
+
+
+def test_reductions(results):
+    for rank, (_, found) in enumerate(results):
+        assert found["sum"].tolist() == [[6.0, -12.0], [18.0, 24.0]]
+        assert found["max"].tolist() == [[3.0, -2.0], [9.0, 12.0]]
         own = torch.tensor([[1.0, -2.0], [3.0, 4.0]]) * (rank + 1)
         assert torch.equal(found["alone"][0], own + 1)
         assert torch.equal(found["alone"][1], own)
-        assert found["counts"].tolist() == [[[0, 10], [20, 30]], [[1, 10], [20, 31]]]
+        assert found["counts"].tolist() == [[[0, 10], [20, 30]], [[1, 10], [20, 31]], [[2, 10], [20, 32]]]
         assert found["counts"].dtype == torch.int64
 
 

@@ -1,0 +1,85 @@
+"""A tiny model, random packed batches, and the job that trains them: what the distributed tests share."""
+
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from data.stream import Batch
+from model.config import ModelConfig, MtpConfig
+from model.network import LanguageModel
+from model.stack import hybrid_config
+from parallel import groups as process_groups
+from parallel.topology import ParallelConfig, resolve
+from train.build import Job
+from train.config import BatchConfig, Config, DataConfig, OptimConfig, RunConfig
+
+LENGTH = 64
+VOCAB = 256
+MODEL = ModelConfig(
+    hidden_size=64,
+    attention_heads=4,
+    key_value_heads=2,
+    head_dim=16,
+    linear_key_heads=2,
+    linear_value_heads=4,
+    linear_key_dim=16,
+    linear_value_dim=16,
+    experts=8,
+    experts_per_token=2,
+    expert_size=32,
+    shared_expert_size=32,
+    balance_weight=0.01,
+)
+PIPELINED = replace(MODEL, pattern="GEGE|GE*E")
+
+
+def tiny_config(model: ModelConfig = MODEL, parallel: ParallelConfig = ParallelConfig(), **parts) -> Config:  # noqa: B008
+    """Settings of a tiny run: micro-batches of 8 sequences of 64 tokens, 2 MTP steps, clipping on."""
+    defaults = {
+        "data": DataConfig(seq_length=LENGTH),
+        "batch": BatchConfig(global_=8, micro=8),
+        "mtp": MtpConfig(steps=2),
+        "optim": OptimConfig(lr=3e-3, clip=1.0),
+        "run": RunConfig(name="tiny"),
+    }
+    return Config(model=model, parallel=parallel, **(defaults | parts))
+
+
+def build_tiny(config: Config) -> Job:
+    """The job on this process, whose process group is already joined; without a corpus."""
+    topology = resolve(config.parallel, config.model, dist.get_world_size())
+    groups = process_groups.lay_out(topology)
+    mcore_config = hybrid_config(config.model, config.mtp, topology.tensor, topology.pipeline, topology.expert)
+    network = LanguageModel(
+        mcore_config,
+        VOCAB,
+        groups,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+    )
+    return Job(config, topology, groups, torch.device("cpu"), None, network)
+
+
+def random_batch(rows: int, seed: int) -> Batch:
+    """Packed documents of random lengths over tokens that can be learned, with padding at some ends and a whole row.
+
+    Rows differ much in how many valid targets they have, so that ranks do too.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    steps = torch.randint(1, 4, (rows, LENGTH + 1), generator=generator)
+    tokens = (torch.randint(0, VOCAB, (rows, 1), generator=generator) + steps.cumsum(1)) % VOCAB
+    documents = torch.empty(rows, LENGTH + 1, dtype=torch.int32)
+    for row in range(rows):
+        often = torch.rand((), generator=generator) * 0.5
+        documents[row] = (torch.rand(LENGTH + 1, generator=generator) < often).cumsum(0)
+        if row % 3 == 1:
+            documents[row, torch.randint(1, LENGTH, (), generator=generator) :] = -1
+    documents[rows // 2] = -1
+    return Batch(tokens, documents)
+
+
+def part_of(batch: Batch, index: int, parts: int) -> Batch:
+    """The index-th of equal parts of a batch."""
+    return Batch(batch.tokens.chunk(parts)[index], batch.documents.chunk(parts)[index])
