@@ -40,7 +40,7 @@ class PrepareConfig:
 
     input: str = field(
         metadata={
-            "help": "file or directory of .parquet, .jsonl, .json, .txt or .arrow (text also .gz, .zst), "
+            "help": "file or directory of .parquet, .jsonl, .json, .txt or .arrow (text also .gz, .xz, .bz2), "
             "a URL of such files (s3://..., hf://..., https://...), the name of a dataset on the "
             "Hugging Face hub, or embedded: the standard-library sources of this Python"
         }

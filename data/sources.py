@@ -14,7 +14,7 @@ from data.errors import CorpusError, one_line
 
 # File ending -> the builder of `datasets` that reads it.
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text", ".arrow": "arrow"}
-COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
+COMPRESSED = (".gz", ".xz", ".bz2")
 # What `Dataset.save_to_disk` writes beside its .arrow files.
 HF_METADATA = ("dataset_info.json", "state.json", "dataset_dict.json")
 # What damaged or unreachable input raises inside `datasets`: files, text and columns, decompression.

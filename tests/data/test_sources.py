@@ -1,7 +1,10 @@
 """Raw text in every format that is promised, and every way it can be wrong."""
 
+import bz2
 import gzip
 import json
+import lzma
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -41,10 +44,11 @@ def test_jsonl(tmp_path: Path) -> None:
     assert texts_of(write_jsonl(tmp_path / "a.jsonl", TEXTS)) == TEXTS
 
 
-def test_compressed_jsonl(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("ending", "compress"), [("gz", gzip.compress), ("xz", lzma.compress), ("bz2", bz2.compress)])
+def test_compressed_jsonl(tmp_path: Path, ending: str, compress: Callable[[bytes], bytes]) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(path.read_bytes()))
-    assert texts_of(tmp_path / "b.jsonl.gz") == TEXTS
+    (tmp_path / f"b.jsonl.{ending}").write_bytes(compress(path.read_bytes()))
+    assert texts_of(tmp_path / f"b.jsonl.{ending}") == TEXTS
 
 
 def test_parquet_with_a_column_of_another_name(tmp_path: Path) -> None:
