@@ -32,9 +32,9 @@ def _chunk_losses(logits_CV: Tensor, target_C: Tensor, group) -> tuple[Tensor, T
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_TH: Tensor, head_VH: Tensor, target_T: Tensor, weight_T: Tensor, group):
-        losses = torch.empty(target_T.shape, dtype=torch.promote_types(hidden_TH.dtype, torch.float32), device=hidden_TH.device)
-        train = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+    def forward(ctx, hidden_TH: Tensor, head_VH: Tensor, target_T: Tensor, weight_T: Tensor, group, train: bool):
+        dtype = torch.promote_types(hidden_TH.dtype, torch.float32)
+        losses = torch.empty(target_T.shape, dtype=dtype, device=hidden_TH.device)
         grad_hidden = torch.empty_like(hidden_TH) if train else None
         grad_head = torch.zeros(head_VH.shape, dtype=losses.dtype, device=head_VH.device) if train else None
         for start in range(0, target_T.numel(), CHUNK_TOKENS):
@@ -56,7 +56,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total: Tensor, _):
         grad_hidden, grad_head = ctx.saved_tensors
-        return grad_hidden * grad_total.to(grad_hidden.dtype), grad_head * grad_total.to(grad_head.dtype), None, None, None
+        scale = grad_total.to(grad_hidden.dtype)
+        return grad_hidden * scale, grad_head * scale.to(grad_head.dtype), None, None, None, None
 
 
 def linear_cross_entropy(
@@ -72,4 +73,6 @@ def linear_cross_entropy(
         weight_T: weight of each token in the sum, float32.
         group: tensor-parallel group over which the vocabulary is cut.
     """
-    return _LinearCrossEntropy.apply(hidden_TH, head_VH, target_T, weight_T, group)
+    # Inside the function gradients are always off, and needs_input_grad says nothing of torch.no_grad().
+    train = torch.is_grad_enabled() and (hidden_TH.requires_grad or head_VH.requires_grad)
+    return _LinearCrossEntropy.apply(hidden_TH, head_VH, target_T, weight_T, group, train)
