@@ -118,14 +118,32 @@ class MegatronEngine:
 
     def sharded_state_dict(self, is_loading: bool) -> dict:
         """Model and optimizer as megatron-core's sharded state dict, for saving or as a template for loading."""
+        if is_loading:
+            self._allocate_moments()
         metadata = {"distrib_optim_sharding_type": "dp_reshardable", "dp_cp_group": self.groups.dp_cp}
         model = self.network.sharded_state_dict(metadata=metadata)
         with compat.optimizer_context(self.device):
             optimizer = self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
         return {"model": model, "optimizer": optimizer}
 
+    def _allocate_moments(self) -> None:
+        """Gives torch's AdamW the state it has after a step: megatron-core asks for it before it loads one."""
+        for part in self.optimizer.chained_optimizers:
+            for group in part.optimizer.param_groups:
+                for parameter in group["params"]:
+                    part.optimizer.state[parameter] = {
+                        "step": torch.zeros(()),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
+
+    @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
         """Takes what `sharded_state_dict` described and the checkpoint filled."""
         self.network.load_state_dict(state["model"])
         with compat.optimizer_context(self.device):
             self.optimizer.load_state_dict(state["optimizer"])
+        for part in self.optimizer.chained_optimizers:
+            for moments in part.optimizer.state.values():
+                # megatron-core hands one step counter to all parameters, and AdamW would count it up for each.
+                moments["step"] = moments["step"].clone()
