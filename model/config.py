@@ -9,6 +9,25 @@ from dataclasses import dataclass, field
 
 LAYER_SYMBOLS = "G*E"
 
+# Settings of ModelConfig that count something there must be one of.
+SIZES = (
+    "repeats",
+    "hidden_size",
+    "vocab_size",
+    "attention_heads",
+    "key_value_heads",
+    "head_dim",
+    "linear_key_heads",
+    "linear_value_heads",
+    "linear_key_dim",
+    "linear_value_dim",
+    "conv_kernel",
+    "experts",
+    "experts_per_token",
+    "expert_size",
+    "shared_expert_size",
+)
+
 
 class ModelError(ValueError):
     """A model setting that cannot be built; the message names the setting, its value, the reason and the mend."""
@@ -72,15 +91,21 @@ class MtpConfig:
 
 def check_model(model: ModelConfig, mtp: MtpConfig) -> None:
     """Raises ModelError for the first setting that cannot be built."""
+    for name in SIZES:
+        value = getattr(model, name)
+        if value is not None and value < 1:
+            raise ModelError(f"model.{name}={value} must be at least 1")
     unknown = sorted(set(model.pattern) - set(LAYER_SYMBOLS + "|"))
     if unknown or not model.layers:
         raise ModelError(
             f"model.pattern={model.pattern!r} has {'unknown symbols ' + ''.join(unknown) if unknown else 'no layers'}: "
             f"use G (Gated DeltaNet), * (gated attention), E (experts) and | (pipeline cut), as in GEGEGE*E"
         )
-    for name, value in (("repeats", model.repeats), ("hidden_size", model.hidden_size), ("experts", model.experts)):
-        if value < 1:
-            raise ModelError(f"model.{name}={value} must be at least 1")
+    if "" in model.stages:
+        raise ModelError(
+            f"model.pattern={model.pattern!r} x {model.repeats} has a pipeline stage without layers: "
+            f"put a layer between each two '|'"
+        )
     for many, few in (
         ("attention_heads", "key_value_heads"),
         ("linear_value_heads", "linear_key_heads"),
@@ -95,9 +120,10 @@ def check_model(model: ModelConfig, mtp: MtpConfig) -> None:
             f"model.rotary_fraction={model.rotary_fraction} of model.head_dim={model.head_dim} rotates "
             f"{model.rotary_dim} dimensions: RoPE turns pairs, so choose a fraction that gives an even number"
         )
-    if not 1 <= model.experts_per_token <= model.experts:
+    if not 2 <= model.experts_per_token <= model.experts:
         raise ModelError(
-            f"model.experts_per_token={model.experts_per_token} must lie between 1 and model.experts={model.experts}"
+            f"model.experts_per_token={model.experts_per_token} must lie between 2 and model.experts={model.experts}: "
+            f"the weights of a token's experts sum to one, so a single expert's would teach the router nothing"
         )
     if model.dtype not in ("float32", "bfloat16"):
         raise ModelError(f"model.dtype={model.dtype!r} is not known: choose float32 or bfloat16")
