@@ -3,7 +3,7 @@
 Per value head, with state S [dk, dv], decay alpha_t = exp(g_t) and write strength beta_t (Yang, Kautz, Hatamizadeh,
 "Gated Delta Networks", 2024, eq. 10):
 
-    S_t = alpha_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T        o_t = S_t^T q_t
+    S_t = alpha_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T        o_t = S_t^T q_t / sqrt(dk)
 
 Shape suffixes: R rows, L length, C chunk length, T = R*L, K key heads, V value heads, D dimension of a head.
 """
@@ -162,12 +162,12 @@ class GatedDeltaNet(MegatronModule):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets=(), metadata=None):
         """As megatron-core's default, with the head-wise parameters cut along their heads."""
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        own = {name: parameter for name, parameter in self.named_parameters(recurse=False)}
+        own = dict(self.named_parameters(recurse=False))
         sharded.update(
             make_sharded_tensors_for_checkpoint(
                 own,
                 prefix,
-                {name: 0 for name in own},
+                dict.fromkeys(own, 0),
                 sharded_offsets,
                 tp_group=self.tp_group,
                 dp_cp_group=metadata["dp_cp_group"],
