@@ -1,0 +1,86 @@
+"""Model settings: what is derived from them, and the one line for each that cannot be built."""
+
+from dataclasses import replace
+
+import pytest
+
+from model.config import SIZES, ModelConfig, ModelError, MtpConfig, check_model
+
+
+def test_defaults_can_be_built() -> None:
+    check_model(ModelConfig(), MtpConfig())
+    check_model(ModelConfig(vocab_size=64, dtype="bfloat16", rotary_fraction=0.0), MtpConfig(steps=0, weight=0.0))
+
+
+def test_layers_and_stages() -> None:
+    shape = ModelConfig(pattern="GE|*E|", repeats=2)
+    assert shape.layers == "GE*EGE*E"
+    assert shape.stages == ("GE", "*E", "GE", "*E")
+    assert ModelConfig(pattern="GE", repeats=3).stages == ("GEGEGE",)
+    assert ModelConfig(pattern="|GE").stages == ("GE",)
+
+
+def test_rotary_dim() -> None:
+    assert ModelConfig(head_dim=256, rotary_fraction=0.25).rotary_dim == 64
+
+
+MISTAKES = {
+    "unknown symbol": ({"pattern": "GEM*EX"}, "model.pattern='GEM*EX' has unknown symbols MX: use G (Gated DeltaNet)"),
+    "empty pattern": ({"pattern": ""}, "model.pattern='' has no layers: use G (Gated DeltaNet)"),
+    "cuts only": ({"pattern": "||"}, "model.pattern='||' has no layers: use G"),
+    "empty stage": (
+        {"pattern": "GE||*E"},
+        "model.pattern='GE||*E' x 1 has a pipeline stage without layers: put a layer",
+    ),
+    "empty stage between repeats": (
+        {"pattern": "|GE|", "repeats": 2},
+        "model.pattern='|GE|' x 2 has a pipeline stage without layers: put a layer",
+    ),
+    "query heads": (
+        {"attention_heads": 6, "key_value_heads": 4},
+        "model.attention_heads=6 is not a multiple of model.key_value_heads=4: each key head serves the same number of "
+        "attention heads",
+    ),
+    "value heads": (
+        {"linear_value_heads": 3, "linear_key_heads": 2},
+        "model.linear_value_heads=3 is not a multiple of model.linear_key_heads=2: each key head serves the same "
+        "number of linear value heads",
+    ),
+    "odd rotary dimension": (
+        {"head_dim": 12, "rotary_fraction": 0.25},
+        "model.rotary_fraction=0.25 of model.head_dim=12 rotates 3 dimensions: RoPE turns pairs, so choose a fraction",
+    ),
+    "rotates too much": (
+        {"head_dim": 8, "rotary_fraction": 1.5},
+        "model.rotary_fraction=1.5 of model.head_dim=8 rotates",
+    ),
+    "rotates less than nothing": ({"head_dim": 8, "rotary_fraction": -0.5}, "rotates -4 dimensions"),
+    "too many experts a token": (
+        {"experts": 4, "experts_per_token": 5},
+        "model.experts_per_token=5 must lie between 2 and model.experts=4",
+    ),
+    "one expert a token": (
+        {"experts_per_token": 1},
+        "model.experts_per_token=1 must lie between 2 and model.experts=16: the weights of a token's experts",
+    ),
+    "type": ({"dtype": "float16"}, "model.dtype='float16' is not known: choose float32 or bfloat16"),
+    "backend": ({"backend": "jax"}, "model.backend='jax' is not known: choose torch"),
+    **{f"{name} of none": ({name: 0}, f"model.{name}=0 must be at least 1") for name in SIZES},
+    "negative repeats": ({"repeats": -1}, "model.repeats=-1 must be at least 1"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_mistakes_are_refused_with_one_line(changes: dict, message: str) -> None:
+    with pytest.raises(ModelError) as refusal:
+        check_model(replace(ModelConfig(), **changes), MtpConfig())
+    assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("changes", [{"steps": -1}, {"weight": -0.1}])
+def test_negative_prediction_settings_are_refused(changes: dict) -> None:
+    mtp = replace(MtpConfig(), **changes)
+    with pytest.raises(ModelError) as refusal:
+        check_model(ModelConfig(), mtp)
+    assert str(refusal.value) == f"mtp.steps={mtp.steps} and mtp.weight={mtp.weight} must not be negative"

@@ -1,0 +1,118 @@
+"""Grouped products, row movements and the mixture of experts against a loop over tokens."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from model import reference
+from model.backends import column_linear, row_linear
+from model.config import MtpConfig
+from model.experts import Experts, MixtureOfExperts, MixtureSubmodules, SharedExpert, grouped_linear, invert, permute
+from model.stack import hybrid_config
+from tests.model.helpers import (
+    FLOAT64_TOLERANCE,
+    SMALL,
+    assert_close,
+    assert_module_twin,
+    assert_twins,
+    randomise,
+    weights_of,
+)
+
+SUBMODULES = MixtureSubmodules(column_linear, row_linear)
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("counts", [[3, 2, 1], [0, 4, 2], [0, 0, 5], [6, 0, 0], [1, 0, 1]])
+def test_grouped_linear(counts: list[int]) -> None:
+    expert_of = torch.repeat_interleave(torch.arange(3), torch.tensor(counts)).tolist()
+    assert_twins(
+        lambda x, weight: grouped_linear(x, weight, torch.tensor(counts)),
+        lambda x, weight: torch.stack([weight[expert] @ row for row, expert in zip(x, expert_of, strict=True)]),
+        {"x": normal(sum(counts), 4), "weight": normal(3, 5, 4, seed=1)},
+    )
+
+
+def test_grouped_linear_of_no_rows_has_a_gradient_of_zero() -> None:
+    """A rank may get no token at all; its experts' gradients must be zeros, not what lay in memory."""
+    x, weight = torch.zeros(0, 4, requires_grad=True), torch.ones(3, 5, 4, requires_grad=True)
+    out = grouped_linear(x, weight, torch.zeros(3, dtype=torch.int64))
+    assert out.shape == (0, 5)
+    out.sum().backward()
+    assert x.grad.shape == (0, 4)
+    assert torch.equal(weight.grad, torch.zeros(3, 5, 4))
+
+
+def test_permute_and_its_gradient() -> None:
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
+    inverse = invert(order)
+    assert torch.equal(order[inverse], torch.arange(9))
+    assert_twins(
+        lambda x: permute(x, order, inverse),
+        lambda x: torch.stack([x[source] for source in order.tolist()]),
+        {"x": normal(9, 3)},
+    )
+
+
+@pytest.mark.parametrize(("experts", "k"), [(6, 2), (5, 4), (3, 3), (40, 4)])
+def test_mixture_equals_its_twin(groups, experts: int, k: int) -> None:
+    """With 40 experts and 24 choices many an expert goes without a token."""
+    shape = replace(SMALL, experts=experts, experts_per_token=k)
+    mixture = MixtureOfExperts(hybrid_config(shape, MtpConfig()), SUBMODULES, groups).double()
+    randomise(mixture)
+    hidden, token_weight = normal(6, shape.hidden_size), torch.tensor([0.5, 0.5, 0.25, 0.0, 0.5, 0.25])
+    _, chosen, _ = reference.route(hidden @ mixture.router.weight.T, k)
+    used = {expert for row in chosen for expert in row}
+    assert len(used) < experts or experts < 40
+
+    def slow(x: torch.Tensor, weights: dict) -> torch.Tensor:
+        out, balance = reference.mixture(x, weights, shape, token_weight)
+        slow.balance = balance
+        return out
+
+    # Without token weights, the balance loss adds nothing to the gradient; test_router has it.
+    assert_module_twin(mixture, lambda x: mixture(x[:, None])[0][:, 0], slow, hidden)
+    mixture(hidden[:, None], token_weight)
+    assert_close(mixture.router.take_balance(), slow.balance, FLOAT64_TOLERANCE, "the balance loss")
+
+
+def test_experts_without_tokens_get_no_gradient(groups) -> None:
+    module = Experts(hybrid_config(SMALL, MtpConfig()), groups).double()
+    randomise(module)
+    module(normal(5, SMALL.hidden_size), torch.tensor([0, 2, 0, 0, 3, 0])).sum().backward()
+    for weight in (module.weight1, module.weight2):
+        idle = [not expert.any() for expert in weight.grad]
+        assert idle == [True, False, True, True, False, True]
+
+
+def test_expert_holds_gate_rows_before_up_rows(groups) -> None:
+    module = Experts(hybrid_config(SMALL, MtpConfig()), groups).double()
+    randomise(module)
+    x, width = normal(1, SMALL.hidden_size), SMALL.expert_size
+    gate, up = x[0] @ module.weight1[2, :width].T, x[0] @ module.weight1[2, width:].T
+    expected = module.weight2[2] @ (gate * torch.sigmoid(gate) * up)
+    out = module(x, torch.tensor([0, 0, 1, 0, 0, 0]))
+    assert_close(out[0], expected, FLOAT64_TOLERANCE, "the output")
+
+
+def test_shared_expert_equals_its_twin(groups) -> None:
+    module = SharedExpert(hybrid_config(SMALL, MtpConfig()), SUBMODULES, groups).double()
+    randomise(module)
+    assert_module_twin(
+        module, lambda x: module(x[:, None])[:, 0], reference.shared_expert, normal(7, SMALL.hidden_size)
+    )
+
+
+def test_every_token_is_computed_alone(groups) -> None:
+    """What a token gets from a mixture does not depend on its neighbours: nothing is dropped, nothing mixed up."""
+    mixture = MixtureOfExperts(hybrid_config(SMALL, MtpConfig()), SUBMODULES, groups).double()
+    randomise(mixture)
+    hidden = normal(30, 1, SMALL.hidden_size)
+    together = mixture(hidden)[0]
+    alone = torch.cat([mixture(hidden[t : t + 1])[0] for t in range(30)])
+    assert_close(together, alone, FLOAT64_TOLERANCE, "the output")
+    assert weights_of(mixture).keys() >= {"router.weight", "experts.weight1", "experts.weight2"}
