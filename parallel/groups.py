@@ -1,9 +1,7 @@
 """Starting and ending the process groups of a job, and the device of this process."""
 
 import datetime
-import logging
 import os
-import warnings
 
 import torch
 import torch.distributed as dist
@@ -21,17 +19,8 @@ def local_device() -> torch.device:
     return torch.device("cpu")
 
 
-def quiet_upstream() -> None:
-    """Keeps the notes that torch and megatron-core write about their own insides off the user's screen."""
-    for module in (r"torch\.", r"megatron\."):
-        for category in (FutureWarning, UserWarning):
-            warnings.filterwarnings("ignore", category=category, module=module)
-    logging.getLogger("megatron").setLevel(logging.ERROR)
-
-
 def start(device: torch.device, timeout_minutes: float = 30) -> None:
     """Joins the job's processes (as torchrun names them) over NCCL on GPUs and gloo on CPUs."""
-    quiet_upstream()
     compat.apply(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)

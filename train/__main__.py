@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.config import PrepareConfig
+from parallel.quiet import quiet_upstream
 from parallel.topology import resolve
 from train import front, usage
 from train.config import (
@@ -172,6 +173,8 @@ def run(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(rest):
         print(usage.command_help(command))
         return 0
+    if front.world_size():
+        quiet_upstream()
     return COMMANDS[command](rest)
 
 

@@ -61,7 +61,8 @@ def report(values: dict[str, float]) -> str:
     """What an evaluation found, in a line or two for a person."""
     loss, entropy = values[metrics.HELDOUT_LM_LOSS], values[metrics.HELDOUT_UNIGRAM_ENTROPY]
     text = (
-        f"held-out lm_loss {loss:.4f} nats a token, {entropy - loss:.4f} under the unigram entropy {entropy:.4f}; "
+        f"held-out lm_loss {loss:.4f} nats a token, {abs(entropy - loss):.4f} {'under' if loss < entropy else 'above'} "
+        f"the unigram entropy {entropy:.4f}; "
         f"{values[metrics.HELDOUT_BITS_PER_BYTE]:.4f} bits a byte"
     )
     deeper = [f"{name} {value:.4f}" for name, value in values.items() if name.startswith(metrics.heldout_mtp_loss(""))]

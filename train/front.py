@@ -93,6 +93,7 @@ def launch(command: list[str], processes: int) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
+    print(f"starting {processes} process{'es' * (processes > 1)}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="train_") as logs, _quiet(), _stopping() as stop:
         config = LaunchConfig(
             min_nodes=1,
