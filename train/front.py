@@ -5,6 +5,7 @@ are at hand and no second interpreter starts. The workers live in sessions of th
 reaches only this process, which passes exactly one signal on and waits until they have saved.
 """
 
+import dataclasses
 import logging
 import os
 import signal
@@ -106,7 +107,7 @@ def launch(command: list[str], processes: int) -> int:
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(log_dir=logs),
             signals_to_handle="SIGQUIT",  # the others are handled here
-            shutdown_timeout=GRACE_S,
+            **_grace(LaunchConfig),
         )
         try:
             elastic_launch(config, sys.executable)("-u", *command)
@@ -116,6 +117,12 @@ def launch(command: list[str], processes: int) -> int:
         except ChildFailedError as error:
             return _failure(error)
     return 0
+
+
+def _grace(launch_config: type) -> dict[str, int]:
+    """The time that stopping workers get. torch 2.11 has no such setting: there it is torchrun's own 30 s."""
+    known = {item.name for item in dataclasses.fields(launch_config)}
+    return {"shutdown_timeout": GRACE_S} if "shutdown_timeout" in known else {}
 
 
 class _Stop:
