@@ -1,0 +1,116 @@
+"""Our modules compute what transformers' Qwen3-Next computes, in float32 and through the conversion of the weights."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.qwen3_next import modeling_qwen3_next as theirs
+
+from model.attention import GatedAttention, GatedAttentionSubmodules, rotary_table
+from model.backends import column_linear, row_linear
+from model.batch import MicroBatch, count_targets
+from model.config import ModelConfig, MtpConfig
+from model.deltanet import GatedDeltaNet, GatedDeltaNetSubmodules
+from model.documents import Documents
+from model.experts import MixtureOfExperts, MixtureSubmodules
+from model.norm import GatedRMSNorm, ZeroCentredRMSNorm
+from model.stack import hybrid_config
+from tests.model import hf
+from tests.model.helpers import ids_from_starts, randomise
+
+TOKENS, VOCAB = 130, 64
+SHAPE = ModelConfig(
+    hidden_size=64,
+    attention_heads=4,
+    key_value_heads=2,
+    head_dim=32,
+    linear_key_heads=2,
+    linear_value_heads=4,
+    linear_key_dim=16,
+    linear_value_dim=24,
+    experts=16,
+    experts_per_token=4,
+    expert_size=32,
+    shared_expert_size=48,
+)
+# Outputs whose largest values are about one: float32 rounding leaves either side within 5e-6 of the exact result
+# (Gated DeltaNet's norm enlarges it where a head's output is small), a wrong layout shows as 0.1 or more.
+MODULE_TOLERANCE = 1e-5
+
+
+def hidden_states() -> torch.Tensor:
+    return torch.randn(TOKENS, SHAPE.hidden_size, generator=torch.Generator().manual_seed(0))
+
+
+def parameters(module: nn.Module) -> hf.Weights:
+    return dict(module.named_parameters())
+
+
+def assert_parity(ours: torch.Tensor, expected: torch.Tensor) -> None:
+    assert ours.shape == expected.shape
+    assert expected.std() > 0.1, "a small output would agree too easily"
+    assert (ours - expected).abs().max() <= MODULE_TOLERANCE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("ratio", [1, 2])
+def test_gated_delta_net(groups, ratio: int) -> None:
+    shape = replace(SHAPE, linear_value_heads=2 * ratio)
+    submodules = GatedDeltaNetSubmodules(column_linear, row_linear, GatedRMSNorm)
+    layer = GatedDeltaNet(hybrid_config(shape, MtpConfig()), submodules, 1, groups)
+    randomise(layer)
+    layer.out_proj.weight.mul_(0.25)
+    config = hf.hf_config(shape, VOCAB)
+    other = hf.load(theirs.Qwen3NextGatedDeltaNet(config, 0), hf.delta_net_weights(parameters(layer), shape))
+    hidden = hidden_states()
+    documents = Documents.from_ids(ids_from_starts(TOKENS, []))
+    assert_parity(layer(hidden[:, None], packed_seq_params=documents)[0][:, 0], other(hidden[None])[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("ratio", [1, 2])
+def test_gated_attention(groups, ratio: int) -> None:
+    shape = replace(SHAPE, attention_heads=2 * ratio)
+    submodules = GatedAttentionSubmodules(column_linear, row_linear, ZeroCentredRMSNorm)
+    layer = GatedAttention(hybrid_config(shape, MtpConfig()), submodules, 1, groups)
+    randomise(layer)
+    config = hf.hf_config(shape, VOCAB)
+    other = hf.load(theirs.Qwen3NextAttention(config, 0), hf.attention_weights(parameters(layer), shape))
+    hidden = hidden_states()
+    documents = Documents.from_ids(ids_from_starts(TOKENS, []))
+    table = rotary_table(documents.position_RL, shape.rotary_dim, shape.rope_base)
+    ours = layer(hidden[:, None], rotary_pos_emb=table, packed_seq_params=documents)[0][:, 0]
+    angles = theirs.Qwen3NextRotaryEmbedding(config)(hidden[None], torch.arange(TOKENS)[None])
+    mask = torch.full((TOKENS, TOKENS), -torch.inf).triu(1)[None, None]
+    assert_parity(ours, other(hidden[None], angles, mask)[0][0])
+
+
+@torch.no_grad()
+def test_mixture_of_experts(groups) -> None:
+    mixture = MixtureOfExperts(hybrid_config(SHAPE, MtpConfig()), MixtureSubmodules(column_linear, row_linear), groups)
+    randomise(mixture)
+    other = theirs.Qwen3NextSparseMoeBlock(hf.hf_config(SHAPE, VOCAB))
+    hf.load(other, hf.mixture_weights(parameters(mixture)))
+    hidden = hidden_states()
+    weights, experts = mixture.router(hidden, None)
+    _, their_weights, their_experts = other.gate(hidden)
+    assert torch.equal(experts, their_experts)
+    assert (weights - their_weights).abs().max() <= MODULE_TOLERANCE
+    assert_parity(mixture(hidden[:, None])[0][:, 0], other(hidden[None])[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pattern", ["GEGEGE*E", "*EGE"])
+def test_logits_of_the_whole_trunk(build: Callable, pattern: str) -> None:
+    shape = replace(SHAPE, pattern=pattern)
+    network = build(shape, MtpConfig(steps=0), VOCAB)
+    other = hf.causal_lm(parameters(network), shape, VOCAB)
+    tokens = torch.randint(VOCAB, (2, TOKENS + 1), generator=torch.Generator().manual_seed(0))
+    ids = torch.zeros_like(tokens)
+    (state,) = network.predictions(MicroBatch.build(tokens, ids, count_targets(ids, 0)))
+    logits, expected = network.logits(state).view(2, TOKENS, VOCAB), other(tokens[:, :-1]).logits
+    assert expected.std() >= 0.5
+    # Rounding of 1e-6 a module grows through eight layers and their norms.
+    assert (logits - expected).abs().max() <= 1e-4
