@@ -7,7 +7,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, ParamGroupOverride, ParamKey, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
+from megatron.core.optimizer.optimizer_config import ParamPredicate, ParamWithNamePredicate
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from parallel import compat
@@ -75,6 +75,9 @@ class MegatronEngine:
             config, ddp_config, network, pg_collection=groups, full_param_layout=layout
         )
         undecayed = ParamWithNamePredicate(name="undecayed", fn=lambda _, name: not decays(name))
+        # megatron-core numbers a group's parameters as if all had one type, so the float32 ones of a bfloat16 model
+        # get groups of their own. Only its scheduler, which we do not use, reads end_wd: here it tells groups apart.
+        wide = ParamPredicate(name="float32", fn=lambda parameter: parameter.dtype == torch.float32)
         with compat.optimizer_context(device):
             self.optimizer = get_megatron_optimizer(
                 OptimizerConfig(
@@ -91,7 +94,10 @@ class MegatronEngine:
                     use_distributed_optimizer=True,
                 ),
                 [self.ddp],
-                config_overrides={ParamKey(with_name_predicate=undecayed): ParamGroupOverride(wd_mult=0.0)},
+                config_overrides={
+                    ParamKey(with_name_predicate=undecayed): ParamGroupOverride(wd_mult=0.0),
+                    ParamKey(predicate=wide): ParamGroupOverride(end_wd=0.0),
+                },
                 pg_collection=groups,
                 use_gloo_process_groups=False,
             )

@@ -124,7 +124,8 @@ def run_training(config: Config) -> int:
     stream = TokenStream(job.corpus, "train", config.data.seq_length, config.seed)
     start = steps_done(config, job.topology)
     if start >= config.run.steps:
-        raise ConfigError(f"run.steps={config.run.steps} but run.name={config.run.name} has done {start}: raise run.steps")
+        name, steps = config.run.name, config.run.steps
+        raise ConfigError(f"run.steps={steps} but run.name={name} has done {start}: raise run.steps")
     if start:
         checkpoint.load(engine, last_checkpoint(config.run.path), stream.fingerprint)
     if job.is_first:

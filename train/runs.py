@@ -76,7 +76,8 @@ def steps_done(config: Config, topology: Topology) -> int:
                 f"set these as before"
             )
     if state["layout"] != vars(topology):
-        sizes = ", ".join(f"{k} {v} (was {state['layout'][k]})" for k, v in vars(topology).items() if state["layout"][k] != v)
+        before = state["layout"]
+        sizes = ", ".join(f"{key} {size} (was {before[key]})" for key, size in vars(topology).items() if size != before[key])
         raise ConfigError(
             f"run.name={name} was trained on another layout: {sizes}: resume it as before, or choose another run.name"
         )
