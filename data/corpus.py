@@ -82,10 +82,15 @@ class Corpus:
         self._prove(self.manifest.token_bytes)
         return np.load(self.path / self.manifest.token_bytes.file)
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of all files on disk."""
+        return sum(info.size for info in self.manifest.files)
+
     def verify(self, progress: bool = True) -> None:
         """Proves the hash of every file; CorpusError names the first that is not as prepare left it."""
         files = self.manifest.files
-        with byte_bar("verifying the corpus", sum(info.size for info in files), show=progress) as bar:
+        with byte_bar("verifying the corpus", self.num_bytes, show=progress) as bar:
             for info in files:
                 self._prove(info)
                 bar.update(info.size)

@@ -60,6 +60,7 @@ class ModelConfig:
     expert_size: int = _setting(64, "hidden width of a routed expert")
     shared_expert_size: int = _setting(64, "hidden width of the shared expert")
     balance_weight: float = _setting(1e-3, "weight of the load-balancing loss; a balanced layer adds 1.0 x weight")
+    z_weight: float = _setting(0.0, "weight of the router's z-loss, the mean of logsumexp(logits)^2 per layer")
     norm_eps: float = _setting(1e-6, "epsilon of every RMSNorm")
     init_std: float = _setting(0.02, "standard deviation of linear and embedding weights at the start")
     dtype: str = _setting("float32", "parameter and activation type: float32 or bfloat16")

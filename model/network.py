@@ -49,9 +49,9 @@ class LanguageModel(HybridModel):
         """The mixture-of-experts layers of this stage, the MTP layer's last."""
         return [module for module in self.modules() if isinstance(module, MixtureOfExperts)]
 
-    def take_balance(self) -> Tensor:
-        """This rank's addend of the balance losses of all layers since the last call."""
-        return sum((mixture.router.take_balance() for mixture in self.mixtures()), torch.zeros(()))
+    def take_router_losses(self) -> Tensor:
+        """This rank's addends of the balance and z-losses of all layers since the last call, summed: [2]."""
+        return sum((mixture.router.take_losses() for mixture in self.mixtures()), torch.zeros(2))
 
     def embed(self, tokens_RL: Tensor) -> Tensor:
         """Embeddings of a micro-batch flattened to one row: [R, L] -> [T, 1, H]."""

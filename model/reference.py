@@ -233,6 +233,11 @@ def balance_loss(scores_TE: Tensor, chosen: list[list[int]], token_weight_T: Ten
     return scores_TE.shape[1] * loss
 
 
+def z_loss(logits_TE: Tensor, token_weight_T: Tensor) -> Tensor:
+    """sum_t w_t (log sum_i exp(logit_{t,i}))^2. Zoph et al., "ST-MoE", 2022, eq. 5."""
+    return sum(weight * logits.exp().sum().log() ** 2 for logits, weight in zip(logits_TE, token_weight_T, strict=True))
+
+
 def mixture(hidden_TH: Tensor, weights: Weights, shape: ModelConfig, token_weight_T: Tensor) -> tuple[Tensor, Tensor]:
     """One mixture-of-experts layer, [T, H] -> [T, H], and its balance loss."""
     scores, chosen, shares = route(hidden_TH @ weights["router.weight"].T, shape.experts_per_token)

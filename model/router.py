@@ -32,6 +32,11 @@ def normalise_rows(weight: Tensor, std: float) -> Tensor:
     return F.normalize(weight, dim=-1) * std * weight.shape[-1] ** 0.5
 
 
+def z_loss(logits_TE: Tensor, token_weight_T: Tensor) -> Tensor:
+    """This rank's addend of mean_t logsumexp(logits_t)^2, which keeps logits small (Zoph et al., ST-MoE, 2022, eq. 5)."""
+    return token_weight_T.to(logits_TE.dtype) @ logits_TE.logsumexp(dim=-1).square()
+
+
 class Router(MegatronModule):
     """Replicated on every rank; its weight is float32 whatever the model's type."""
 
@@ -39,12 +44,12 @@ class Router(MegatronModule):
         super().__init__(config=config)
         self.num_experts = config.shape.experts
         self.k = config.shape.experts_per_token
-        self.balance_weight = config.shape.balance_weight
+        self.balance_weight, self.z_weight = config.shape.balance_weight, config.shape.z_weight
         self.tp_group = pg_collection.tp
         self.balance_group = pg_collection.tp_dp_cp
         self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size, dtype=torch.float32))
         self.weight.sequence_parallel = config.sequence_parallel
-        self.balance = []
+        self.losses = []
 
     def forward(self, hidden_TH: Tensor, token_weight_T: Tensor | None) -> tuple[Tensor, Tensor]:
         """Weights [T, K] and expert indices [T, K].
@@ -52,11 +57,12 @@ class Router(MegatronModule):
         Args:
             token_weight_T: each token's share of the global batch's mean, 0 for padding; None: no balance loss.
         """
-        scores, weights, experts = route(F.linear(at_least_float32(hidden_TH), self.weight), self.k)
+        logits = F.linear(at_least_float32(hidden_TH), self.weight)
+        scores, weights, experts = route(logits, self.k)
         if token_weight_T is not None and torch.is_grad_enabled():
-            loss = self.balance_loss(scores, experts, token_weight_T)
-            self.balance.append(loss.detach())
-            weights = attach_loss(weights, self.balance_weight * loss)
+            balance, z = self.balance_loss(scores, experts, token_weight_T), z_loss(logits, token_weight_T)
+            self.losses.append(torch.stack([balance.detach(), z.detach()]))
+            weights = attach_loss(weights, self.balance_weight * balance + self.z_weight * z)
         return weights, experts
 
     def balance_loss(self, scores_TE: Tensor, experts_TK: Tensor, token_weight_T: Tensor) -> Tensor:
@@ -68,8 +74,8 @@ class Router(MegatronModule):
         share = counts / counts.sum().clamp(min=1)
         return self.num_experts * (share @ (token_weight_T.to(scores_TE.dtype) @ scores_TE))
 
-    def take_balance(self) -> Tensor:
-        """The balance loss gathered since the last call (this rank's part), and forgets it."""
-        total = torch.stack(self.balance).sum() if self.balance else self.weight.new_zeros(())
-        self.balance.clear()
+    def take_losses(self) -> Tensor:
+        """The balance loss and the z-loss gathered since the last call (this rank's part), [2]; forgets them."""
+        total = torch.stack(self.losses).sum(dim=0) if self.losses else self.weight.new_zeros(2)
+        self.losses.clear()
         return total

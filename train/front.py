@@ -18,12 +18,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data.config import DataConfig
-from data.embedded import EMBEDDED
 from parallel.topology import ParallelConfig
 from train.settings import ConfigError
 
 CPU_PROCESSES = 2
 GRACE_S = 600  # saving the largest models takes minutes; only then are stopping workers killed
+VERIFIED_BYTES = 2**31  # seconds of hashing; a larger corpus proves each shard when it is first opened
 REPEAT_S = 2.0  # `timeout` and terminals may deliver one Ctrl-C twice; a second one of the user comes later
 WORKER_VARIABLES = {"RANK", "LOCAL_RANK", "WORLD_SIZE"}  # what torchrun gives to each process that it starts
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where torchrun wants a worker to leave its exception
@@ -59,11 +59,19 @@ def layout_size(parallel: ParallelConfig) -> int:
 
 
 def ensure_corpus(data: DataConfig) -> None:
-    """Makes the embedded corpus before the workers start, unless it is cached."""
-    if data.corpus == EMBEDDED:
-        from data.prepare import embedded_corpus
+    """Makes the embedded corpus unless it is cached, and proves the corpus before the workers start.
 
-        embedded_corpus(data)
+    Raises:
+        CorpusError: a file that is not as prepare left it, or a split that does not fill one sample.
+    """
+    from data.prepare import open_corpus
+    from data.stream import TokenStream
+
+    corpus = open_corpus(data)
+    if corpus.num_bytes <= VERIFIED_BYTES:
+        corpus.verify()
+    for split in ("train", "heldout"):
+        TokenStream(corpus, split, data.seq_length, seed=0)
 
 
 def report(error: Exception) -> None:

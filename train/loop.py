@@ -54,22 +54,22 @@ def train_step(job: Job, engine: MegatronEngine, batches: list[Batch], lr: float
     return engine.train_step(ready, job.microbatch_tokens, lr)
 
 
-def step_metrics(job: Job, outputs: list[Losses], balance: torch.Tensor) -> dict[str, float]:
+def step_metrics(job: Job, outputs: list[Losses], router_losses: torch.Tensor) -> dict[str, float]:
     """The losses of a step over the whole global batch, the same on every process (one reduction)."""
     config, steps = job.config, job.config.mtp.steps
-    addends = torch.zeros(2 + steps, dtype=torch.float64, device=job.device)
+    addends = torch.zeros(3 + steps, dtype=torch.float64, device=job.device)
     if outputs and job.groups.tp.rank() == 0:
         addends[: 1 + steps] = sum(losses.by_step.double() for losses in outputs)
-    addends[-1] = balance
+    addends[1 + steps :] = router_losses
     torch.distributed.all_reduce(addends)
-    lm_loss, *mtp_losses, balance_sum = addends.tolist()
-    layers = config.model.layers.count("E") + (steps > 0)
-    loss = lm_loss + config.model.balance_weight * balance_sum
+    lm_loss, *mtp_losses, balance, z = addends.tolist()
+    layers = max(1, config.model.layers.count("E") + (steps > 0))
+    loss = lm_loss + config.model.balance_weight * balance + config.model.z_weight * z
     if mtp_losses:
         loss += config.mtp.weight * sum(mtp_losses) / steps
     values = {metrics.LOSS: loss, metrics.LM_LOSS: lm_loss}
     values |= {metrics.mtp_loss(step): value for step, value in enumerate(mtp_losses, start=1)}
-    return values | {metrics.BALANCE_LOSS: balance_sum / max(layers, 1)}
+    return values | {metrics.BALANCE_LOSS: balance / layers, metrics.Z_LOSS: z / layers}
 
 
 def due(step: int, every: int, last: int) -> bool:
@@ -93,12 +93,12 @@ def fit(
         start = time.perf_counter()
         lr = learning_rate(job.config.optim, step, run.steps)
         outputs, grad_norm = train_step(job, engine, next(loader), lr)
-        balance = job.network.take_balance()
+        router_losses = job.network.take_router_losses()
         seconds, rate_steps = seconds + time.perf_counter() - start, rate_steps + 1
 
         values = {}
         if due(step, run.log_every, run.steps) or step == 1:
-            values = {metrics.TOKENS: step * step_tokens, **step_metrics(job, outputs, balance)}
+            values = {metrics.TOKENS: step * step_tokens, **step_metrics(job, outputs, router_losses)}
             values |= {metrics.GRAD_NORM: grad_norm, metrics.LR: lr}
             values |= {metrics.TOKENS_PER_SECOND: rate_steps * step_tokens / seconds}
             seconds, rate_steps = 0.0, 0

@@ -11,6 +11,7 @@ TOKENS = "tokens"  # trained on since the start of the run
 LOSS = "loss"  # what is minimised: lm_loss + weighted MTP and balance losses
 LM_LOSS = "lm_loss"  # nats a token, next-token prediction
 BALANCE_LOSS = "balance_loss"  # mean over layers; 1.0 is perfectly balanced
+Z_LOSS = "z_loss"  # mean over layers
 GRAD_NORM = "grad_norm"  # of the whole gradient, before clipping
 LR = "lr"
 TOKENS_PER_SECOND = "tokens_per_second"  # over all processes

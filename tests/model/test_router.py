@@ -8,7 +8,7 @@ import torch
 
 from model import reference
 from model.config import MtpConfig
-from model.router import Router, normalise_rows, route
+from model.router import Router, normalise_rows, route, z_loss
 from model.stack import hybrid_config
 from tests.model.helpers import FLOAT64_TOLERANCE, SMALL, assert_close, assert_twins, randomise
 
@@ -54,6 +54,24 @@ def test_gradient_of_the_weights() -> None:
         lambda logits: torch.stack([torch.stack(row) for row in reference.route(logits, 3)[2]]),
         {"logits": normal(TOKENS, 6)},
     )
+
+
+def test_z_loss() -> None:
+    assert_twins(
+        lambda logits: z_loss(logits, token_weights()),
+        lambda logits: reference.z_loss(logits, token_weights()),
+        {"logits": 3 * normal(TOKENS, 6)},
+    )
+
+
+def test_forward_hangs_the_z_loss_onto_the_weights(make_router: Callable) -> None:
+    router = make_router(balance_weight=0.0, z_weight=0.5)
+    hidden = normal(TOKENS, SMALL.hidden_size, seed=5)
+    weights, _ = router(hidden, token_weights())
+    (weights.sum() * 0).backward()
+    found, router.weight.grad = router.weight.grad, None
+    (0.5 * reference.z_loss(hidden @ router.weight.T, token_weights())).backward()
+    assert_close(found, router.weight.grad, FLOAT64_TOLERANCE, "the gradient of the z-loss")
 
 
 @pytest.mark.parametrize("k", [2, 5])
@@ -106,19 +124,19 @@ def test_forward_hangs_the_balance_loss_onto_the_weights(make_router: Callable) 
     plain = (torch.stack([torch.stack(row) for row in shares]) * use).sum()
     (expected,) = torch.autograd.grad(plain + 0.25 * loss, weight)
     assert_close(found, expected, FLOAT64_TOLERANCE, "the router's gradient")
-    assert_close(router.take_balance(), loss, FLOAT64_TOLERANCE, "the recorded loss")
+    assert_close(router.take_losses()[0], loss, FLOAT64_TOLERANCE, "the recorded loss")
 
 
-def test_take_balance_sums_and_forgets(make_router: Callable) -> None:
+def test_take_losses_sums_and_forgets(make_router: Callable) -> None:
     router, hidden = make_router(), normal(TOKENS, SMALL.hidden_size)
-    assert router.take_balance().item() == 0.0
+    assert router.take_losses()[0].item() == 0.0
     router(hidden, token_weights())
-    once = router.take_balance()
+    once = router.take_losses()[0]
     assert once > 0
     for _ in range(3):
         router(hidden, token_weights())
-    assert_close(router.take_balance(), 3 * once, FLOAT64_TOLERANCE, "the sum of three")
-    assert router.take_balance().item() == 0.0
+    assert_close(router.take_losses()[0], 3 * once, FLOAT64_TOLERANCE, "the sum of three")
+    assert router.take_losses()[0].item() == 0.0
 
 
 def test_evaluation_records_no_balance_loss(make_router: Callable) -> None:
@@ -126,7 +144,7 @@ def test_evaluation_records_no_balance_loss(make_router: Callable) -> None:
     with torch.no_grad():
         weights, experts = router(hidden, token_weights())
     same_weights, same_experts = router(hidden, None)
-    assert router.take_balance().item() == 0.0
+    assert router.take_losses()[0].item() == 0.0
     assert torch.equal(weights, same_weights) and torch.equal(experts, same_experts)
 
 

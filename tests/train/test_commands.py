@@ -62,7 +62,7 @@ def refused(*arguments: str) -> str:
         ("prepare", "input must be given: input=..."),
         ("prepare input=x outputs=y", "unknown setting outputs=y: did you mean output?"),
         ("evaluate run.name=nope", "run.name=nope is not a run in runs: it holds none"),
-        ("evaluate run=nope", "unknown setting run=nope: did you mean run."),
+        ("evaluate run=nope", "run.name=nope is not a run in runs: it holds none"),
         ("generate tokens=0", "tokens=0 must be at least 1"),
         ("generate prompt", "'prompt' is not a setting: write key=value"),
     ],
