@@ -17,6 +17,7 @@ from train.evaluate import heldout_metrics, microbatch, report
 from train.runs import last_checkpoint, steps_done
 from train.schedule import learning_rate
 from train.settings import ConfigError
+from train.speed import Speedometer
 from train.trackers import Tracker, build_trackers
 
 TIME_IS_UP = 1  # a reason to stop, beside the numbers of signals (2 and up)
@@ -87,21 +88,19 @@ def fit(
 ) -> tuple[int, int]:
     """Trains to the end of the run or to a request to stop; returns the steps done and the reason (0: the end)."""
     run, reason, values = job.config.run, 0, {}
-    seconds, rate_steps = 0.0, 0
     step_tokens = job.config.batch.global_ * job.config.data.seq_length
+    speed = Speedometer(job)
     for step in range(loader.step + 1, run.steps + 1):
         start = time.perf_counter()
         lr = learning_rate(job.config.optim, step, run.steps)
         outputs, grad_norm = train_step(job, engine, next(loader), lr)
         router_losses = job.network.take_router_losses()
-        seconds, rate_steps = seconds + time.perf_counter() - start, rate_steps + 1
+        speed.add(time.perf_counter() - start)
 
         values = {}
         if due(step, run.log_every, run.steps) or step == 1:
             values = {metrics.TOKENS: step * step_tokens, **step_metrics(job, outputs, router_losses)}
-            values |= {metrics.GRAD_NORM: grad_norm, metrics.LR: lr}
-            values |= {metrics.TOKENS_PER_SECOND: rate_steps * step_tokens / seconds}
-            seconds, rate_steps = 0.0, 0
+            values |= {metrics.GRAD_NORM: grad_norm, metrics.LR: lr, **speed.take()}
         if due(step, run.eval_every, run.steps):
             values |= heldout_metrics(job, run.eval_samples)
         if values:
