@@ -8,12 +8,15 @@ from megatron.core import parallel_state
 
 from data.stream import Batch
 from model.config import ModelConfig, MtpConfig
+from model.init import initialise
 from model.network import LanguageModel
 from model.stack import hybrid_config
 from parallel import groups as process_groups
+from parallel.engine_megatron import MegatronEngine
 from parallel.topology import ParallelConfig, resolve
 from train.build import Job
 from train.config import BatchConfig, Config, DataConfig, OptimConfig, RunConfig
+from train.optim import adamw, decays
 
 LENGTH = 64
 VOCAB = 256
@@ -31,6 +34,7 @@ MODEL = ModelConfig(
     expert_size=32,
     shared_expert_size=32,
     balance_weight=0.01,
+    z_weight=0.001,
 )
 PIPELINED = replace(MODEL, pattern="GEGE|GE*E")
 
@@ -83,3 +87,17 @@ def random_batch(rows: int, seed: int) -> Batch:
 def part_of(batch: Batch, index: int, parts: int) -> Batch:
     """The index-th of equal parts of a batch."""
     return Batch(batch.tokens.chunk(parts)[index], batch.documents.chunk(parts)[index])
+
+
+def fill(job: Job) -> LanguageModel:
+    """Draws the parameters of a job's model, with a router that prefers some experts, so that balance matters."""
+    initialise(job.network, job.network.sharded_state_dict(), job.config.seed)
+    with torch.no_grad():
+        for mixture in job.network.mixtures():
+            mixture.router.weight.mul_(torch.linspace(1.0, 10.0, job.config.model.experts)[:, None])
+    return job.network
+
+
+def start_engine(job: Job) -> MegatronEngine:
+    """The engine that trains a job's model from its filled parameters."""
+    return MegatronEngine(fill(job), job.groups, adamw(job.config.optim), job.device, decays)
