@@ -1,11 +1,13 @@
 """The megatron-core engine: DDP, distributed optimizer, schedules, gradient clipping behind three calls."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, ParamGroupOverride, ParamKey, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamPredicate, ParamWithNamePredicate
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -58,7 +60,7 @@ class MegatronEngine:
     """
 
     def __init__(self, network, groups, adamw: AdamW, device: torch.device, decays: Callable[[str], bool]):
-        self.network, self.groups, self.device = network, groups, device
+        self.network, self.groups, self.device, self.clip = network, groups, device, adamw.clip
         config = network.config
         config.finalize_model_grads_func = _finalize
         ddp_config = DistributedDataParallelConfig(
@@ -88,7 +90,6 @@ class MegatronEngine:
                     adam_beta1=adamw.betas[0],
                     adam_beta2=adamw.betas[1],
                     adam_eps=adamw.eps,
-                    clip_grad=adamw.clip,
                     bf16=config.bf16,
                     params_dtype=config.params_dtype,
                     use_distributed_optimizer=True,
@@ -110,6 +111,8 @@ class MegatronEngine:
         Returns:
             What the network returned for each micro-batch (last pipeline stage only), and the gradient norm before
             clipping.
+        Raises:
+            FloatingPointError: on every rank, if a gradient of any is not finite; parameters are as before.
         """
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -117,10 +120,22 @@ class MegatronEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         with compat.optimizer_context(self.device):
-            finite, grad_norm, _ = self.optimizer.step()
-        if not finite:
-            raise FloatingPointError("gradients are not finite; the optimizer step was not taken")
-        return outputs, grad_norm
+            return outputs, self._step_optimizer()
+
+    def _step_optimizer(self) -> float:
+        """megatron-core's optimizer step, given up before it changes anything if gradients are not finite.
+
+        Its own `step` checks them only when it scales losses for float16.
+        """
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        if not math.isfinite(grad_norm):
+            raise FloatingPointError(f"the gradient norm is {grad_norm}; the optimizer step was not taken")
+        if self.clip > 0:
+            parameters = [x for part in self.optimizer.chained_optimizers for x in part.get_parameters()]
+            clip_grad_by_total_norm_fp32(parameters, self.clip, grad_norm)
+        self.optimizer.step_with_ready_grads()
+        return grad_norm
 
     def sharded_state_dict(self, is_loading: bool) -> dict:
         """Model and optimizer as megatron-core's sharded state dict, for saving or as a template for loading."""
