@@ -1,0 +1,157 @@
+"""The engine's optimizer step: what decays, how gradients are clipped, what stays in float32, what a NaN does."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from megatron.core import parallel_state
+
+from parallel import groups as process_groups
+from parallel.engine_megatron import AdamW, MegatronEngine
+from parallel.topology import ParallelConfig
+from tests.dist import run_ranks
+from tests.parallel.tiny import MODEL, build_tiny, fill, part_of, random_batch, tiny_config
+from train.build import Job
+from train.loop import train_step
+from train.optim import decays
+
+LR, DECAY = 0.1, 0.25
+# Parameters that are float32 in a model of any type.
+ISLANDS = ("router.weight", "A_log", "dt_bias", "norm.weight", "layernorm.weight")
+
+
+def _start(adamw: AdamW, parallel: ParallelConfig = ParallelConfig(), **model) -> tuple[Job, MegatronEngine]:  # noqa: B008
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    job = build_tiny(tiny_config(replace(MODEL, **model), parallel))
+    job = replace(job, config=replace(job.config, batch=replace(job.config.batch, micro=8 // job.topology.data)))
+    fill(job)
+    with torch.no_grad():
+        for name, parameter in job.network.named_parameters():
+            if name.endswith("norm.weight"):  # drawn as zero, which no decay would change
+                parameter.fill_(0.5)
+    return job, MegatronEngine(job.network, job.groups, adamw, job.device, decays)
+
+
+def _values(job: Job) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in job.network.named_parameters()}
+
+
+def _step(job: Job, engine: MegatronEngine, seed: int, lr: float) -> float:
+    batch = part_of(random_batch(8, seed), job.groups.dp.rank(), job.groups.dp.size())
+    _, grad_norm = train_step(job, engine, [batch], lr)
+    return grad_norm
+
+
+def _decay() -> tuple[float, dict, dict]:
+    """A step on nothing but padding: every gradient is zero, so only weight decay acts."""
+    job, engine = _start(AdamW(betas=(0.9, 0.95), eps=1e-8, weight_decay=DECAY, clip=1.0))
+    padding = random_batch(8, seed=0)
+    padding.documents.fill_(-1)
+    before = _values(job)
+    _, grad_norm = train_step(job, engine, [padding], LR)
+    return grad_norm, before, _values(job)
+
+
+def _clip(clip: float) -> tuple[float, float]:
+    """Gradient norm, and the length of the step of an optimizer that moves by lr / eps * gradient at first."""
+    job, engine = _start(AdamW(betas=(0.9, 0.95), eps=1e6, weight_decay=0.0, clip=clip))
+    before = _values(job)
+    grad_norm = _step(job, engine, seed=0, lr=1e6)
+    moved = [(after - before[name]).double().square().sum() for name, after in _values(job).items()]
+    return grad_norm, math.sqrt(sum(moved))
+
+
+def _poison() -> dict:
+    """One rank of two meets a NaN in the middle of training; both must refuse, unharmed, and can go on."""
+    settings = AdamW(betas=(0.9, 0.95), eps=1e-8, weight_decay=DECAY, clip=1.0)
+    job, engine = _start(settings, ParallelConfig(expert=2))
+    _step(job, engine, seed=0, lr=1e-3)
+    before = _values(job)
+    handle = None
+    if job.groups.dp.rank() == 1:
+        weight = job.network.mixtures()[0].experts.weight1
+        handle = weight.register_hook(lambda gradient: gradient * math.nan)
+    refusal = None
+    try:
+        _step(job, engine, seed=1, lr=1e-3)
+    except FloatingPointError as error:
+        refusal = str(error)
+    unharmed = all(torch.equal(value, before[name]) for name, value in _values(job).items())
+    if handle:
+        handle.remove()
+    return {"refusal": refusal, "unharmed": unharmed, "next": _step(job, engine, seed=2, lr=1e-3)}
+
+
+def _islands() -> dict:
+    """Types in a bfloat16 model, and how far two tiny steps carry each parameter."""
+    job, engine = _start(AdamW(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, clip=1.0), dtype="bfloat16")
+    before = _values(job)
+    for seed in range(2):
+        _step(job, engine, seed, lr=1e-6)
+    after = _values(job)
+    return {
+        "types": {name: parameter.dtype for name, parameter in engine.ddp.module.named_parameters()},
+        "gradients": {parameter.main_grad.dtype for parameter in job.network.parameters()},
+        "masters": {x.dtype for part in engine.optimizer.chained_optimizers for x in part.get_parameters()},
+        "moved": {name: bool((after[name] != before[name]).any()) for name in after},
+    }
+
+
+def _one_process() -> dict:
+    process_groups.start(torch.device("cpu"))
+    return {"decay": _decay(), "clip": {clip: _clip(clip) for clip in (0.0, 0.1, 1e3)}, "islands": _islands()}
+
+
+def _two_processes() -> dict:
+    process_groups.start(torch.device("cpu"))
+    return _poison()
+
+
+@pytest.fixture(scope="module")
+def single() -> dict:
+    return run_ranks(_one_process, 1)[0]
+
+
+def test_weight_decay(single):
+    grad_norm, before, after = single["decay"]
+    assert grad_norm == 0.0
+    undecayed = {name for name in before if torch.equal(before[name], after[name])}
+    assert undecayed == {name for name in before if name.endswith(("A_log", "dt_bias"))}
+    assert len(undecayed) == 2 * MODEL.layers.count("G")
+    for name in before.keys() - undecayed:
+        # One float32 multiplication by 1 - lr * decay: its rounding is all that may differ.
+        torch.testing.assert_close(after[name], before[name] * (1 - LR * DECAY), rtol=2e-7, atol=0.0, msg=name)
+
+
+def test_clipping(single):
+    norms = {clip: norm for clip, (norm, _) in single["clip"].items()}
+    lengths = {clip: length for clip, (_, length) in single["clip"].items()}
+    norm = norms[0.0]
+    assert norm > 0.5
+    assert norms == {0.0: norm, 0.1: norm, 1e3: norm}, "the norm reported is the one before clipping"
+    # The step is read off parameters of size 1 that it moves by 1e-3 and more: float32 keeps four digits of it.
+    assert lengths[0.0] == pytest.approx(norm, rel=1e-3)
+    assert lengths[0.1] == pytest.approx(0.1, rel=1e-3)
+    assert lengths[1e3] == lengths[0.0]
+
+
+def test_float32_islands_in_a_bfloat16_model(single):
+    found = single["islands"]
+    wide = {name for name, dtype in found["types"].items() if dtype == torch.float32}
+    assert wide == {name for name in found["types"] if name.endswith(ISLANDS)}
+    assert {dtype for name, dtype in found["types"].items() if name not in wide} == {torch.bfloat16}
+    assert all(any(name.endswith(ending) for name in wide) for ending in ISLANDS)
+    assert found["gradients"] == {torch.float32}
+    assert found["masters"] == {torch.float32}
+    # Steps of 1e-6 are far below bfloat16's spacing at 0.5 (4e-3) and above float32's (6e-8): the optimizer works on
+    # the islands themselves, not on copies that come back rounded.
+    assert [name for name in wide if not found["moved"][name]] == []
+
+
+def test_gradients_that_are_not_finite():
+    for found in run_ranks(_two_processes, 2):
+        assert found["refusal"] == "the gradient norm is nan; the optimizer step was not taken"
+        assert found["unharmed"]
+        assert 0 < found["next"] < math.inf
