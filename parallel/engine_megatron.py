@@ -165,6 +165,7 @@ class MegatronEngine:
         with compat.optimizer_context(self.device):
             self.optimizer.load_state_dict(state["optimizer"])
         for part in self.optimizer.chained_optimizers:
-            for moments in part.optimizer.state.values():
-                # megatron-core hands one step counter to all parameters, and AdamW would count it up for each.
-                moments["step"] = moments["step"].clone()
+            for group in part.optimizer.param_groups:
+                for parameter in group["params"]:
+                    # megatron-core restores the step in the group alone, and AdamW counts it for each parameter.
+                    part.optimizer.state[parameter]["step"] = torch.tensor(float(group["step"]))
