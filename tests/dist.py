@@ -1,8 +1,10 @@
 """Runs a function in several processes joined as torchrun would join them, and brings back what they return."""
 
+import contextlib
 import datetime
 import os
 import pickle
+import signal
 import sys
 import time
 import traceback
@@ -12,6 +14,8 @@ from unittest.mock import patch
 
 import torch
 from torch.distributed import TCPStore
+
+from parallel.quiet import quiet_upstream
 
 GRACE_SECONDS = 2
 
@@ -33,10 +37,13 @@ def _environment(rank: int, world: int, port: int) -> dict[str, str]:
     }
 
 
-def _child(environment: dict[str, str], function: Callable, args: tuple, pipe: connection.Connection) -> None:
+def _child(environment: dict[str, str], call: bytes, pipe: connection.Connection) -> None:
+    os.setsid()  # a process group of its own, so that what it starts ends with it
     os.environ.update(environment)
     torch.set_num_threads(1)
+    quiet_upstream()  # before the function's module, and megatron-core with it, is imported
     try:
+        function, args = pickle.loads(call)
         answer = (True, function(*args))
     except BaseException:  # SystemExit too: whatever ended the function is the parent's to report
         answer = (False, traceback.format_exc())
@@ -78,6 +85,13 @@ def _collect(processes: list, pipes: list, seconds: float) -> list:
     return results
 
 
+def _end(process) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has ended, or has not come to its own group yet
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.join()
+
+
 def run_ranks(function: Callable, world: int, *args, timeout: float = 120) -> list:
     """Calls a module-level function in ``world`` fresh processes and returns their results in order of rank.
 
@@ -94,12 +108,12 @@ def run_ranks(function: Callable, world: int, *args, timeout: float = 120) -> li
     context = get_context("spawn")
     patience = datetime.timedelta(seconds=timeout)
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=patience)
-    processes, pipes = [], []
+    processes, pipes, call = [], [], pickle.dumps((function, args))
     try:
         for rank in range(world):
             receiver, sender = context.Pipe(duplex=False)
-            arguments = (_environment(rank, world, store.port), function, args, sender)
-            processes.append(context.Process(target=_child, args=arguments, daemon=True))
+            arguments = (_environment(rank, world, store.port), call, sender)
+            processes.append(context.Process(target=_child, args=arguments))
             # OpenMP reads its variable when torch is imported, before the child sets anything.
             with patch.dict(os.environ, OMP_NUM_THREADS="1"):
                 processes[-1].start()
@@ -108,5 +122,4 @@ def run_ranks(function: Callable, world: int, *args, timeout: float = 120) -> li
         return _collect(processes, pipes, timeout)
     finally:
         for process in processes:
-            process.kill()
-            process.join()
+            _end(process)
