@@ -60,7 +60,7 @@ class MegatronEngine:
     """
 
     def __init__(self, network, groups, adamw: AdamW, device: torch.device, decays: Callable[[str], bool]):
-        self.network, self.groups, self.device, self.clip = network, groups, device, adamw.clip
+        self.network, self.groups, self.device, self.adamw = network, groups, device, adamw
         config = network.config
         config.finalize_model_grads_func = _finalize
         ddp_config = DistributedDataParallelConfig(
@@ -102,8 +102,13 @@ class MegatronEngine:
                 pg_collection=groups,
                 use_gloo_process_groups=False,
             )
+        self._apply_settings()
+
+    def _apply_settings(self) -> None:
+        """Sets what megatron-core leaves to its scheduler, and what it takes from a checkpoint rather than from us."""
         for group in self.optimizer.param_groups:
-            group["weight_decay"] = adamw.weight_decay * group["wd_mult"]
+            group["weight_decay"] = self.adamw.weight_decay * group["wd_mult"]
+            group["betas"], group["eps"] = self.adamw.betas, self.adamw.eps
 
     def train_step(self, batches: list, tokens: int, lr: float) -> tuple[list, float]:
         """One optimizer step over this rank's micro-batches of ``tokens`` tokens each.
@@ -131,9 +136,9 @@ class MegatronEngine:
         grad_norm = float(self.optimizer.get_grad_norm())
         if not math.isfinite(grad_norm):
             raise FloatingPointError(f"the gradient norm is {grad_norm}; the optimizer step was not taken")
-        if self.clip > 0:
+        if self.adamw.clip > 0:
             parameters = [x for part in self.optimizer.chained_optimizers for x in part.get_parameters()]
-            clip_grad_by_total_norm_fp32(parameters, self.clip, grad_norm)
+            clip_grad_by_total_norm_fp32(parameters, self.adamw.clip, grad_norm)
         self.optimizer.step_with_ready_grads()
         return grad_norm
 
@@ -164,6 +169,7 @@ class MegatronEngine:
         self.network.load_state_dict(state["model"])
         with compat.optimizer_context(self.device):
             self.optimizer.load_state_dict(state["optimizer"])
+        self._apply_settings()
         for part in self.optimizer.chained_optimizers:
             for group in part.optimizer.param_groups:
                 for parameter in group["params"]:
