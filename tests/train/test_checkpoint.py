@@ -93,7 +93,16 @@ def _resume(runs: Path) -> dict:
         load(engine, checkpoint_path(job.config.run.path, HALF), "fingerprint")
         predictions = _predictions(job)
         found[name] = _train(job, engine, HALF + 1, STEPS), _weights(job), predictions
-    return found
+    return found | {"settings": _settings_after_loading(runs)}
+
+
+def _settings_after_loading(runs: Path) -> set[tuple]:
+    """Weight decay, betas and eps of the optimizer's groups in a run that goes on with other settings."""
+    job = _job("EP2", runs)
+    optim = replace(job.config.optim, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.3)
+    engine = start_engine(replace(job, config=replace(job.config, optim=optim)))
+    load(engine, checkpoint_path(job.config.run.path, HALF), "fingerprint")
+    return {(group["weight_decay"], group["betas"], group["eps"]) for group in engine.optimizer.param_groups}
 
 
 def _load_alone(runs: Path) -> dict:
@@ -148,6 +157,11 @@ def test_one_process_reads_the_weights_of_two(resumed, alone, name: str):
             tolerance = 0.1 if "bfloat16" in name else 1e-5
             torch.testing.assert_close(alone[name][kind], expected, rtol=0.0, atol=tolerance)
     assert compared == ({"losses", "logits"} if name in ("EP2", "DP2 in bfloat16") else {"losses"})
+
+
+def test_a_run_goes_on_with_the_settings_it_is_given(resumed):
+    for rank in resumed:
+        assert rank["settings"] == {(0.3, (0.8, 0.9), 1e-6), (0.0, (0.8, 0.9), 1e-6)}
 
 
 def test_the_directory_of_a_checkpoint(straight, runs):
