@@ -33,7 +33,10 @@ def normalise_rows(weight: Tensor, std: float) -> Tensor:
 
 
 def z_loss(logits_TE: Tensor, token_weight_T: Tensor) -> Tensor:
-    """This rank's addend of mean_t logsumexp(logits_t)^2, which keeps logits small (Zoph et al., ST-MoE, 2022, eq. 5)."""
+    """This rank's addend of mean_t logsumexp(logits_t)^2, which keeps logits small.
+
+    Zoph et al., "ST-MoE", 2022, eq. 5.
+    """
     return token_weight_T.to(logits_TE.dtype) @ logits_TE.logsumexp(dim=-1).square()
 
 

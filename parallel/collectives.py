@@ -21,6 +21,29 @@ def max_over(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return largest
 
 
+def sum_over_all(x: Tensor) -> Tensor:
+    """The sum of x over every process of the job, without gradient."""
+    return sum_over(x, dist.group.WORLD)
+
+
+def max_over_all(x: Tensor) -> Tensor:
+    """The elementwise maximum of x over every process of the job, without gradient."""
+    return max_over(x, dist.group.WORLD)
+
+
+def from_last(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """What the group's last rank has in x, on every rank."""
+    copy = x.detach().clone()
+    if group.size() > 1:
+        dist.broadcast(copy, group_src=group.size() - 1, group=group)
+    return copy
+
+
+def wait_for_all() -> None:
+    """Returns once every process of the job has come here."""
+    dist.barrier()
+
+
 def gather_counts(counts: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Stacks every rank's integers: [...] -> [group size, ...]."""
     gathered = counts.new_empty(group.size() * counts.numel())

@@ -32,9 +32,14 @@ class Job:
     network: LanguageModel
 
     @property
+    def rank(self) -> int:
+        """Number of this process in the job."""
+        return torch.distributed.get_rank()
+
+    @property
     def is_first(self) -> bool:
         """Whether this process speaks for the job: writes files, prints lines."""
-        return torch.distributed.get_rank() == 0
+        return self.rank == 0
 
     @property
     def microbatch_tokens(self) -> int:

@@ -4,9 +4,9 @@ import json
 import shutil
 from pathlib import Path
 
-import torch
 from megatron.core import dist_checkpointing
 
+from parallel.collectives import wait_for_all
 from parallel.engine_megatron import MegatronEngine
 from train.build import Job
 from train.runs import STATE_FILE, checkpoint_path, read_state
@@ -20,15 +20,15 @@ def save(job: Job, engine: MegatronEngine, step: int, fingerprint: str) -> Path:
     if job.is_first:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    torch.distributed.barrier()
+    wait_for_all()
     dist_checkpointing.save(engine.sharded_state_dict(is_loading=False), str(partial))
-    torch.distributed.barrier()
+    wait_for_all()
     if job.is_first:
         state = {"step": step, "fingerprint": fingerprint, "layout": vars(job.topology)}
         (partial / STATE_FILE).write_text(json.dumps(state) + "\n", encoding="utf-8")
         shutil.rmtree(path, ignore_errors=True)
         partial.rename(path)
-    torch.distributed.barrier()
+    wait_for_all()
     return path
 
 

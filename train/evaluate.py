@@ -6,6 +6,7 @@ import torch
 
 from data.stream import Batch, TokenStream, heldout_batches
 from model.batch import MicroBatch, count_targets, prediction_valid
+from parallel.collectives import from_last, sum_over
 from parallel.engine_megatron import run_schedule
 from train import metrics
 from train.build import Job, build_job
@@ -44,8 +45,7 @@ def heldout_metrics(job: Job, max_samples: int) -> dict[str, float]:
         histogram += torch.bincount(batch.tokens[:, 1:][valid[0]], minlength=len(histogram))
     # Every pipeline stage has read the same batches; only the last has losses.
     total = torch.cat([sums, counts.double(), histogram.double()]).to(job.device)
-    torch.distributed.all_reduce(total, group=job.groups.dp)
-    torch.distributed.broadcast(total, group_src=job.groups.pp.size() - 1, group=job.groups.pp)
+    total = from_last(sum_over(total, job.groups.dp), job.groups.pp)
     sums, counts, histogram = total.cpu().split([1 + steps, 1 + steps, len(histogram)])
     losses = (sums / counts.clamp(min=1)).tolist()
     num_bytes = float((histogram * token_bytes).sum())

@@ -9,6 +9,7 @@ import torch
 from data.stream import Batch, Loader, TokenStream
 from model.batch import count_targets
 from model.network import Losses
+from parallel.collectives import max_over_all, sum_over, sum_over_all
 from parallel.engine_megatron import MegatronEngine
 from train import checkpoint, metrics
 from train.build import Job, build_engine, build_job
@@ -38,9 +39,7 @@ class StopRequest:
     def agreed(self) -> int:
         """0 to go on, else the reason, the same on every process."""
         late = self._deadline is not None and time.monotonic() > self._deadline
-        reason = torch.tensor(max(self._signal, TIME_IS_UP * late), device=self._device)
-        torch.distributed.all_reduce(reason, op=torch.distributed.ReduceOp.MAX)
-        return int(reason)
+        return int(max_over_all(torch.tensor(max(self._signal, TIME_IS_UP * late), device=self._device)))
 
 
 def train_step(job: Job, engine: MegatronEngine, batches: list[Batch], lr: float) -> tuple[list[Losses], float]:
@@ -49,9 +48,9 @@ def train_step(job: Job, engine: MegatronEngine, batches: list[Batch], lr: float
     Every loss is divided by its number of targets in the whole global batch, which is known before the step, so
     that unequal documents on ranks and micro-batches weigh each token alike.
     """
-    counts = sum(count_targets(batch.documents, job.config.mtp.steps) for batch in batches).to(job.device)
-    torch.distributed.all_reduce(counts, group=job.groups.dp)
-    ready = [microbatch(job, batch, counts.cpu()) for batch in batches]
+    counts = sum(count_targets(batch.documents, job.config.mtp.steps) for batch in batches)
+    counts = sum_over(counts.to(job.device), job.groups.dp).cpu()
+    ready = [microbatch(job, batch, counts) for batch in batches]
     return engine.train_step(ready, job.microbatch_tokens, lr)
 
 
@@ -62,8 +61,7 @@ def step_metrics(job: Job, outputs: list[Losses], router_losses: torch.Tensor) -
     if outputs and job.groups.tp.rank() == 0:
         addends[: 1 + steps] = sum(losses.by_step.double() for losses in outputs)
     addends[1 + steps :] = router_losses
-    torch.distributed.all_reduce(addends)
-    lm_loss, *mtp_losses, balance, z = addends.tolist()
+    lm_loss, *mtp_losses, balance, z = sum_over_all(addends).tolist()
     layers = max(1, config.model.layers.count("E") + (steps > 0))
     loss = lm_loss + config.model.balance_weight * balance + config.model.z_weight * z
     if mtp_losses:
@@ -137,7 +135,7 @@ def run_training(config: Config) -> int:
             print(f"saved {path}", flush=True)
 
     stop = StopRequest(job.device, config.run.max_time)
-    tracker = build_trackers(config, torch.distributed.get_rank(), start)
+    tracker = build_trackers(config, job.rank, start)
     batch, data = config.batch, job.groups.dp
     try:
         with Loader(stream, batch.global_, batch.micro, data.rank(), data.size(), start) as loader:

@@ -1,0 +1,189 @@
+"""The commands as a user runs them: real processes, a small model on a small corpus."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.config import PrepareConfig
+from data.prepare import prepare
+from train.evaluate import unigram_entropy
+from train.generate import choose
+from train.loop import due
+from train.speed import matmul_rate
+
+ROOT = Path(__file__).parents[2]
+LOSSES = ("loss", "lm_loss", "mtp_loss/1", "mtp_loss/2", "balance_loss", "z_loss", "grad_norm")
+CONTRACT = {"step", "tokens", *LOSSES, "lr", "tokens_per_second", "tflops", "mfu"}
+SMALL = [
+    "run.steps=4",
+    "run.log_every=1",
+    "run.eval_samples=6",
+    "data.seq_length=48",
+    "batch.global=8",
+    "batch.micro=2",
+    "model.hidden_size=32",
+    "model.pattern=GE*E",
+    "wandb.mode=disabled",
+]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """Counting, in words: a text that a model can learn."""
+    root = tmp_path_factory.mktemp("corpus")
+    words = ["nought", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    texts = [" ".join(words[int(digit)] for digit in str(number)) for number in range(0, 3000, 7)]
+    (root / "texts.jsonl").write_text("".join(json.dumps({"text": text * 5}) + "\n" for text in texts))
+    return prepare(
+        PrepareConfig(
+            input=str(root / "texts.jsonl"),
+            output=str(root / "corpus"),
+            vocab_size=300,
+            shard_tokens=4000,
+            heldout_fraction=0.2,
+        )
+    )
+
+
+class Commands:
+    """Runs `python -m train ...` with the runs of one directory."""
+
+    def __init__(self, runs: Path, corpus: Path) -> None:
+        self.runs, self.corpus = runs, corpus
+
+    def start(self, *arguments: str, processes: int = 2) -> subprocess.Popen:
+        environment = os.environ | {"NPROC": str(processes), "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            [sys.executable, "-m", "train", *arguments],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, *arguments: str, processes: int = 2, code: int = 0) -> str:
+        process = self.start(*arguments, processes=processes)
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == code, output
+        return output
+
+    def settings(self, name: str, *changes: str) -> list[str]:
+        return ["train", *SMALL, f"run.dir={self.runs}", f"run.name={name}", f"data.corpus={self.corpus}", *changes]
+
+    def train(self, name: str, *changes: str, processes: int = 2, code: int = 0) -> str:
+        return self.run(*self.settings(name, *changes), processes=processes, code=code)
+
+    def metrics(self, name: str) -> list[dict]:
+        return [json.loads(line) for line in (self.runs / name / "metrics.jsonl").read_text().splitlines()]
+
+    def losses(self, name: str) -> list[list[float]]:
+        return [[entry[key] for key in LOSSES] for entry in self.metrics(name)]
+
+
+@pytest.fixture
+def commands(tmp_path: Path, corpus: Path) -> Commands:
+    return Commands(tmp_path / "runs", corpus)
+
+
+def test_a_run_is_repeatable_bit_for_bit_and_keeps_the_contract_of_its_directory(commands: Commands):
+    output = commands.train("first")
+    commands.train("second")
+    assert commands.losses("first") == commands.losses("second")
+    assert [entry["step"] for entry in commands.metrics("first")] == [1, 2, 3, 4]
+    assert CONTRACT <= set(commands.metrics("first")[0])
+    assert "heldout_unigram_entropy" in commands.metrics("first")[-1]
+    assert "unigram entropy" in output and "held-out lm_loss" in output
+    assert (commands.runs / "first" / "config.yaml").is_file()
+    assert [path.name for path in (commands.runs / "first" / "checkpoints").iterdir()] == ["step_00000004"]
+    # Another seed is another run.
+    commands.train("third", "seed=2")
+    assert commands.losses("third")[0] != commands.losses("first")[0]
+
+
+def test_a_run_resumes_exactly_and_a_finished_one_says_so(commands: Commands):
+    constant = ("optim.warmup_steps=0", "optim.min_lr=4e-3")  # a rate that does not depend on run.steps
+    commands.train("whole", *constant)
+    commands.train("parts", *constant, "run.steps=2")
+    assert "starting after step 2" in commands.train("parts", *constant)
+    assert commands.losses("parts") == commands.losses("whole")
+    assert "finished" in commands.train("parts", *constant)
+    assert "model.experts=8 (was 16)" in commands.train("parts", "run.steps=9", "model.experts=8", code=2)
+    assert "layout" in commands.train("parts", *constant, "run.steps=9", processes=1, code=2)
+
+
+def test_evaluate_and_generate_read_a_run_on_other_processes(commands: Commands):
+    commands.train("run", "run.steps=30", "run.log_every=30", "optim.warmup_steps=2")
+    last = commands.metrics("run")[-1]
+    name = (f"run.dir={commands.runs}", "run=run")
+    for processes in (1, 2):
+        output = commands.run("evaluate", *name, "samples=6", processes=processes)
+        # Four decimals of the same number; sums over processes differ in the last bits of a float64.
+        assert f"held-out lm_loss {last['heldout_lm_loss']:.4f}" in output
+    greedy = commands.run("generate", *name, "prompt=one two", "tokens=12", processes=1)
+    assert greedy.splitlines()[-1].startswith("one two")
+    assert commands.run("generate", *name, "prompt=one two", "tokens=12", processes=1) == greedy
+    assert "has no tokens" in commands.run("generate", *name, "prompt=", processes=1, code=2)
+
+
+def test_ctrl_c_saves_and_the_run_goes_on(commands: Commands):
+    process = commands.start(*commands.settings("run", "run.steps=5000"))
+    for line in process.stdout:
+        if line.startswith("step"):
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.stdout.read()
+    assert process.wait(timeout=120) == 128 + signal.SIGINT, rest
+    stopped = commands.metrics("run")[-1]["step"]
+    assert f"stopped after step {stopped} of 5000" in rest
+    assert f"starting after step {stopped}" in commands.train("run", f"run.steps={stopped + 1}")
+
+
+def test_max_time_ends_a_run_with_a_checkpoint(commands: Commands):
+    assert "stopped after step 1 of 4" in commands.train("run", "run.max_time=0.00001")
+    assert (commands.runs / "run" / "checkpoints" / "step_00000001").is_dir()
+
+
+def test_a_corrupt_shard_is_named_before_any_work(commands: Commands, tmp_path: Path, corpus: Path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in corpus.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    shard = broken / "train-00001.parquet"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    output = commands.train("run", f"data.corpus={broken}", code=2)
+    assert "train-00001.parquet" in output and "is corrupt" in output
+    assert len(output.strip().splitlines()) == 1
+    assert not (commands.runs / "run" / "metrics.jsonl").exists()
+
+
+def test_choose() -> None:
+    logits = torch.tensor([0.0, 3.0, 1.0])
+    assert choose(logits, 0.0, torch.Generator()) == 1
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.tensor([choose(logits, 1.0, generator) for _ in range(4000)])
+    share = torch.bincount(drawn, minlength=3) / 4000
+    # The standard deviation of a share of 4000 draws is under 0.008: three of them.
+    torch.testing.assert_close(share, logits.softmax(0), atol=0.024, rtol=0)
+
+
+def test_unigram_entropy() -> None:
+    assert unigram_entropy(torch.tensor([5, 5, 0, 5, 5])) == pytest.approx(1.3862943611)
+    assert unigram_entropy(torch.tensor([7, 0])) == 0.0
+
+
+def test_due() -> None:
+    assert [step for step in range(1, 8) if due(step, 3, 7)] == [3, 6, 7]
+    assert [step for step in range(1, 8) if due(step, 0, 7)] == [7]
+
+
+def test_matmul_rate_is_a_rate() -> None:
+    assert 1e8 < matmul_rate(torch.device("cpu"), torch.float32) < 1e15
