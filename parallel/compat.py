@@ -15,10 +15,8 @@ from torch.overrides import TorchFunctionMode
 CUDA_BOUND_MODULES = (
     "megatron.core.dist_checkpointing.strategies.filesystem_async",
     "megatron.core.dist_checkpointing.strategies.state_dict_saver",
-    "megatron.core.distributed.distributed_data_parallel",
     "megatron.core.distributed.param_and_grad_buffer",
     "megatron.core.optimizer.clip_grads",
-    "megatron.core.optimizer.distrib_optimizer",
     "megatron.core.optimizer.optimizer",
     "megatron.core.pipeline_parallel.p2p_communication",
     "megatron.core.pipeline_parallel.schedules",
@@ -54,10 +52,9 @@ def _torch_on_cpu() -> types.ModuleType:
         torch.cuda,
         current_device=lambda: torch.device("cpu"),
         synchronize=lambda device=None: None,
-        empty_cache=lambda: None,
         current_stream=lambda: None,
     )
-    factories = {f.__name__: _on_cpu(f) for f in (torch.empty, torch.ones, torch.tensor, torch.zeros)}
+    factories = {f.__name__: _on_cpu(f) for f in (torch.tensor, torch.zeros)}
     return _Delegate(torch, cuda=cuda, **factories)
 
 
