@@ -51,7 +51,8 @@ class LanguageModel(HybridModel):
 
     def take_router_losses(self) -> Tensor:
         """This rank's addends of the balance and z-losses of all layers since the last call, summed: [2]."""
-        return sum((mixture.router.take_losses() for mixture in self.mixtures()), torch.zeros(2))
+        parts = [mixture.router.take_losses() for mixture in self.mixtures()]
+        return torch.stack(parts).sum(dim=0) if parts else torch.zeros(2)
 
     def embed(self, tokens_RL: Tensor) -> Tensor:
         """Embeddings of a micro-batch flattened to one row: [R, L] -> [T, 1, H]."""
