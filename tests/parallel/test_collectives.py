@@ -4,7 +4,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from parallel.collectives import attach_loss, exchange_rows, gather_counts, max_over, sum_over
+from parallel.collectives import (
+    attach_loss,
+    exchange_rows,
+    from_last,
+    gather_counts,
+    max_over,
+    max_over_all,
+    sum_over,
+    sum_over_all,
+)
 from tests.dist import run_ranks
 
 # counts[source][target] rows: empty parts, a rank that sends nothing, one that receives nothing.
@@ -55,14 +64,18 @@ def _reductions() -> dict:
     found = {
         "sum": sum_over(x, world),
         "max": max_over(x, world),
-        "alone": (sum_over(x, alone), max_over(x, alone)),
+        "sum of all": sum_over_all(x),
+        "max of all": max_over_all(x),
+        "last": from_last(x, world),
+        "alone": (sum_over(x, alone), max_over(x, alone), from_last(x, alone)),
         "counts": gather_counts(torch.tensor([[rank, 10], [20, 30 + rank]]), world),
     }
     assert torch.equal(x, before), "the input was overwritten"
-    tensors = (found["sum"], found["max"], *found["alone"])
+    tensors = [*found["alone"], *(found[name] for name in ("sum", "max", "sum of all", "max of all", "last"))]
     assert not any(tensor.requires_grad for tensor in tensors)
-    found["alone"][0].add_(1)
-    assert torch.equal(x, before), "the result shares the input's memory"
+    for tensor in tensors:
+        tensor.add_(1)
+    assert torch.equal(x, before), "a result shares the input's memory"
     return found
 
 
@@ -86,11 +99,12 @@ def test_exchange_rows(results):
 
 def test_reductions(results):
     for rank, (_, found) in enumerate(results):
-        assert found["sum"].tolist() == [[6.0, -12.0], [18.0, 24.0]]
-        assert found["max"].tolist() == [[3.0, -2.0], [9.0, 12.0]]
+        # Each rank has added 1 to what it got.
+        assert found["sum"].tolist() == found["sum of all"].tolist() == [[7.0, -11.0], [19.0, 25.0]]
+        assert found["max"].tolist() == found["max of all"].tolist() == [[4.0, -1.0], [10.0, 13.0]]
+        assert found["last"].tolist() == [[4.0, -5.0], [10.0, 13.0]]
         own = torch.tensor([[1.0, -2.0], [3.0, 4.0]]) * (rank + 1)
-        assert torch.equal(found["alone"][0], own + 1)
-        assert torch.equal(found["alone"][1], own)
+        assert all(torch.equal(tensor, own + 1) for tensor in found["alone"])
         assert found["counts"].tolist() == [[[0, 10], [20, 30]], [[1, 10], [20, 31]], [[2, 10], [20, 32]]]
         assert found["counts"].dtype == torch.int64
 
