@@ -57,7 +57,8 @@ class GatedAttention(MegatronModule):
     """One gated attention layer.
 
     The fused projection holds, for each key/value head: its query heads, their gates, the key, the value. So a cut
-    into tensor-parallel parts is a plain cut of rows, as in megatron-core's own attention.
+    into tensor-parallel parts is a plain cut of rows, as in megatron-core's own attention. Without
+    ``attention_gate`` there are no gate rows, and nothing is gated.
     """
 
     def __init__(
@@ -70,7 +71,8 @@ class GatedAttention(MegatronModule):
         self.groups = shape.key_value_heads // pg_collection.tp.size()
         self.queries_per_group = shape.attention_heads // shape.key_value_heads
         self.head_dim = shape.head_dim
-        rows = shape.key_value_heads * (2 * self.queries_per_group + 2) * shape.head_dim
+        self.gates_per_group = self.queries_per_group if shape.attention_gate else 0
+        rows = shape.key_value_heads * (self.queries_per_group + self.gates_per_group + 2) * shape.head_dim
         self.linear_qkv = submodules.linear_qkv(config.hidden_size, rows, config, pg_collection.tp)
         self.q_layernorm = submodules.norm(config, shape.head_dim, shape.norm_eps)
         self.k_layernorm = submodules.norm(config, shape.head_dim, shape.norm_eps)
@@ -79,11 +81,11 @@ class GatedAttention(MegatronModule):
         )
 
     def project(self, hidden_T1H: Tensor, rotary: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Query [T, N, D], key and value [T, M, D] (normed and rotated), and gate [T, N, D]."""
+        """Query [T, N, D], key and value [T, M, D] (normed and rotated), and gate [T, N, D]; no gate: [T, 0, D]."""
         mixed, _ = self.linear_qkv(hidden_T1H)
-        each = self.queries_per_group
-        mixed = mixed.view(-1, self.groups, 2 * each + 2, self.head_dim)
-        query, gate, key, value = mixed.split([each, each, 1, 1], dim=2)
+        each, gates = self.queries_per_group, self.gates_per_group
+        mixed = mixed.view(-1, self.groups, each + gates + 2, self.head_dim)
+        query, gate, key, value = mixed.split([each, gates, 1, 1], dim=2)
         query = apply_rotary(self.q_layernorm(query.flatten(1, 2)), rotary)
         key = apply_rotary(self.k_layernorm(key.flatten(1, 2)), rotary)
         return query, key, value.flatten(1, 2), gate.flatten(1, 2)
@@ -94,6 +96,7 @@ class GatedAttention(MegatronModule):
         """hidden [T, 1, H] -> [T, 1, H]; other keywords of megatron-core's layer are for its own attentions."""
         query, key, value, gate = self.project(hidden_states, rotary_pos_emb)
         mixed = packed_attention(query, key, value, packed_seq_params)
-        # The gate saturates: its sigmoid is taken in float32 (megatron-core and the paper's code do the same).
-        gated = mixed * at_least_float32(gate).sigmoid().to(mixed.dtype)
-        return self.linear_proj(gated.flatten(1)[:, None])
+        if self.gates_per_group:
+            # The gate saturates: its sigmoid is taken in float32 (megatron-core and the paper's code do the same).
+            mixed = mixed * at_least_float32(gate).sigmoid().to(mixed.dtype)
+        return self.linear_proj(mixed.flatten(1)[:, None])

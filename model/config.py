@@ -1,13 +1,13 @@
 """What the network looks like: its dimensions, its layer pattern and its multi-token-prediction head.
 
 A pattern is a string with one symbol a layer, in megatron-core's alphabet: ``G`` Gated DeltaNet, ``*`` gated
-attention, ``E`` mixture of experts, ``|`` a pipeline cut. ``GEGEGE*E`` is the 3:1 hybrid of Qwen3-Next: four blocks
-of a token mixer and a mixture of experts each.
+attention, ``E`` mixture of experts, ``-`` dense SwiGLU, ``|`` a pipeline cut. ``GEGEGE*E`` is the 3:1 hybrid of
+Qwen3-Next: four blocks of a token mixer and a mixture of experts each. ``*-`` is a plain transformer block.
 """
 
 from dataclasses import dataclass, field
 
-LAYER_SYMBOLS = "G*E"
+LAYER_SYMBOLS = "G*E-"
 
 # Settings of ModelConfig that count something there must be one of.
 SIZES = (
@@ -25,7 +25,7 @@ SIZES = (
     "experts",
     "experts_per_token",
     "expert_size",
-    "shared_expert_size",
+    "dense_size",
 )
 
 
@@ -41,13 +41,14 @@ def _setting(default, text: str):
 class ModelConfig:
     """Shape and initialisation of the network. Defaults are Qwen3-Next-80B-A3B's where a default is needed."""
 
-    pattern: str = _setting("GEGEGE*E", "layers: G Gated DeltaNet, * gated attention, E experts, | pipeline cut")
+    pattern: str = _setting("GEGEGE*E", "layers: G Gated DeltaNet, * gated attention, E experts, - dense, | cut")
     repeats: int = _setting(1, "how many times the pattern is repeated")
     hidden_size: int = _setting(128, "width of the residual stream")
     vocab_size: int | None = _setting(None, "rows of the embedding; null takes the tokenizer's, padded to 64")
     attention_heads: int = _setting(4, "query heads of gated attention")
     key_value_heads: int = _setting(2, "key/value heads of gated attention (GQA groups)")
     head_dim: int = _setting(32, "dimensions of an attention head")
+    attention_gate: bool = _setting(True, "attention's output gate; false: plain softmax attention")
     rotary_fraction: float = _setting(0.25, "share of head_dim that RoPE rotates")
     rope_base: float = _setting(1e7, "RoPE base (theta)")
     linear_key_heads: int = _setting(2, "query/key heads of Gated DeltaNet")
@@ -58,7 +59,8 @@ class ModelConfig:
     experts: int = _setting(16, "routed experts in a mixture-of-experts layer")
     experts_per_token: int = _setting(4, "routed experts that each token uses (top-k)")
     expert_size: int = _setting(64, "hidden width of a routed expert")
-    shared_expert_size: int = _setting(64, "hidden width of the shared expert")
+    shared_expert_size: int = _setting(64, "hidden width of the shared expert; 0: none")
+    dense_size: int = _setting(256, "hidden width of a dense layer")
     balance_weight: float = _setting(1e-3, "weight of the load-balancing loss; a balanced layer adds 1.0 x weight")
     z_weight: float = _setting(0.0, "weight of the router's z-loss, the mean of logsumexp(logits)^2 per layer")
     norm_eps: float = _setting(1e-6, "epsilon of every RMSNorm")
@@ -96,11 +98,13 @@ def check_model(model: ModelConfig, mtp: MtpConfig) -> None:
         value = getattr(model, name)
         if value is not None and value < 1:
             raise ModelError(f"model.{name}={value} must be at least 1")
+    if model.shared_expert_size < 0:
+        raise ModelError(f"model.shared_expert_size={model.shared_expert_size} must be at least 0 (no shared expert)")
     unknown = sorted(set(model.pattern) - set(LAYER_SYMBOLS + "|"))
     if unknown or not model.layers:
         raise ModelError(
             f"model.pattern={model.pattern!r} has {'unknown symbols ' + ''.join(unknown) if unknown else 'no layers'}: "
-            f"use G (Gated DeltaNet), * (gated attention), E (experts) and | (pipeline cut), as in GEGEGE*E"
+            f"use G (Gated DeltaNet), * (gated attention), E (experts), - (dense) and | (pipeline cut), as in GEGEGE*E"
         )
     if "" in model.stages:
         raise ModelError(

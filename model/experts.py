@@ -6,7 +6,6 @@ reproducible): sorting T*K assignments by expert is a permutation, and the inver
 Shape suffixes: T tokens, K experts per token, N = T*K rows, E local experts, H hidden, F width of an expert.
 """
 
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -15,17 +14,10 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model.dense import SwiGLU, SwiGLUSubmodules
 from model.norm import at_least_float32
 from model.router import Router
 from parallel.collectives import exchange_rows, gather_counts
-
-
-@dataclass
-class MixtureSubmodules:
-    """The parts that a backend chooses."""
-
-    linear_fc1: type
-    linear_fc2: type
 
 
 class _LoopedLinear(torch.autograd.Function):
@@ -118,29 +110,22 @@ class Experts(MegatronModule):
         }
 
 
-class SharedExpert(MegatronModule):
+class SharedExpert(SwiGLU):
     """The expert that every token uses: SwiGLU, times the sigmoid of one learned score a token."""
 
     def __init__(self, config, submodules, pg_collection):
-        super().__init__(config=config)
-        width = config.shape.shared_expert_size
-        self.tp_group = pg_collection.tp
-        self.linear_fc1 = submodules.linear_fc1(config.hidden_size, 2 * width, config, pg_collection.tp)
-        self.linear_fc2 = submodules.linear_fc2(width, config.hidden_size, config, pg_collection.tp)
+        super().__init__(config, config.shape.shared_expert_size, submodules, pg_collection)
         self.gate_weight = nn.Parameter(torch.empty(1, config.hidden_size, dtype=config.params_dtype))
         self.gate_weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, hidden_T1H: Tensor) -> Tensor:
-        mixed, _ = self.linear_fc1(hidden_T1H)
-        # Unit by unit (gate, up), so that a tensor-parallel cut of the rows keeps the pairs together.
-        gate, up = mixed.unflatten(-1, (-1, 2)).unbind(-1)
-        out, _ = self.linear_fc2(F.silu(gate) * up)
+        out = super().forward(hidden_T1H)
         score = F.linear(hidden_T1H, self.gate_weight)
         return out * at_least_float32(score).sigmoid().to(out.dtype)
 
 
 class MixtureOfExperts(MegatronModule):
-    """Routed experts spread over the expert-parallel group, plus the shared expert."""
+    """Routed experts spread over the expert-parallel group, plus the shared expert unless its size is 0."""
 
     def __init__(self, config, submodules, pg_collection, is_mtp_layer: bool = False, name=None):
         super().__init__(config=config)
@@ -148,10 +133,11 @@ class MixtureOfExperts(MegatronModule):
         self.tp_group = pg_collection.tp
         self.router = Router(config, pg_collection)
         self.experts = Experts(config, pg_collection)
-        self.shared_expert = SharedExpert(config, submodules, pg_collection)
+        has_shared = config.shape.shared_expert_size > 0
+        self.shared_expert = SharedExpert(config, submodules, pg_collection) if has_shared else None
 
     @classmethod
-    def builder(cls, submodules: MixtureSubmodules):
+    def builder(cls, submodules: SwiGLUSubmodules):
         """What megatron-core's layer calls to build its MLP."""
         return partial(cls, submodules=submodules)
 
@@ -169,8 +155,8 @@ class MixtureOfExperts(MegatronModule):
         rows = _GatherRows.apply(flat, order // experts.shape[1], inverse)
         out = self.experts_over_group(rows, counts) if self.ep_group.size() > 1 else self.experts(rows, counts)
         copies = permute(out, inverse.flatten(), order).view(*experts.shape, -1)
-        mixed = (copies * weights.to(copies.dtype)[..., None]).sum(dim=1)
-        return mixed.view_as(hidden_states) + self.shared_expert(hidden_states), None
+        mixed = (copies * weights.to(copies.dtype)[..., None]).sum(dim=1).view_as(hidden_states)
+        return (mixed + self.shared_expert(hidden_states) if self.shared_expert else mixed), None
 
     def experts_over_group(self, rows: Tensor, counts: Tensor) -> Tensor:
         """Sends rows (sorted by global expert) to the ranks that hold their experts, and the results back."""

@@ -166,18 +166,19 @@ def gated_delta_net(hidden_TH: Tensor, weights: Weights, shape: ModelConfig, ids
 def gated_attention(hidden_TH: Tensor, weights: Weights, shape: ModelConfig, ids_RL: Tensor, table: Tensor) -> Tensor:
     """One gated attention layer, key/value group by group: [T, H] -> [T, H]; ``table`` is that of `rotary_table`.
 
-    Y = sigmoid(X W_gate) * attention(X), Qiu et al., "Gated Attention for Large Language Models", 2025, eq. 5.
+    Y = sigmoid(X W_gate) * attention(X), Qiu et al., "Gated Attention for Large Language Models", 2025, eq. 5; or
+    attention(X) alone without ``attention_gate``.
     """
     each, dim = shape.attention_heads // shape.key_value_heads, shape.head_dim
     heads = []
     for rows in weights["linear_qkv.weight"].chunk(shape.key_value_heads):
         parts = [(hidden_TH @ part.T)[:, None] for part in rows.split(dim)]
-        queries, gates, key, value = parts[:each], parts[each : 2 * each], parts[-2], parts[-1]
+        queries, gates, key, value = parts[:each], parts[each:-2], parts[-2], parts[-1]
         key = rotate(rms_norm(key, weights["k_layernorm.weight"], shape.norm_eps), table)
-        for query, gate in zip(queries, gates, strict=True):
+        for index, query in enumerate(queries):
             query = rotate(rms_norm(query, weights["q_layernorm.weight"], shape.norm_eps), table)
             out = attention(*(part.view(*ids_RL.shape, 1, dim) for part in (query, key, value)), ids_RL)
-            heads.append(out.flatten(0, 1) * torch.sigmoid(gate))
+            heads.append(out.flatten(0, 1) * (torch.sigmoid(gates[index]) if shape.attention_gate else 1))
     return torch.cat(heads, dim=1).flatten(1) @ weights["linear_proj.weight"].T
 
 
@@ -211,12 +212,16 @@ def experts(
     return torch.stack(out)
 
 
-def shared_expert(x_TH: Tensor, weights: Weights) -> Tensor:
-    """sigmoid(w x) * swiglu(x) for every token; fc1 holds each unit's gate row and then its up row."""
+def dense(x_TH: Tensor, weights: Weights) -> Tensor:
+    """swiglu(x) for every token; fc1 holds each unit's gate row and then its up row."""
     fc1 = weights["linear_fc1.weight"]
     gate_and_up = torch.cat([fc1[0::2], fc1[1::2]])
-    fc2, score = weights["linear_fc2.weight"], weights["gate_weight"]
-    return torch.stack([torch.sigmoid(score @ x) * swiglu(x, gate_and_up, fc2) for x in x_TH])
+    return torch.stack([swiglu(x, gate_and_up, weights["linear_fc2.weight"]) for x in x_TH])
+
+
+def shared_expert(x_TH: Tensor, weights: Weights) -> Tensor:
+    """sigmoid(w x) * swiglu(x) for every token."""
+    return torch.sigmoid(x_TH @ weights["gate_weight"].T) * dense(x_TH, weights)
 
 
 def balance_loss(scores_TE: Tensor, chosen: list[list[int]], token_weight_T: Tensor) -> Tensor:
@@ -242,8 +247,8 @@ def mixture(hidden_TH: Tensor, weights: Weights, shape: ModelConfig, token_weigh
     """One mixture-of-experts layer, [T, H] -> [T, H], and its balance loss."""
     scores, chosen, shares = route(hidden_TH @ weights["router.weight"].T, shape.experts_per_token)
     routed = experts(hidden_TH, chosen, shares, weights["experts.weight1"], weights["experts.weight2"])
-    out = routed + shared_expert(hidden_TH, under(weights, "shared_expert."))
-    return out, balance_loss(scores, chosen, token_weight_T)
+    shared = shared_expert(hidden_TH, under(weights, "shared_expert.")) if shape.shared_expert_size else 0
+    return routed + shared, balance_loss(scores, chosen, token_weight_T)
 
 
 def cross_entropies(hidden_TH: Tensor, head_VH: Tensor, target_T: Tensor) -> Tensor:
@@ -259,12 +264,14 @@ def layers(
     balance = hidden_TH.new_zeros(())
     for index, symbol in enumerate(pattern):
         own = under(weights, f"layers.{index}.")
-        norm = own["pre_mlp_layernorm.weight" if symbol == "E" else "input_layernorm.weight"]
+        norm = own["pre_mlp_layernorm.weight" if symbol in "E-" else "input_layernorm.weight"]
         x = rms_norm(hidden_TH, norm, shape.norm_eps)
         if symbol == "G":
             out = gated_delta_net(x, under(own, "self_attention."), shape, ids_RL)
         elif symbol == "*":
             out = gated_attention(x, under(own, "self_attention."), shape, ids_RL, table)
+        elif symbol == "-":
+            out = dense(x, under(own, "mlp."))
         else:
             out, loss = mixture(x, under(own, "mlp."), shape, token_weight_T)
             balance = balance + loss

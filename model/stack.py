@@ -20,7 +20,8 @@ from model.attention import GatedAttention, GatedAttentionSubmodules
 from model.backends import ReplicatedLinear, column_linear, row_linear
 from model.config import ModelConfig, MtpConfig
 from model.deltanet import GatedDeltaNet, GatedDeltaNetSubmodules
-from model.experts import MixtureOfExperts, MixtureSubmodules
+from model.dense import Dense, SwiGLUSubmodules
+from model.experts import MixtureOfExperts
 from model.mtp import MTP_PATTERN, MtpLayer
 from model.norm import GatedRMSNorm, ZeroCentredRMSNorm
 
@@ -117,16 +118,23 @@ def stack_spec() -> ModuleSpec:
             self_attn_bda=get_bias_dropout_add,
         )
 
+    def feed_forward(mlp) -> ModuleSpec:
+        return layer(
+            pre_mlp_layernorm=ZeroCentredRMSNorm,
+            mlp=mlp.builder(SwiGLUSubmodules(column_linear, row_linear)),
+            mlp_bda=get_bias_dropout_add,
+        )
+
     attention = GatedAttentionSubmodules(column_linear, row_linear, ZeroCentredRMSNorm)
     delta = GatedDeltaNetSubmodules(column_linear, row_linear, GatedRMSNorm)
-    experts = MixtureOfExperts.builder(MixtureSubmodules(column_linear, row_linear))
     mtp = ModuleSpec(module=MtpLayer, submodules=MtpSubmodules(ZeroCentredRMSNorm, ReplicatedLinear, Stack))
     return ModuleSpec(
         module=Stack,
         submodules=HybridStackSubmodules(
             gdn_layer=mixer(GatedDeltaNet, delta),
             attention_layer=mixer(GatedAttention, attention),
-            moe_layer=layer(pre_mlp_layernorm=ZeroCentredRMSNorm, mlp=experts, mlp_bda=get_bias_dropout_add),
+            mlp_layer=feed_forward(Dense),
+            moe_layer=feed_forward(MixtureOfExperts),
             mtp_block_spec=ModuleSpec(
                 module=MultiTokenPredictionBlock, submodules=MultiTokenPredictionBlockSubmodules(layer_specs=[mtp])
             ),

@@ -80,9 +80,10 @@ def resolve(parallel: ParallelConfig, model, world: int) -> Topology:
             f"{parallel.pipeline} x parallel.context={parallel.context} = {layout} each: start a multiple of {layout} "
             f"(NPROC={max(layout, world // layout * layout)})"
         )
-    _require_divides(parallel.tensor, "parallel.tensor", model.attention_heads, "model.attention_heads")
-    _require_divides(parallel.tensor, "parallel.tensor", model.key_value_heads, "model.key_value_heads")
-    _require_divides(parallel.tensor, "parallel.tensor", model.linear_key_heads, "model.linear_key_heads")
+    shared = ["attention_heads", "key_value_heads", "shared_expert_size"]
+    shared += ["linear_key_heads"] * ("G" in model.layers) + ["dense_size"] * ("-" in model.layers)
+    for name in shared:
+        _require_divides(parallel.tensor, "parallel.tensor", getattr(model, name), f"model.{name}")
     stages = len(model.stages)
     if stages != parallel.pipeline:
         raise TopologyError(

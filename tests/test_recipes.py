@@ -10,23 +10,24 @@ from train import usage
 from train.__main__ import compose
 from train.config import Config
 
-# Arguments that a recipe cannot do without, and the processes that it is made for.
-NEEDS = {"qwen3_next_80b_a3b": (["data.corpus=corpora/mine"], 64)}
+# Arguments that a recipe cannot do without, the processes that it is made for, and over how many its experts go.
+CORPUS = ["data.corpus=corpora/mine"]
+NEEDS = {"qwen3_next_80b_a3b": (CORPUS, 64, 64), "qwen3_30b_a3b": (CORPUS, 64, 64), "qwen3_32b": (CORPUS, 64, 1)}
 RECIPE_FILES = sorted(usage.RECIPES.rglob("*.yaml"))
 
 
-def composed(recipe: str) -> tuple[Config, int]:
-    arguments, processes = NEEDS.get(recipe, ([], 2))
-    return compose(["-cn", recipe, *arguments]), processes
+def composed(recipe: str) -> tuple[Config, int, int]:
+    arguments, processes, expert = NEEDS.get(recipe, ([], 2, 2))
+    return compose(["-cn", recipe, *arguments]), processes, expert
 
 
 @pytest.mark.parametrize("recipe", usage.recipes())
 def test_a_recipe_composes_and_fits_its_processes(recipe):
-    config, processes = composed(recipe)
+    config, processes, expert = composed(recipe)
     assert config.run.name == recipe
     check_model(config.model, config.mtp)
     topology = resolve(config.parallel, config.model, processes)
-    assert topology.expert == processes
+    assert topology.expert == expert
     assert microbatches(topology, config.batch.global_, config.batch.micro) >= 1
     assert config.optim.warmup_steps < config.run.steps
 
@@ -60,7 +61,7 @@ def test_tiny_512e_is_tiny_with_qwen3_nexts_experts():
 
 def test_qwen3_next_80b_a3b_has_the_published_numbers():
     """config.json of Qwen3-Next-80B-A3B; a block there is a token mixer and a mixture of experts: two layers here."""
-    config, _ = composed("qwen3_next_80b_a3b")
+    config, *_ = composed("qwen3_next_80b_a3b")
     model = config.model
     assert model.layers == "GEGEGE*E" * 12  # 48 blocks, every 4th with full attention
     assert (model.hidden_size, model.vocab_size) == (2048, 151936)
@@ -77,7 +78,33 @@ def test_qwen3_next_80b_a3b_has_the_published_numbers():
     assert config.data.seq_length == 4096
 
 
-def test_qwen3_next_80b_a3b_trains_15_trillion_tokens():
-    config, _ = composed("qwen3_next_80b_a3b")
+def test_qwen3_32b_has_the_published_numbers():
+    """Tables 1 and 2 of the Qwen3 technical report, and config.json of Qwen3-32B."""
+    config, *_ = composed("qwen3_32b")
+    model = config.model
+    assert model.layers == "*-" * 64
+    assert (model.hidden_size, model.vocab_size, model.dense_size) == (5120, 151936, 25600)
+    assert (model.attention_heads, model.key_value_heads, model.head_dim) == (64, 8, 128)
+    assert (model.rotary_fraction, model.rope_base, model.attention_gate) == (1.0, 1e6, False)
+    assert config.mtp.steps == 0
+
+
+def test_qwen3_30b_a3b_has_the_published_numbers():
+    """Tables 1 and 2 of the Qwen3 technical report, and config.json of Qwen3-30B-A3B."""
+    config, *_ = composed("qwen3_30b_a3b")
+    model = config.model
+    assert model.layers == "*E" * 48
+    assert (model.hidden_size, model.vocab_size) == (2048, 151936)
+    assert (model.attention_heads, model.key_value_heads, model.head_dim) == (32, 4, 128)
+    assert (model.experts, model.experts_per_token, model.expert_size) == (128, 8, 768)
+    assert (model.rotary_fraction, model.rope_base, model.attention_gate) == (1.0, 1e6, False)
+    assert model.shared_expert_size == config.mtp.steps == 0
+
+
+@pytest.mark.parametrize(
+    ("recipe", "published"), [("qwen3_next_80b_a3b", 15e12), ("qwen3_32b", 36e12), ("qwen3_30b_a3b", 36e12)]
+)
+def test_a_large_recipe_trains_on_the_published_number_of_tokens(recipe: str, published: float):
+    config, *_ = composed(recipe)
     tokens = config.run.steps * config.batch.global_ * config.data.seq_length
-    assert 15e12 <= tokens < 15e12 + config.batch.global_ * config.data.seq_length
+    assert published <= tokens < published + config.batch.global_ * config.data.seq_length

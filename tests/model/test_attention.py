@@ -74,9 +74,12 @@ def test_rotary_embedding_depends_on_distances_alone() -> None:
     assert (scores[0, 0] - scores[0, 1]).abs() > 0.01
 
 
+@pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize(("queries", "keys", "fraction"), [(2, 2, 0.5), (4, 2, 0.5), (4, 1, 1.0), (4, 2, 0.0)])
-def test_layer_equals_its_twin(groups, queries: int, keys: int, fraction: float) -> None:
-    shape = replace(SMALL, attention_heads=queries, key_value_heads=keys, rotary_fraction=fraction)
+def test_layer_equals_its_twin(groups, queries: int, keys: int, fraction: float, gated: bool) -> None:
+    shape = replace(
+        SMALL, attention_heads=queries, key_value_heads=keys, rotary_fraction=fraction, attention_gate=gated
+    )
     submodules = GatedAttentionSubmodules(column_linear, row_linear, ZeroCentredRMSNorm)
     layer = GatedAttention(hybrid_config(shape, MtpConfig()), submodules, 1, groups).double()
     randomise(layer)

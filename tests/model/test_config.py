@@ -9,6 +9,7 @@ from model.config import SIZES, ModelConfig, ModelError, MtpConfig, check_model
 
 def test_defaults_can_be_built() -> None:
     check_model(ModelConfig(), MtpConfig())
+    check_model(ModelConfig(pattern="*-*E", shared_expert_size=0, attention_gate=False), MtpConfig())
     check_model(ModelConfig(vocab_size=64, dtype="bfloat16", rotary_fraction=0.0), MtpConfig(steps=0, weight=0.0))
 
 
@@ -66,6 +67,10 @@ MISTAKES = {
     "type": ({"dtype": "float16"}, "model.dtype='float16' is not known: choose float32 or bfloat16"),
     "backend": ({"backend": "jax"}, "model.backend='jax' is not known: choose torch"),
     **{f"{name} of none": ({name: 0}, f"model.{name}=0 must be at least 1") for name in SIZES},
+    "negative shared expert": (
+        {"shared_expert_size": -1},
+        "model.shared_expert_size=-1 must be at least 0 (no shared expert)",
+    ),
     "negative repeats": ({"repeats": -1}, "model.repeats=-1 must be at least 1"),
 }
 

@@ -8,7 +8,8 @@ import torch
 from model import reference
 from model.backends import column_linear, row_linear
 from model.config import MtpConfig
-from model.experts import Experts, MixtureOfExperts, MixtureSubmodules, SharedExpert, grouped_linear, invert, permute
+from model.dense import SwiGLUSubmodules
+from model.experts import Experts, MixtureOfExperts, SharedExpert, grouped_linear, invert, permute
 from model.stack import hybrid_config
 from tests.model.helpers import (
     FLOAT64_TOLERANCE,
@@ -20,7 +21,7 @@ from tests.model.helpers import (
     weights_of,
 )
 
-SUBMODULES = MixtureSubmodules(column_linear, row_linear)
+SUBMODULES = SwiGLUSubmodules(column_linear, row_linear)
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -58,10 +59,10 @@ def test_permute_and_its_gradient() -> None:
     )
 
 
-@pytest.mark.parametrize(("experts", "k"), [(6, 2), (5, 4), (3, 3), (40, 4)])
-def test_mixture_equals_its_twin(groups, experts: int, k: int) -> None:
-    """With 40 experts and 24 choices many an expert goes without a token."""
-    shape = replace(SMALL, experts=experts, experts_per_token=k)
+@pytest.mark.parametrize(("experts", "k", "shared"), [(6, 2, 6), (5, 4, 6), (3, 3, 6), (40, 4, 6), (6, 2, 0)])
+def test_mixture_equals_its_twin(groups, experts: int, k: int, shared: int) -> None:
+    """With 40 experts and 24 choices many an expert goes without a token; the last case has no shared expert."""
+    shape = replace(SMALL, experts=experts, experts_per_token=k, shared_expert_size=shared)
     mixture = MixtureOfExperts(hybrid_config(shape, MtpConfig()), SUBMODULES, groups).double()
     randomise(mixture)
     hidden, token_weight = normal(6, shape.hidden_size), torch.tensor([0.5, 0.5, 0.25, 0.0, 0.5, 0.25])

@@ -13,8 +13,9 @@ from model.backends import column_linear, row_linear
 from model.batch import MicroBatch, count_targets
 from model.config import ModelConfig, MtpConfig
 from model.deltanet import GatedDeltaNet, GatedDeltaNetSubmodules
+from model.dense import SwiGLUSubmodules
 from model.documents import Documents
-from model.experts import MixtureOfExperts, MixtureSubmodules
+from model.experts import MixtureOfExperts
 from model.norm import GatedRMSNorm, ZeroCentredRMSNorm
 from model.stack import hybrid_config
 from tests.model import hf
@@ -89,7 +90,7 @@ def test_gated_attention(groups, ratio: int) -> None:
 
 @torch.no_grad()
 def test_mixture_of_experts(groups) -> None:
-    mixture = MixtureOfExperts(hybrid_config(SHAPE, MtpConfig()), MixtureSubmodules(column_linear, row_linear), groups)
+    mixture = MixtureOfExperts(hybrid_config(SHAPE, MtpConfig()), SwiGLUSubmodules(column_linear, row_linear), groups)
     randomise(mixture)
     other = theirs.Qwen3NextSparseMoeBlock(hf.hf_config(SHAPE, VOCAB))
     hf.load(other, hf.mixture_weights(parameters(mixture)))

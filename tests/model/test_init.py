@@ -36,7 +36,7 @@ def fresh(build: Callable, groups) -> Callable[..., LanguageModel]:
     return make
 
 
-@pytest.mark.parametrize("pattern", ["G", "*", "E", "GE*E", "GEGEGE*E"])
+@pytest.mark.parametrize("pattern", ["G", "*", "E", "-", "GE*E", "GEGEGE*E", "*-G-"])
 @pytest.mark.parametrize("steps", [0, 1, 2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_parameter_has_a_rule(fresh: Callable, pattern: str, steps: int, dtype: str) -> None:

@@ -41,6 +41,7 @@ PARAMETERS = {
         "self_attention.q_layernorm.weight",
     },
     "E": MIXTURE,
+    "-": {"mlp.linear_fc1.weight", "mlp.linear_fc2.weight", "pre_mlp_layernorm.weight"},
 }
 MTP_OWN = {f"mtp.layers.0.{name}.weight" for name in ("enorm", "hnorm", "eh_proj", "final_layernorm")}
 
@@ -54,7 +55,10 @@ def expected_names(pattern: str, steps: int) -> set[str]:
     return names | {f"{place}.{name}" for place, symbol in places.items() for name in PARAMETERS[symbol]}
 
 
-@pytest.mark.parametrize(("pattern", "repeats", "steps"), [("G", 1, 0), ("*", 1, 0), ("GE*E", 2, 0), ("EG", 1, 2)])
+@pytest.mark.parametrize(
+    ("pattern", "repeats", "steps"),
+    [("G", 1, 0), ("*", 1, 0), ("GE*E", 2, 0), ("EG", 1, 2), ("*-", 2, 0), ("G-*E", 1, 1)],
+)
 def test_parameters_of_a_pattern(build: Callable, pattern: str, repeats: int, steps: int) -> None:
     network = build(replace(SMALL, pattern=pattern, repeats=repeats), MtpConfig(steps=steps))
     names = [name for name, _ in network.named_parameters()]
