@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from model.dense import SwiGLU, SwiGLUSubmodules
 from model.norm import at_least_float32
+from model.recompute import recomputable
 from model.router import Router
 from parallel.collectives import exchange_rows, gather_counts
 
@@ -94,6 +95,7 @@ class Experts(MegatronModule):
             # data parallel. Tensor ranks count too: each routes its own slice of the sequence.
             weight.allreduce = self.ep_group.size() == 1 and pg_collection.tp.size() == 1
 
+    @recomputable("experts")
     def forward(self, x_NH: Tensor, counts_E: Tensor) -> Tensor:
         """SwiGLU of each row by its expert; rows sorted by expert."""
         gate, up = grouped_linear(x_NH, self.weight1, counts_E).chunk(2, dim=-1)

@@ -32,7 +32,15 @@ class Losses:
 class LanguageModel(HybridModel):
     """One pipeline stage of the model."""
 
-    def __init__(self, config: HybridConfig, vocab_size: int, pg_collection, pre_process=True, post_process=True):
+    def __init__(
+        self,
+        config: HybridConfig,
+        vocab_size: int,
+        pg_collection,
+        pre_process: bool = True,
+        post_process: bool = True,
+        vp_stage: int | None = None,
+    ):
         super().__init__(
             config=config,
             hybrid_stack_spec=stack_spec(),
@@ -43,6 +51,7 @@ class LanguageModel(HybridModel):
             post_process=post_process,
             position_embedding_type="none",
             pg_collection=pg_collection,
+            vp_stage=vp_stage,
         )
 
     def mixtures(self) -> list[MixtureOfExperts]:

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model.recompute import recomputable
+
 
 def at_least_float32(x: Tensor) -> Tensor:
     """float32, or float64 where the input is: where half precision would lose the result."""
@@ -31,11 +33,12 @@ class ZeroCentredRMSNorm(nn.Module):
 
     def __init__(self, config, hidden_size: int, eps: float):
         super().__init__()
-        self.eps = eps
+        self.config, self.eps = config, eps
         self.weight = nn.Parameter(torch.empty(hidden_size, dtype=torch.float32))
         # Under sequence parallelism each tensor rank sees its own tokens (or its own heads): gradients are summed.
         self.weight.sequence_parallel = config.sequence_parallel
 
+    @recomputable("norm")
     def forward(self, x: Tensor) -> Tensor:
         return zero_centred_rms_norm(x, self.weight, self.eps)
 
@@ -43,5 +46,6 @@ class ZeroCentredRMSNorm(nn.Module):
 class GatedRMSNorm(ZeroCentredRMSNorm):
     """The gated form, per value head of Gated DeltaNet."""
 
+    @recomputable("norm")
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         return gated_rms_norm(x, gate, self.weight, self.eps)

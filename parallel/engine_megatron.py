@@ -30,9 +30,11 @@ def _finalize(model, num_tokens=None, **kwargs) -> None:
     finalize_model_grads(model, None, **kwargs)
 
 
-def run_schedule(model: torch.nn.Module, batches: list, tokens: int, forward_only: bool) -> list:
-    """Runs megatron-core's schedule (plain or pipelined) over micro-batches of ``tokens`` tokens each.
+def run_schedule(chunks: list[torch.nn.Module], batches: list, tokens: int, forward_only: bool) -> list:
+    """Runs megatron-core's schedule (plain, pipelined or interleaved) over micro-batches of ``tokens`` tokens each.
 
+    Args:
+        chunks: the pipeline stages of this process, in order.
     Returns:
         What the network returned for each micro-batch, on the last pipeline stage; an empty list elsewhere.
     """
@@ -42,8 +44,8 @@ def run_schedule(model: torch.nn.Module, batches: list, tokens: int, forward_onl
 
     return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(batches),
-        model=[model],
+        data_iterator=[iter(batches) for _ in chunks],
+        model=chunks,
         num_microbatches=len(batches),
         seq_length=tokens,
         micro_batch_size=1,
@@ -51,31 +53,49 @@ def run_schedule(model: torch.nn.Module, batches: list, tokens: int, forward_onl
     )
 
 
+def wrap(chunk: torch.nn.Module, groups) -> DistributedDataParallel:
+    """One pipeline stage with the buffers that its gradients are gathered and summed in."""
+    ddp_config = DistributedDataParallelConfig(
+        use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False
+    )
+    layout = DistributedOptimizer.compute_full_param_layout(
+        [parameter for parameter in chunk.parameters() if parameter.requires_grad],
+        None,
+        groups.intra_dp_cp.size(),
+        ddp_config,
+        expert_data_parallel_world_size=groups.intra_expt_dp.size(),
+    )
+    return DistributedDataParallel(chunk.config, ddp_config, chunk, pg_collection=groups, full_param_layout=layout)
+
+
+def sharded_weights(chunks: list, metadata: dict | None = None) -> dict:
+    """megatron-core's sharded state dict of the weights: model0, model1, ... for the process's pipeline stages.
+
+    The names of these parts stay out of the checkpoint, whose layers are numbered through the whole model.
+    """
+    return {f"model{index}": chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(chunks)}
+
+
+def load_weights(chunks: list, state: dict) -> None:
+    """Takes what `sharded_weights` described and the checkpoint filled."""
+    for index, chunk in enumerate(chunks):
+        chunk.load_state_dict(state[f"model{index}"])
+
+
 class MegatronEngine:
-    """Runs training steps of one pipeline stage's model over megatron-core's process groups.
+    """Runs training steps of one process's part of the model over megatron-core's process groups.
 
     Args:
-        network: the stage's module, parameters filled; it must take a micro-batch and have a megatron-core ``config``.
+        chunks: the process's pipeline stages, parameters filled; each takes a micro-batch, and all share one
+            megatron-core ``config``.
         decays: whether weight decay applies to a parameter, by name.
     """
 
-    def __init__(self, network, groups, adamw: AdamW, device: torch.device, decays: Callable[[str], bool]):
-        self.network, self.groups, self.device, self.adamw = network, groups, device, adamw
-        config = network.config
+    def __init__(self, chunks: list, groups, adamw: AdamW, device: torch.device, decays: Callable[[str], bool]):
+        self.chunks, self.groups, self.device, self.adamw = chunks, groups, device, adamw
+        config = chunks[0].config
         config.finalize_model_grads_func = _finalize
-        ddp_config = DistributedDataParallelConfig(
-            use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False
-        )
-        layout = DistributedOptimizer.compute_full_param_layout(
-            [parameter for parameter in network.parameters() if parameter.requires_grad],
-            None,
-            groups.intra_dp_cp.size(),
-            ddp_config,
-            expert_data_parallel_world_size=groups.intra_expt_dp.size(),
-        )
-        self.ddp = DistributedDataParallel(
-            config, ddp_config, network, pg_collection=groups, full_param_layout=layout
-        )
+        self.ddp = [wrap(chunk, groups) for chunk in chunks]
         undecayed = ParamWithNamePredicate(name="undecayed", fn=lambda _, name: not decays(name))
         # megatron-core numbers a group's parameters as if all had one type, so the float32 ones of a bfloat16 model
         # get groups of their own. Only its scheduler, which we do not use, reads end_wd: here it tells groups apart.
@@ -94,7 +114,7 @@ class MegatronEngine:
                     params_dtype=config.params_dtype,
                     use_distributed_optimizer=True,
                 ),
-                [self.ddp],
+                self.ddp,
                 config_overrides={
                     ParamKey(with_name_predicate=undecayed): ParamGroupOverride(wd_mult=0.0),
                     ParamKey(predicate=wide): ParamGroupOverride(end_wd=0.0),
@@ -119,7 +139,8 @@ class MegatronEngine:
         Raises:
             FloatingPointError: on every rank, if a gradient of any is not finite; parameters are as before.
         """
-        self.ddp.zero_grad_buffer()
+        for chunk in self.ddp:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         outputs = run_schedule(self.ddp, batches, tokens, forward_only=False)
         for group in self.optimizer.param_groups:
@@ -147,10 +168,10 @@ class MegatronEngine:
         if is_loading:
             self._allocate_moments()
         metadata = {"distrib_optim_sharding_type": "dp_reshardable", "dp_cp_group": self.groups.dp_cp}
-        model = self.network.sharded_state_dict(metadata=metadata)
+        state = sharded_weights(self.chunks, metadata)
         with compat.optimizer_context(self.device):
-            optimizer = self.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
-        return {"model": model, "optimizer": optimizer}
+            optimizer = self.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
+        return state | {"optimizer": optimizer}
 
     def _allocate_moments(self) -> None:
         """Gives torch's AdamW the state it has after a step: megatron-core asks for it before it loads one."""
@@ -166,7 +187,7 @@ class MegatronEngine:
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
         """Takes what `sharded_state_dict` described and the checkpoint filled."""
-        self.network.load_state_dict(state["model"])
+        load_weights(self.chunks, state)
         with compat.optimizer_context(self.device):
             self.optimizer.load_state_dict(state["optimizer"])
         self._apply_settings()

@@ -33,6 +33,7 @@ def lay_out(topology: Topology) -> ProcessGroupCollection:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=topology.tensor,
         pipeline_model_parallel_size=topology.pipeline,
+        virtual_pipeline_model_parallel_size=topology.virtual if topology.virtual > 1 else None,
         context_parallel_size=topology.context,
         expert_model_parallel_size=topology.expert,
         expert_tensor_parallel_size=1,

@@ -1,11 +1,16 @@
 """Which process holds what: the sizes of each kind of parallelism, checked against the model and the batch.
 
-A job has ``world`` processes = tensor x pipeline x context x data. Experts are spread over ``expert`` of the data-
-parallel processes. ``expert=auto`` takes the largest size that divides both the experts and the data-parallel width.
+A job has ``world`` processes = tensor x pipeline x context x data. A pattern of v x pipeline stages is interleaved: a
+process holds v stages, every pipeline-th one. Experts are spread over ``expert`` of the data-parallel processes;
+``expert=auto`` takes the largest size that divides both the experts and the data-parallel width.
 """
 
 import math
 from dataclasses import dataclass, field
+
+RECOMPUTE_POLICIES = ("none", "selective", "full")
+# Parts of a layer without its dense projections; `model.recompute` knows them by the same names.
+RECOMPUTABLE = ("attention", "deltanet", "experts", "norm")
 
 
 class TopologyError(ValueError):
@@ -21,9 +26,11 @@ class ParallelConfig:
     """Sizes of each kind of parallelism; what is left of the processes is data parallel."""
 
     tensor: int = _setting(1, "processes that share each layer's heads and columns")
-    pipeline: int = _setting(1, "processes that hold consecutive layers; the pattern needs as many stages")
+    pipeline: int = _setting(1, "processes that share the layers; the pattern has as many stages, or a multiple")
     context: int = _setting(1, "processes that share each sequence")
     expert: int | str = _setting("auto", "processes that share a layer's experts, or auto")
+    recompute: str = _setting("none", "what the backward pass computes again to save memory: none, selective or full")
+    recompute_modules: tuple[str, ...] = _setting(RECOMPUTABLE, "selective: parts of layers that are computed again")
     world: int | None = _setting(None, "processes of the whole job; null takes what is started")
 
 
@@ -37,6 +44,7 @@ class Topology:
     context: int
     expert: int
     data: int
+    virtual: int = 1  # pipeline stages of one process
 
 
 def divisors(number: int) -> list[int]:
@@ -57,6 +65,11 @@ def _require_divides(size: int, setting: str, number: int, what: str) -> None:
         )
 
 
+def _require_known(value: str, setting: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise TopologyError(f"{setting}={value!r} is not known: choose {', '.join(choices[:-1])} or {choices[-1]}")
+
+
 def resolve(parallel: ParallelConfig, model, world: int) -> Topology:
     """The layout of ``world`` processes for a model (a ModelConfig or anything with its head and expert counts).
 
@@ -68,11 +81,12 @@ def resolve(parallel: ParallelConfig, model, world: int) -> Topology:
             f"parallel.world={parallel.world} but {world} processes are started: start {parallel.world} "
             f"(NPROC={parallel.world}) or drop parallel.world"
         )
-    if parallel.context != 1:
-        raise TopologyError(f"parallel.context={parallel.context} is not supported yet: choose 1")
-    for name in ("tensor", "pipeline"):
+    for name in ("tensor", "pipeline", "context"):
         if getattr(parallel, name) < 1:
             raise TopologyError(f"parallel.{name}={getattr(parallel, name)} must be at least 1")
+    _require_known(parallel.recompute, "parallel.recompute", RECOMPUTE_POLICIES)
+    for part in parallel.recompute_modules:
+        _require_known(part, "parallel.recompute_modules", RECOMPUTABLE)
     layout = parallel.tensor * parallel.pipeline * parallel.context
     if world % layout:
         raise TopologyError(
@@ -85,28 +99,42 @@ def resolve(parallel: ParallelConfig, model, world: int) -> Topology:
     for name in shared:
         _require_divides(parallel.tensor, "parallel.tensor", getattr(model, name), f"model.{name}")
     stages = len(model.stages)
-    if stages != parallel.pipeline:
+    if stages % parallel.pipeline or (parallel.pipeline == 1 and stages > 1):
+        many = f" (or a multiple of {parallel.pipeline} stages, which are interleaved)" if parallel.pipeline > 1 else ""
         raise TopologyError(
             f"parallel.pipeline={parallel.pipeline} but model.pattern={model.pattern!r} x {model.repeats} has {stages} "
-            f"stage{'s' if stages > 1 else ''}: cut the layers with {parallel.pipeline - 1} '|', or choose "
+            f"stage{'s' if stages > 1 else ''}: cut the layers with {parallel.pipeline - 1} '|'{many}, or choose "
             f"parallel.pipeline={stages}"
         )
     data = world // layout
+    # Tensor and context ranks of a stage route tokens of their own, so experts spread over them as well.
+    routing = world // parallel.pipeline
     expert = parallel.expert
     if expert == "auto":
-        expert = math.gcd(data, model.experts)
+        expert = math.gcd(routing, model.experts)
     if not isinstance(expert, int):
         raise TopologyError(f"parallel.expert={expert!r} is not known: choose a number of processes or auto")
     _require_divides(expert, "parallel.expert", model.experts, "model.experts")
-    _require_divides(expert, "parallel.expert", data, "the data-parallel processes")
-    return Topology(world, parallel.tensor, parallel.pipeline, parallel.context, expert, data)
+    _require_divides(expert, "parallel.expert", routing, "the processes of a pipeline stage")
+    virtual = stages // parallel.pipeline
+    return Topology(world, parallel.tensor, parallel.pipeline, parallel.context, expert, data, virtual)
+
+
+def check_length(topology: Topology, seq_length: int) -> None:
+    """Raises TopologyError where the processes of context and tensor parallelism cannot cut a sequence evenly."""
+    each = topology.tensor * topology.context
+    if seq_length % each:
+        raise TopologyError(
+            f"data.seq_length={seq_length} cannot be cut by parallel.context={topology.context} x parallel.tensor="
+            f"{topology.tensor} = {each}: choose data.seq_length={-(-seq_length // each) * each}"
+        )
 
 
 def microbatches(topology: Topology, global_batch: int, micro_batch: int) -> int:
     """Microbatches each data-parallel rank runs a step: global = micro x data x microbatches.
 
     Raises:
-        TopologyError: the global batch cannot be divided so.
+        TopologyError: the global batch cannot be divided so, or not into as many as interleaved stages need.
     """
     if global_batch < 1 or micro_batch < 1:
         raise TopologyError(f"batch.global={global_batch} and batch.micro={micro_batch} must be at least 1")
@@ -119,4 +147,12 @@ def microbatches(topology: Topology, global_batch: int, micro_batch: int) -> int
             f"batch.global={global_batch} is not a multiple of batch.micro={micro_batch} x {topology.data} "
             f"data-parallel processes = {each}: choose batch.global={valid}{smaller}, or fewer processes (NPROC)"
         )
-    return global_batch // each
+    number = global_batch // each
+    if topology.virtual > 1 and number % topology.pipeline:
+        valid = max(1, round(number / topology.pipeline)) * topology.pipeline * each
+        raise TopologyError(
+            f"batch.global={global_batch} makes {number} microbatches, which {topology.virtual} interleaved stages a "
+            f"process need to be a multiple of parallel.pipeline={topology.pipeline}: choose batch.global={valid}, "
+            f"another batch.micro, or {topology.pipeline} stages in model.pattern"
+        )
+    return number

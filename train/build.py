@@ -9,10 +9,11 @@ from data.corpus import Corpus
 from data.prepare import open_corpus
 from model.init import initialise, suspicious
 from model.network import LanguageModel
+from model.recompute import LAYER
 from model.stack import hybrid_config
 from parallel import groups as process_groups
 from parallel.engine_megatron import MegatronEngine
-from parallel.topology import Topology, TopologyError, resolve
+from parallel.topology import ParallelConfig, Topology, TopologyError, resolve
 from train.config import Config
 from train.optim import adamw, decays
 from train.settings import ConfigError
@@ -29,7 +30,7 @@ class Job:
     groups: ProcessGroupCollection
     device: torch.device
     corpus: Corpus
-    network: LanguageModel
+    chunks: list[LanguageModel]
 
     @property
     def rank(self) -> int:
@@ -46,11 +47,20 @@ class Job:
         """Tokens of one micro-batch."""
         return self.config.batch.micro * self.config.data.seq_length
 
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+        return self.chunks[0].vocab_size
+
+    def take_router_losses(self) -> torch.Tensor:
+        """This process's addends of the balance and z-losses since the last call, summed over its layers: [2]."""
+        return sum(chunk.take_router_losses().to(self.device) for chunk in self.chunks)
+
     def describe(self) -> list[str]:
         """Lines for the start of a run: the model as this process holds it."""
-        held = sum(parameter.numel() for parameter in self.network.parameters())
+        held = sum(parameter.numel() for chunk in self.chunks for parameter in chunk.parameters())
         return [
-            f"model: {self.network.vocab_size} token vocabulary, {held:,} parameters in this process on {self.device}",
+            f"model: {self.vocab_size} token vocabulary, {held:,} parameters in this process on {self.device}",
             f"corpus: {self.corpus.path}, {self.corpus.totals('train').tokens:,} tokens to train on",
         ]
 
@@ -78,6 +88,43 @@ def padded_vocab(config: Config, corpus: Corpus, topology: Topology) -> int:
     return size
 
 
+def recomputed_parts(parallel: ParallelConfig) -> tuple[str, ...]:
+    """The parts of the model that a policy computes again in the backward pass."""
+    return {"none": (), "selective": parallel.recompute_modules, "full": (LAYER,)}[parallel.recompute]
+
+
+def build_chunks(
+    config: Config, topology: Topology, groups: ProcessGroupCollection, vocab_size: int
+) -> list[LanguageModel]:
+    """The pipeline stages of this process, empty parameters on the current device.
+
+    Stage number s of the whole model belongs to process s % pipeline of its pipeline.
+    """
+    mcore_config = hybrid_config(
+        config.model,
+        config.mtp,
+        topology.tensor,
+        topology.pipeline,
+        topology.expert,
+        topology.virtual,
+        topology.context,
+        recomputed_parts(config.parallel),
+    )
+    last = topology.pipeline * topology.virtual - 1
+    numbers = [chunk * topology.pipeline + groups.pp.rank() for chunk in range(topology.virtual)]
+    return [
+        LanguageModel(
+            mcore_config,
+            vocab_size,
+            groups,
+            pre_process=number == 0,
+            post_process=number == last,
+            vp_stage=chunk if topology.virtual > 1 else None,
+        )
+        for chunk, number in enumerate(numbers)
+    ]
+
+
 def build_job(config: Config) -> Job:
     """Joins the process group, lays it out, opens the corpus and builds this process's part of the model."""
     device = process_groups.local_device()
@@ -85,17 +132,9 @@ def build_job(config: Config) -> Job:
     topology = resolve(config.parallel, config.model, torch.distributed.get_world_size())
     groups = process_groups.lay_out(topology)
     corpus = open_corpus(config.data)
-    mcore_config = hybrid_config(config.model, config.mtp, topology.tensor, topology.pipeline, topology.expert)
-    stage, stages = groups.pp.rank(), groups.pp.size()
     with torch.device(device):
-        network = LanguageModel(
-            mcore_config,
-            padded_vocab(config, corpus, topology),
-            groups,
-            pre_process=stage == 0,
-            post_process=stage == stages - 1,
-        )
-    return Job(config, topology, groups, device, corpus, network)
+        chunks = build_chunks(config, topology, groups, padded_vocab(config, corpus, topology))
+    return Job(config, topology, groups, device, corpus, chunks)
 
 
 def build_engine(job: Job) -> MegatronEngine:
@@ -104,8 +143,9 @@ def build_engine(job: Job) -> MegatronEngine:
     Raises:
         RuntimeError: parameters with suspicious values after initialisation.
     """
-    initialise(job.network, job.network.sharded_state_dict(), job.config.seed)
-    found = suspicious(job.network)
-    if found:
-        raise RuntimeError("the initialisation went wrong: " + "; ".join(found))
-    return MegatronEngine(job.network, job.groups, adamw(job.config.optim), job.device, decays)
+    for chunk in job.chunks:
+        initialise(chunk, chunk.sharded_state_dict(), job.config.seed)
+        found = suspicious(chunk)
+        if found:
+            raise RuntimeError("the initialisation went wrong: " + "; ".join(found))
+    return MegatronEngine(job.chunks, job.groups, adamw(job.config.optim), job.device, decays)

@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron.core import dist_checkpointing
 
 from parallel.collectives import wait_for_all
-from parallel.engine_megatron import MegatronEngine
+from parallel.engine_megatron import MegatronEngine, load_weights, sharded_weights
 from train.build import Job
 from train.runs import STATE_FILE, checkpoint_path, read_state
 from train.settings import ConfigError
@@ -47,6 +47,5 @@ def load(engine: MegatronEngine, path: Path, fingerprint: str) -> None:
 
 
 def load_model(job: Job, path: Path) -> None:
-    """Puts only a checkpoint's weights into the network, on any layout."""
-    template = {"model": job.network.sharded_state_dict()}
-    job.network.load_state_dict(dist_checkpointing.load(template, str(path))["model"])
+    """Puts only a checkpoint's weights into the model, on any layout."""
+    load_weights(job.chunks, dist_checkpointing.load(sharded_weights(job.chunks), str(path)))

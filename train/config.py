@@ -9,7 +9,7 @@ import yaml
 from data.config import DataConfig, check_data
 from data.errors import CorpusError
 from model.config import ModelConfig, ModelError, MtpConfig, check_model
-from parallel.topology import ParallelConfig, Topology, TopologyError, microbatches, resolve
+from parallel.topology import ParallelConfig, Topology, TopologyError, check_length, microbatches, resolve
 from train.settings import ConfigError, from_dict, hint, leaves, to_dict
 
 USER_ERRORS = (ConfigError, ModelError, TopologyError, CorpusError)
@@ -131,6 +131,7 @@ def check(config: Config, world: int) -> Topology:
     check_model(config.model, config.mtp)
     topology = resolve(config.parallel, config.model, world)
     microbatches(topology, config.batch.global_, config.batch.micro)
+    check_length(topology, config.data.seq_length)
     check_data(config.data, config.mtp.steps)
     _check_writable(config.run)
     return topology

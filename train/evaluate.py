@@ -1,11 +1,13 @@
 """Held-out loss: nats a token for each prediction step, bits a byte, beside the entropy of guessing blindly."""
 
 import math
+from collections.abc import Iterable, Iterator
+from itertools import batched
 
 import torch
 
 from data.stream import Batch, TokenStream, heldout_batches
-from model.batch import MicroBatch, count_targets, prediction_valid
+from model.batch import MicroBatch, count_targets
 from parallel.collectives import from_last, sum_over
 from parallel.engine_megatron import run_schedule
 from train import metrics
@@ -17,7 +19,15 @@ from train.runs import read_state, require_checkpoint
 
 def microbatch(job: Job, batch: Batch, counts: torch.Tensor) -> MicroBatch:
     """A batch of the data pipeline as the network takes it, on this process's device."""
-    return MicroBatch.build(batch.tokens, batch.documents, counts).to(job.device)
+    part, parts = job.groups.cp.rank(), job.groups.cp.size()
+    return MicroBatch.build(batch.tokens, batch.documents, counts, part, parts).to(job.device)
+
+
+def in_groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """Lists of ``size`` micro-batches, the last filled up with padding: what a pipeline runs at once."""
+    for group in batched(batches, size):
+        padding = Batch(group[0].tokens, torch.full_like(group[0].documents, -1))
+        yield [*group, *[padding] * (size - len(group))]
 
 
 def unigram_entropy(histogram: torch.Tensor) -> float:
@@ -35,17 +45,20 @@ def heldout_metrics(job: Job, max_samples: int) -> dict[str, float]:
     histogram = torch.zeros(job.corpus.vocab_size, dtype=torch.int64)
     sums = torch.zeros(1 + steps, dtype=torch.float64)
     counts = torch.zeros(1 + steps, dtype=torch.int64)
-    for batch in heldout_batches(stream, config.batch.micro, job.groups.dp.rank(), job.groups.dp.size(), max_samples):
-        valid = prediction_valid(batch.documents, steps)
-        ready = microbatch(job, batch, count_targets(batch.documents, steps).clamp(min=1))
-        outputs = run_schedule(job.network, [ready], job.microbatch_tokens, forward_only=True)
-        for losses in outputs:
-            sums += (losses.tokens_KT.cpu().double() * valid.flatten(1)).sum(dim=1)
-        counts += valid.sum(dim=(1, 2))
-        histogram += torch.bincount(batch.tokens[:, 1:][valid[0]], minlength=len(histogram))
+    data = job.groups.dp
+    batches = heldout_batches(stream, config.batch.micro, data.rank(), data.size(), max_samples)
+    for group in in_groups(batches, job.topology.pipeline):
+        ready = [microbatch(job, batch, count_targets(batch.documents, steps).clamp(min=1)) for batch in group]
+        outputs = run_schedule(job.chunks, ready, job.microbatch_tokens, forward_only=True)
+        for losses, batch in zip(outputs, ready, strict=bool(outputs)):
+            sums += (losses.tokens_KT.double() * (batch.weights_KT > 0)).sum(dim=1).cpu()
+        for batch in ready:
+            valid = batch.weights_KT > 0
+            counts += valid.sum(dim=1).cpu()
+            histogram += torch.bincount(batch.targets_KT[0][valid[0]], minlength=len(histogram)).cpu()
     # Every pipeline stage has read the same batches; only the last has losses.
     total = torch.cat([sums, counts.double(), histogram.double()]).to(job.device)
-    total = from_last(sum_over(total, job.groups.dp), job.groups.pp)
+    total = from_last(sum_over(total, job.groups.dp_cp), job.groups.pp)
     sums, counts, histogram = total.cpu().split([1 + steps, 1 + steps, len(histogram)])
     losses = (sums / counts.clamp(min=1)).tolist()
     num_bytes = float((histogram * token_bytes).sum())

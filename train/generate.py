@@ -29,8 +29,9 @@ def next_logits(job: Job, ids: list[int]) -> torch.Tensor:
     tokens = torch.tensor([ids + [0] * (fill + 1)])
     documents = torch.zeros_like(tokens)
     batch = MicroBatch.build(tokens, documents, count_targets(documents, 0)).to(job.device)
-    hidden, _ = job.network.trunk(batch)
-    logits = job.network.logits(hidden)[len(ids) - 1]
+    (network,) = job.chunks
+    hidden, _ = network.trunk(batch)
+    logits = network.logits(hidden)[len(ids) - 1]
     return logits[: job.corpus.vocab_size].float().cpu()
 
 

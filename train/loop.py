@@ -92,7 +92,7 @@ def fit(
         start = time.perf_counter()
         lr = learning_rate(job.config.optim, step, run.steps)
         outputs, grad_norm = train_step(job, engine, next(loader), lr)
-        router_losses = job.network.take_router_losses()
+        router_losses = job.take_router_losses()
         speed.add(time.perf_counter() - start)
 
         values = {}

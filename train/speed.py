@@ -34,9 +34,9 @@ class Speedometer:
     def __init__(self, job: Job) -> None:
         config = job.config
         self._step_tokens = config.batch.global_ * config.data.seq_length
-        flops = training_flops(config.model, config.mtp, job.network.vocab_size, config.data.seq_length)
+        flops = training_flops(config.model, config.mtp, job.vocab_size, config.data.seq_length)
         self._flops_per_process = flops / job.topology.world
-        self._rate = matmul_rate(job.device, job.network.config.params_dtype)
+        self._rate = matmul_rate(job.device, job.chunks[0].config.params_dtype)
         self._seconds, self._steps = 0.0, 0
 
     def add(self, seconds: float) -> None:

@@ -76,7 +76,7 @@ def _train_and_save(runs: Path) -> None:
 def _send_round(runs: Path) -> None:
     """Each of two pipeline stages sends the other its rank."""
     rank = torch.distributed.get_rank()
-    config = _job(runs).network.config
+    config = _job(runs).chunks[0].config
     config.pipeline_dtype = torch.float32
     ring = P2PCommunicator(torch.distributed.group.WORLD, config)
     received = ring.send_forward_recv_forward(torch.full((3,), float(rank)), recv_prev=True, tensor_shape=(3,))

@@ -11,7 +11,7 @@ from parallel import groups as process_groups
 from parallel.engine_megatron import AdamW, MegatronEngine
 from parallel.topology import ParallelConfig
 from tests.dist import run_ranks
-from tests.parallel.tiny import MODEL, build_tiny, fill, part_of, random_batch, tiny_config
+from tests.parallel.tiny import MODEL, build_tiny, fill, parameters, part_of, random_batch, tiny_config
 from train.build import Job
 from train.loop import train_step
 from train.optim import decays
@@ -28,14 +28,14 @@ def _start(adamw: AdamW, parallel: ParallelConfig = ParallelConfig(), **model) -
     job = replace(job, config=replace(job.config, batch=replace(job.config.batch, micro=8 // job.topology.data)))
     fill(job)
     with torch.no_grad():
-        for name, parameter in job.network.named_parameters():
+        for name, parameter in parameters(job).items():
             if name.endswith("norm.weight"):  # drawn as zero, which no decay would change
                 parameter.fill_(0.5)
-    return job, MegatronEngine(job.network, job.groups, adamw, job.device, decays)
+    return job, MegatronEngine(job.chunks, job.groups, adamw, job.device, decays)
 
 
 def _values(job: Job) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in job.network.named_parameters()}
+    return {name: parameter.detach().clone() for name, parameter in parameters(job).items()}
 
 
 def _step(job: Job, engine: MegatronEngine, seed: int, lr: float) -> float:
@@ -71,7 +71,7 @@ def _poison() -> dict:
     before = _values(job)
     handle = None
     if job.groups.dp.rank() == 1:
-        weight = job.network.mixtures()[0].experts.weight1
+        weight = job.chunks[0].mixtures()[0].experts.weight1
         handle = weight.register_hook(lambda gradient: gradient * math.nan)
     refusal = None
     try:
@@ -92,8 +92,8 @@ def _islands() -> dict:
         _step(job, engine, seed, lr=1e-6)
     after = _values(job)
     return {
-        "types": {name: parameter.dtype for name, parameter in engine.ddp.module.named_parameters()},
-        "gradients": {parameter.main_grad.dtype for parameter in job.network.parameters()},
+        "types": {name: parameter.dtype for name, parameter in parameters(job).items()},
+        "gradients": {parameter.main_grad.dtype for parameter in parameters(job).values()},
         "masters": {x.dtype for part in engine.optimizer.chained_optimizers for x in part.get_parameters()},
         "moved": {name: bool((after[name] != before[name]).any()) for name in after},
     }

@@ -14,13 +14,24 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
+from model import deltanet
 from model.batch import count_targets
 from model.config import ModelConfig
 from parallel import groups as process_groups
 from parallel.engine_megatron import _finalize, run_schedule
 from parallel.topology import ParallelConfig
 from tests.dist import run_ranks
-from tests.parallel.tiny import MODEL, PIPELINED, build_tiny, fill, part_of, random_batch, start_engine, tiny_config
+from tests.parallel.tiny import (
+    INTERLEAVED,
+    MODEL,
+    PIPELINED,
+    build_tiny,
+    fill,
+    part_of,
+    random_batch,
+    start_engine,
+    tiny_config,
+)
 from train import metrics
 from train.build import Job
 from train.config import BatchConfig
@@ -40,11 +51,8 @@ class Case:
     world: int
     parallel: ParallelConfig
     micro_batches: int = 1
-
-    @property
-    def model(self) -> ModelConfig:
-        """The same layers, cut for the pipeline if there is one."""
-        return PIPELINED if self.parallel.pipeline > 1 else MODEL
+    model: ModelConfig = MODEL  # the same layers in all, cut for a pipeline
+    states: bool | None = None  # how Gated DeltaNet crosses parts of a sequence: states, heads, or as it chooses
 
 
 REFERENCE = Case("one process", 1, ParallelConfig())
@@ -52,20 +60,33 @@ LAYOUTS = [
     Case("DP2", 2, ParallelConfig(expert=1)),
     Case("EP2", 2, ParallelConfig(expert=2)),
     Case("TP2", 2, ParallelConfig(tensor=2)),
-    Case("PP2", 2, ParallelConfig(pipeline=2)),
+    Case("PP2", 2, ParallelConfig(pipeline=2), model=PIPELINED),
+    Case("CP2, states", 2, ParallelConfig(context=2, expert=1), states=True),
+    Case("CP2, heads", 2, ParallelConfig(context=2, expert=1), states=False),
+    Case("CP4", 4, ParallelConfig(context=4, expert=1)),
+    Case("CP2xEP2", 2, ParallelConfig(context=2, expert=2)),
+    Case("CP2xDP2xEP2", 4, ParallelConfig(context=2, expert=2), states=True),
+    Case("TP2xCP2", 4, ParallelConfig(tensor=2, context=2), states=True),
+    Case("CP2xPP2", 4, ParallelConfig(context=2, pipeline=2), model=PIPELINED),
     Case("DP2xEP2", 4, ParallelConfig(expert=2)),
     Case("TP2xEP2", 4, ParallelConfig(tensor=2, expert=2)),
-    Case("TP2xPP2", 4, ParallelConfig(tensor=2, pipeline=2)),
+    Case("EP2xPP2", 4, ParallelConfig(expert=2, pipeline=2), model=PIPELINED),
+    Case("TP2xPP2", 4, ParallelConfig(tensor=2, pipeline=2), model=PIPELINED),
 ]
 # The balance loss counts assignments over one micro-batch, so these compare without it.
 MICRO_BATCHED = [
     Case("one process, 4 micro-batches", 1, ParallelConfig(), 4),
     Case("EP2, 2 micro-batches", 2, ParallelConfig(expert=2), 2),
-    Case("PP2, 4 micro-batches", 2, ParallelConfig(pipeline=2), 4),
+    Case("PP2, 4 micro-batches", 2, ParallelConfig(pipeline=2), 4, PIPELINED),
+    Case("PP2 interleaved, 4 micro-batches", 2, ParallelConfig(pipeline=2), 4, INTERLEAVED),
+    Case("EP2xPP2 interleaved, 2 micro-batches", 4, ParallelConfig(expert=2, pipeline=2), 2, INTERLEAVED),
+    Case("TP2xPP2 interleaved, 4 micro-batches", 4, ParallelConfig(tensor=2, pipeline=2), 4, INTERLEAVED),
 ]
 
 
 def _job(case: Case, **model) -> Job:
+    if case.states is not None:
+        deltanet.passes_states = lambda *_: case.states
     job = build_tiny(tiny_config(replace(case.model, **model), case.parallel))
     micro = ROWS // job.groups.dp.size() // case.micro_batches
     return replace(job, config=replace(job.config, batch=BatchConfig(global_=ROWS, micro=micro)))
@@ -85,23 +106,25 @@ def _trajectory(case: Case, experts_per_token: int) -> list[dict[str, float]]:
     steps = []
     for step in range(STEPS):
         outputs, grad_norm = train_step(job, engine, _batches(job, case, step), LR)
-        steps.append(step_metrics(job, outputs, job.network.take_router_losses()) | {metrics.GRAD_NORM: grad_norm})
+        steps.append(step_metrics(job, outputs, job.take_router_losses()) | {metrics.GRAD_NORM: grad_norm})
     return steps
 
 
 def _gradients(case: Case, balance_weight: float) -> list[tuple]:
     """(name, shape of the whole, where this part starts, gradient) of every parameter of this rank, in float64."""
     job = _job(case, dtype="float64", balance_weight=balance_weight)
-    network, config = fill(job).double(), job.network.config
+    chunks = [chunk.double() for chunk in fill(job)]
+    config = chunks[0].config
     config.finalize_model_grads_func = _finalize
     ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=False, grad_reduce_in_fp32=False)
-    ddp = DistributedDataParallel(config, ddp_config, network, pg_collection=job.groups)
+    ddp = [DistributedDataParallel(config, ddp_config, chunk, pg_collection=job.groups) for chunk in chunks]
     counts = count_targets(random_batch(ROWS, seed=0).documents, job.config.mtp.steps)
     ready = [microbatch(job, batch, counts) for batch in _batches(job, case, seed=0)]
     run_schedule(ddp, ready, job.microbatch_tokens, forward_only=False)
-    whole = {id(x.data): x for x in network.sharded_state_dict().values() if isinstance(x, ShardedTensor)}
+    states = [entry for chunk in chunks for entry in chunk.sharded_state_dict().values()]
+    whole = {id(entry.data): entry for entry in states if isinstance(entry, ShardedTensor)}
     found = []
-    for parameter in network.parameters():
+    for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
         entry = whole[id(parameter)]
         found.append((entry.key, entry.global_shape, entry.global_offset, parameter.main_grad.clone()))
     return found

@@ -4,17 +4,15 @@ from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from data.stream import Batch
 from model.config import ModelConfig, MtpConfig
 from model.init import initialise
 from model.network import LanguageModel
-from model.stack import hybrid_config
 from parallel import groups as process_groups
 from parallel.engine_megatron import MegatronEngine
 from parallel.topology import ParallelConfig, resolve
-from train.build import Job
+from train.build import Job, build_chunks
 from train.config import BatchConfig, Config, DataConfig, OptimConfig, RunConfig
 from train.optim import adamw, decays
 
@@ -37,6 +35,7 @@ MODEL = ModelConfig(
     z_weight=0.001,
 )
 PIPELINED = replace(MODEL, pattern="GEGE|GE*E")
+INTERLEAVED = replace(MODEL, pattern="GE|GE|GE|*E")
 
 
 def tiny_config(model: ModelConfig = MODEL, parallel: ParallelConfig = ParallelConfig(), **parts) -> Config:  # noqa: B008
@@ -55,15 +54,7 @@ def build_tiny(config: Config) -> Job:
     """The job on this process, whose process group is already joined; without a corpus."""
     topology = resolve(config.parallel, config.model, dist.get_world_size())
     groups = process_groups.lay_out(topology)
-    mcore_config = hybrid_config(config.model, config.mtp, topology.tensor, topology.pipeline, topology.expert)
-    network = LanguageModel(
-        mcore_config,
-        VOCAB,
-        groups,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-    )
-    return Job(config, topology, groups, torch.device("cpu"), None, network)
+    return Job(config, topology, groups, torch.device("cpu"), None, build_chunks(config, topology, groups, VOCAB))
 
 
 def random_batch(rows: int, seed: int) -> Batch:
@@ -89,13 +80,23 @@ def part_of(batch: Batch, index: int, parts: int) -> Batch:
     return Batch(batch.tokens.chunk(parts)[index], batch.documents.chunk(parts)[index])
 
 
-def fill(job: Job) -> LanguageModel:
+def fill(job: Job) -> list[LanguageModel]:
     """Draws the parameters of a job's model, with a router that prefers some experts, so that balance matters."""
-    initialise(job.network, job.network.sharded_state_dict(), job.config.seed)
-    with torch.no_grad():
-        for mixture in job.network.mixtures():
-            mixture.router.weight.mul_(torch.linspace(1.0, 10.0, job.config.model.experts)[:, None])
-    return job.network
+    for chunk in job.chunks:
+        initialise(chunk, chunk.sharded_state_dict(), job.config.seed)
+        with torch.no_grad():
+            for mixture in chunk.mixtures():
+                mixture.router.weight.mul_(torch.linspace(1.0, 10.0, job.config.model.experts)[:, None])
+    return job.chunks
+
+
+def parameters(job: Job) -> dict[str, torch.nn.Parameter]:
+    """The parameters of this process, named by pipeline stage."""
+    return {
+        f"{index}.{name}": parameter
+        for index, chunk in enumerate(job.chunks)
+        for name, parameter in chunk.named_parameters()
+    }
 
 
 def start_engine(job: Job) -> MegatronEngine:

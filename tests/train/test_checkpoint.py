@@ -14,7 +14,17 @@ from parallel import groups as process_groups
 from parallel.engine_megatron import run_schedule
 from parallel.topology import ParallelConfig
 from tests.dist import run_ranks
-from tests.parallel.tiny import MODEL, PIPELINED, build_tiny, part_of, random_batch, start_engine, tiny_config
+from tests.parallel.tiny import (
+    INTERLEAVED,
+    MODEL,
+    PIPELINED,
+    build_tiny,
+    parameters,
+    part_of,
+    random_batch,
+    start_engine,
+    tiny_config,
+)
 from train.build import Job
 from train.checkpoint import load, load_model, save
 from train.config import BatchConfig, RunConfig
@@ -23,13 +33,14 @@ from train.metrics import GRAD_NORM
 from train.runs import checkpoint_path, last_checkpoint, read_state
 from train.settings import ConfigError
 
-HALF, STEPS, ROWS = 3, 6, 4
+HALF, STEPS, ROWS, MICRO_BATCHES = 3, 6, 4, 2
 # Name -> layout and model. bfloat16 also has float32 parameters, whose optimizer state lies apart.
 CASES: dict[str, tuple[ParallelConfig, ModelConfig]] = {
     "EP2": (ParallelConfig(expert=2), MODEL),
     "DP2 in bfloat16": (ParallelConfig(expert=1), replace(MODEL, dtype="bfloat16")),
     "TP2": (ParallelConfig(tensor=2), MODEL),
     "PP2": (ParallelConfig(pipeline=2), PIPELINED),
+    "PP2, interleaved": (ParallelConfig(pipeline=2), INTERLEAVED),
 }
 
 
@@ -39,32 +50,35 @@ def _job(name: str, runs: Path, parallel: ParallelConfig | None = None, model: M
     layout, shape = CASES[name]
     run = RunConfig(name=name, dir=str(runs))
     job = build_tiny(tiny_config(model or shape, parallel or layout, run=run))
-    batch = BatchConfig(global_=ROWS, micro=ROWS // job.topology.data)
+    batch = BatchConfig(global_=ROWS, micro=ROWS // job.topology.data // MICRO_BATCHES)
     return replace(job, config=replace(job.config, batch=batch))
 
 
 def _train(job: Job, engine, first: int, last: int) -> list[dict[str, float]]:
     values = []
     for step in range(first, last + 1):
-        batch = part_of(random_batch(ROWS, step), job.groups.dp.rank(), job.topology.data)
-        outputs, grad_norm = train_step(job, engine, [batch], 1e-3 * step)
-        values.append(step_metrics(job, outputs, job.network.take_router_losses()) | {GRAD_NORM: grad_norm})
+        own = part_of(random_batch(ROWS, step), job.groups.dp.rank(), job.topology.data)
+        batches = [part_of(own, index, MICRO_BATCHES) for index in range(MICRO_BATCHES)]
+        outputs, grad_norm = train_step(job, engine, batches, 1e-3 * step)
+        values.append(step_metrics(job, outputs, job.take_router_losses()) | {GRAD_NORM: grad_norm})
     return values
 
 
 def _weights(job: Job) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in job.network.named_parameters()}
+    return {name: parameter.detach().clone() for name, parameter in parameters(job).items()}
 
 
 @torch.no_grad()
 def _predictions(job: Job) -> dict[str, torch.Tensor]:
     """Cross-entropy of every token at every prediction step, and the logits of the next token where they are whole."""
     batch = random_batch(ROWS, seed=99)
-    ready = MicroBatch.build(batch.tokens, batch.documents, count_targets(batch.documents, job.config.mtp.steps))
-    outputs = run_schedule(job.network, [ready], batch.documents[:, 1:].numel(), forward_only=True)
-    found = {"losses": outputs[0].tokens_KT} if outputs else {}
+    counts = count_targets(batch.documents, job.config.mtp.steps)
+    parts = [part_of(batch, index, MICRO_BATCHES) for index in range(MICRO_BATCHES)]
+    ready = [MicroBatch.build(part.tokens, part.documents, counts) for part in parts]
+    outputs = run_schedule(job.chunks, ready, parts[0].documents[:, 1:].numel(), forward_only=True)
+    found = {"losses": torch.cat([losses.tokens_KT for losses in outputs], dim=1)} if outputs else {}
     if job.topology.tensor == job.topology.pipeline == 1:
-        found["logits"] = job.network.logits(job.network.predictions(ready)[0])
+        found["logits"] = job.chunks[0].logits(job.chunks[0].predictions(ready[0])[0])
     return found
 
 
@@ -169,7 +183,7 @@ def test_the_directory_of_a_checkpoint(straight, runs):
     assert path == runs / "EP2" / "checkpoints" / "step_00000003"
     assert last_checkpoint(runs / "EP2") == path
     assert [entry.name for entry in path.parent.iterdir()] == [path.name], "a partial checkpoint was left behind"
-    layout = {"world": 2, "tensor": 1, "pipeline": 1, "context": 1, "expert": 2, "data": 2}
+    layout = {"world": 2, "tensor": 1, "pipeline": 1, "context": 1, "expert": 2, "data": 2, "virtual": 1}
     assert read_state(path) == {"step": HALF, "fingerprint": "fingerprint", "layout": layout}
 
 
