@@ -8,6 +8,8 @@ Qwen3-Next: four blocks of a token mixer and a mixture of experts each. ``*-`` i
 from dataclasses import dataclass, field
 
 LAYER_SYMBOLS = "G*E-"
+MTP_PATTERN = "*E"  # the layers of the multi-token-prediction layer
+DELTA_CHUNK = 64  # tokens that the delta rule solves together
 
 # Settings of ModelConfig that count something there must be one of.
 SIZES = (

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from model.documents import Documents
 
-MTP_PATTERN = "*E"
-
 
 class MtpLayer(MegatronModule):
     """Norms, the projection of [embedding; hidden] to the model's width, and a stack of gated attention and experts.

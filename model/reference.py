@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.batch import MicroBatch
-from model.config import ModelConfig, MtpConfig
-from model.mtp import MTP_PATTERN
+from model.config import MTP_PATTERN, ModelConfig, MtpConfig
 
 Weights = dict[str, Tensor]
 

@@ -18,11 +18,11 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from model.attention import GatedAttention, GatedAttentionSubmodules
 from model.backends import ReplicatedLinear, column_linear, row_linear
-from model.config import ModelConfig, MtpConfig
+from model.config import MTP_PATTERN, ModelConfig, MtpConfig
 from model.deltanet import GatedDeltaNet, GatedDeltaNetSubmodules
 from model.dense import Dense, SwiGLUSubmodules
 from model.experts import MixtureOfExperts
-from model.mtp import MTP_PATTERN, MtpLayer
+from model.mtp import MtpLayer
 from model.norm import GatedRMSNorm, ZeroCentredRMSNorm
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}

@@ -1,18 +1,112 @@
-"""Counted operations against torch's counter on the real model, and against the published model's figure."""
+"""Counted parameters and operations against built models and torch's counter, and against published figures."""
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.batch import MicroBatch, count_targets
 from model.config import ModelConfig, MtpConfig
-from model.cost import TRAINING_FACTOR, delta_rule, forward_flops, training_flops
+from model.cost import (
+    TRAINING_FACTOR,
+    active_parameters,
+    delta_rule,
+    forward_flops,
+    parameters,
+    rule_of_thumb_flops,
+    stage_weights,
+    total_parameters,
+    training_flops,
+)
+from model.network import LanguageModel
+from model.stack import hybrid_config
 from tests.model.helpers import SMALL
 
 VOCAB, ROWS, LENGTH = 64, 2, 128  # LENGTH: whole chunks of the delta rule
+RECIPES = Path(__file__).parents[2] / "recipes" / "model"
+# Which part of the count a parameter belongs to, by a piece of its name; the first that fits.
+PARTS = {
+    "mtp.": "mtp",
+    "embedding.": "embedding",
+    "output_layer.": "head",
+    "final_norm": "norms",
+    "input_layernorm": "norms",
+    "pre_mlp_layernorm": "norms",
+    "router.": "router",
+    "shared_expert.": "shared_expert",
+    "experts.": "routed_experts",
+    "linear_qkv": "attention",
+    "linear_proj": "attention",
+    "q_layernorm": "attention",
+    "k_layernorm": "attention",
+    "mlp.": "dense",
+    "self_attention.": "gated_delta_net",
+}
+
+
+def recipe(name: str) -> ModelConfig:
+    return ModelConfig(**yaml.safe_load((RECIPES / f"{name}.yaml").read_text()))
+
+
+def part_of(name: str) -> str:
+    return next(part for piece, part in PARTS.items() if piece in name)
+
+
+@pytest.fixture(scope="module")
+def on_meta(groups) -> Callable[..., LanguageModel]:
+    """Builds a model of any size without its numbers."""
+
+    def make(shape: ModelConfig, mtp: MtpConfig, vocab_size: int) -> LanguageModel:
+        with torch.device("meta"):
+            return LanguageModel(hybrid_config(shape, mtp), vocab_size, groups)
+
+    return make
+
+
+@pytest.mark.parametrize("gate", [True, False])
+@pytest.mark.parametrize(("pattern", "steps"), [("GEGEGE*E", 2), ("*-", 0), ("G-*E", 1), ("*EE", 0)])
+@pytest.mark.parametrize("shared", [0, 6])
+def test_every_parameter_of_a_built_model_is_counted_in_its_part(
+    on_meta: Callable, pattern: str, steps: int, gate: bool, shared: int
+) -> None:
+    shape = replace(SMALL, pattern=pattern, attention_gate=gate, shared_expert_size=shared, dtype="bfloat16")
+    mtp = MtpConfig(steps=steps)
+    built, wide = Counter(), Counter()
+    for name, parameter in on_meta(shape, mtp, VOCAB).named_parameters():
+        built[part_of(name)] += parameter.numel()
+        wide[part_of(name)] += parameter.numel() * (parameter.dtype == torch.float32)
+    assert parameters(shape, mtp, VOCAB) == dict(built)
+    counted = Counter()
+    for weight in stage_weights(shape.layers, shape, mtp, VOCAB, first=True, last=True):
+        counted[weight.part] += weight.numel * weight.float32
+    assert counted == wide
+
+
+# Qwen3-Next: 79.67 B in all, 3.253 B of the layers active, 1.65 B in an MTP layer; Qwen3's report: 30.5 B and 32.8 B.
+PUBLISHED = {
+    "qwen3_next_80b_a3b": (79.674, 3.2526, 1.6505),
+    "qwen3_30b_a3b": (30.532, 2.7307, None),
+    "qwen3_32b": (32.762, 31.2063, None),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_large_models_have_their_published_sizes(on_meta: Callable, name: str) -> None:
+    shape, (total, active, mtp) = recipe(name), PUBLISHED[name]
+    assert total_parameters(shape, shape.vocab_size) / 1e9 == pytest.approx(total, abs=5e-4)
+    assert active_parameters(shape) / 1e9 == pytest.approx(active, abs=5e-5)
+    steps = MtpConfig(steps=0 if mtp is None else 1)
+    counts = parameters(shape, steps, shape.vocab_size)
+    if mtp is not None:
+        assert counts["mtp"] / 1e9 == pytest.approx(mtp, abs=5e-5)
+    built = on_meta(shape, steps, shape.vocab_size)
+    assert sum(parameter.numel() for parameter in built.parameters()) == sum(counts.values())
 
 
 def counted_flops(build, shape: ModelConfig, mtp: MtpConfig) -> float:
@@ -27,9 +121,23 @@ def counted_flops(build, shape: ModelConfig, mtp: MtpConfig) -> float:
     return counter.get_total_flops() / (ROWS * LENGTH)
 
 
-@pytest.mark.parametrize("pattern, steps", [("GEGEGE*E", 2), ("*E", 0), ("GE", 1), ("GG**EE", 3)])
-def test_the_formulas_count_what_torch_counts(build, pattern: str, steps: int) -> None:
-    shape, mtp = replace(SMALL, pattern=pattern), MtpConfig(steps=steps)
+PLAIN = {"attention_gate": False, "shared_expert_size": 0}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "steps", "changes"),
+    [
+        ("GEGEGE*E", 2, {}),
+        ("*E", 0, {}),
+        ("GE", 1, {}),
+        ("GG**EE", 3, {}),
+        ("*-", 0, PLAIN),
+        ("*E*-", 1, PLAIN),
+        ("G-", 0, {"dense_size": 20}),
+    ],
+)
+def test_the_formulas_count_what_torch_counts(build, pattern: str, steps: int, changes: dict) -> None:
+    shape, mtp = replace(SMALL, pattern=pattern, **changes), MtpConfig(steps=steps)
     found = counted_flops(build, shape, mtp)
     # Torch counts no triangular solve, no elementwise convolution, and all of a masked attention's square.
     queries = shape.attention_heads * shape.head_dim
@@ -44,24 +152,21 @@ def test_the_formulas_count_what_torch_counts(build, pattern: str, steps: int) -
 
 
 def test_qwen3_next_costs_23_gflop_a_token_at_4k() -> None:
-    shape = ModelConfig(
-        repeats=12,
-        hidden_size=2048,
-        attention_heads=16,
-        key_value_heads=2,
-        head_dim=256,
-        linear_key_heads=16,
-        linear_value_heads=32,
-        linear_key_dim=128,
-        linear_value_dim=128,
-        experts=512,
-        experts_per_token=10,
-        expert_size=512,
-        shared_expert_size=512,
-    )
+    shape = recipe("qwen3_next_80b_a3b")
+    # The usual rule, with the delta rule token by token.
+    assert rule_of_thumb_flops(shape, 151936, 4096) / 1e9 == pytest.approx(22.93, abs=0.005)
     # 6 x 3.564 G active matrix parameters + causal attention + the chunked delta rule: 23.2 GFLOP.
     assert training_flops(shape, MtpConfig(steps=0), 151936, 4096) / 1e9 == pytest.approx(23.2, abs=0.1)
     assert training_flops(shape, MtpConfig(steps=1), 151936, 4096) / 1e9 == pytest.approx(25.7, abs=0.2)
     # 32 heads x (6 dk dv + 64 (6 dk + 4 dv) ...): about 5.9 MFLOP, less what a triangular solve spares.
     assert delta_rule(shape) / 1e6 == pytest.approx(5.2, abs=0.8)
     assert TRAINING_FACTOR == 3
+
+
+@pytest.mark.parametrize(("name", "at_4k", "at_32k"), [("qwen3_30b_a3b", 23.08, 56.90), ("qwen3_32b", 204.79, 294.98)])
+def test_without_a_delta_rule_the_usual_rule_is_off_by_the_norms_alone(name: str, at_4k: float, at_32k: float) -> None:
+    shape = recipe(name)
+    for length, expected in ((4096, at_4k), (32768, at_32k)):
+        exact = training_flops(shape, MtpConfig(steps=0), shape.vocab_size, length)
+        assert exact / 1e9 == pytest.approx(expected, abs=0.005)
+        assert rule_of_thumb_flops(shape, shape.vocab_size, length) == pytest.approx(exact, rel=1e-4)
