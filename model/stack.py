@@ -3,6 +3,7 @@
 The one place that names megatron-core's configuration fields and assembles its layers from our modules.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from megatron.core.transformer.multi_token_prediction import (
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
 
 from model.attention import GatedAttention, GatedAttentionSubmodules
 from model.backends import ReplicatedLinear, column_linear, row_linear
@@ -24,6 +26,7 @@ from model.dense import Dense, SwiGLUSubmodules
 from model.experts import MixtureOfExperts
 from model.mtp import MtpLayer
 from model.norm import GatedRMSNorm, ZeroCentredRMSNorm
+from model.recompute import LAYER, recomputable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -34,6 +37,7 @@ class HybridConfig(TransformerConfig):
 
     shape: ModelConfig | None = None
     mtp: MtpConfig | None = None
+    recompute: frozenset[str] = frozenset()  # parts computed again in the backward pass (`model.recompute`)
 
 
 @dataclass
@@ -43,6 +47,18 @@ class MtpSubmodules:
     norm: type
     eh_proj: type
     stack: type
+
+
+class Layer(TransformerLayer):
+    """megatron-core's layer, which can be computed again in the backward pass."""
+
+    def forward(self, hidden_states: Tensor, **others) -> tuple[Tensor, None]:
+        return self.compute(hidden_states, others)
+
+    @recomputable(LAYER)
+    def compute(self, hidden_states: Tensor, others: dict) -> tuple[Tensor, None]:
+        """megatron-core's forward pass."""
+        return super().forward(hidden_states, **others)
 
 
 class Stack(HybridStack):
@@ -60,12 +76,27 @@ def full_pattern(shape: ModelConfig, mtp: MtpConfig) -> str:
     return "|".join(shape.stages) + f"/{MTP_PATTERN}" * mtp.steps
 
 
-def hybrid_config(shape: ModelConfig, mtp: MtpConfig, tensor: int = 1, pipeline: int = 1, expert: int = 1):
-    """megatron-core's configuration of the model for a layout."""
+def hybrid_config(
+    shape: ModelConfig,
+    mtp: MtpConfig,
+    tensor: int = 1,
+    pipeline: int = 1,
+    expert: int = 1,
+    virtual: int = 1,
+    context: int = 1,
+    recompute: Iterable[str] = (),
+) -> HybridConfig:
+    """megatron-core's configuration of the model for a layout.
+
+    Args:
+        virtual: pipeline stages of one process.
+        recompute: parts of the model that are computed again in the backward pass.
+    """
     dtype = DTYPES[shape.dtype]
     return HybridConfig(
         shape=shape,
         mtp=mtp,
+        recompute=frozenset(recompute),
         num_layers=len(shape.layers),
         hidden_size=shape.hidden_size,
         num_attention_heads=shape.attention_heads,
@@ -93,6 +124,11 @@ def hybrid_config(shape: ModelConfig, mtp: MtpConfig, tensor: int = 1, pipeline:
         tensor_model_parallel_size=tensor,
         sequence_parallel=tensor > 1,
         pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        # Of two interleaved processes each is both neighbours of the other: a batch of transfers would mix them up.
+        overlap_p2p_comm=virtual > 1,
+        batch_p2p_comm=virtual == 1,
+        context_parallel_size=context,
         expert_model_parallel_size=expert,
         expert_tensor_parallel_size=1,
         # Losses arrive divided by their counts over the whole global batch: gradients are plain sums.
@@ -109,7 +145,7 @@ def stack_spec() -> ModuleSpec:
     """The spec of the trunk (and of the MTP layer inside it) for the pure-torch backend."""
 
     def layer(**parts) -> ModuleSpec:
-        return ModuleSpec(module=TransformerLayer, submodules=TransformerLayerSubmodules(**parts))
+        return ModuleSpec(module=Layer, submodules=TransformerLayerSubmodules(**parts))
 
     def mixer(module, submodules) -> ModuleSpec:
         return layer(
