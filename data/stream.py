@@ -8,12 +8,12 @@ import hashlib
 import queue
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
 
+from data.batches import Batch, BatchSchedule
 from data.corpus import Corpus
 from data.errors import CorpusError
 from data.packing import Sample, num_samples, overlaps, pack, sample_span
@@ -110,19 +110,6 @@ def permutation(length: int, *key: int) -> np.ndarray:
     return np.argsort(words, kind="stable")
 
 
-@dataclass(frozen=True)
-class Batch:
-    """One microbatch. Rows that only fill it up have documents of -1: no valid token."""
-
-    tokens: torch.Tensor  # int64 [micro, s + 1]
-    documents: torch.Tensor  # int32 [micro, s + 1]
-
-    @property
-    def num_samples(self) -> int:
-        """Rows that are real."""
-        return int((self.documents[:, 0] >= 0).sum())
-
-
 def collate(samples: list[Sample]) -> Batch:
     return Batch(
         tokens=torch.from_numpy(np.stack([sample.tokens for sample in samples])),
@@ -133,9 +120,8 @@ def collate(samples: list[Sample]) -> Batch:
 class Loader:
     """Steps of training: each a list of this rank's microbatches, read ahead by one thread.
 
-    Step n holds the samples n * global_batch ... (n + 1) * global_batch - 1 in every layout; microbatch m of
-    a rank has `micro_batch` of them, from n * global_batch + (m * world + rank) * micro_batch on. `rank` and
-    `world` count data-parallel ranks. The state is `step`, the number of the next step. Close it when done
+    Step n holds the samples `schedule.samples(n)` in every layout; microbatch m of a rank has `micro_batch` of
+    them, from the first + (m * world + rank) * micro_batch on. `rank` and `world` count data-parallel ranks. The state is `step`, the number of the next step. Close it when done
     (it is a context manager); the stream belongs to it until then. A reading error is raised where its step
     is asked for.
     """
@@ -143,21 +129,21 @@ class Loader:
     def __init__(
         self,
         stream: TokenStream,
-        global_batch: int,
+        schedule: BatchSchedule,
         micro_batch: int,
         rank: int,
         world: int,
         start_step: int = 0,
     ) -> None:
-        if global_batch <= 0 or micro_batch <= 0 or global_batch % (micro_batch * world):
-            raise CorpusError(
-                f"batch.global={global_batch} must be a multiple of batch.micro={micro_batch} times "
-                f"{world} data-parallel ranks"
-            )
+        for _, size in schedule.sizes:
+            if size <= 0 or micro_batch <= 0 or size % (micro_batch * world):
+                raise CorpusError(
+                    f"batch.global={size} must be a multiple of batch.micro={micro_batch} times "
+                    f"{world} data-parallel ranks"
+                )
         self.step = start_step
-        self.num_microbatches = global_batch // (micro_batch * world)
         self._stream = stream
-        self._global_batch = global_batch
+        self._schedule = schedule
         self._micro_batch = micro_batch
         self._rank = rank
         self._world = world
@@ -210,11 +196,11 @@ class Loader:
                 continue
 
     def _read(self, step: int) -> list[Batch]:
-        microbatches = []
-        for number in range(self.num_microbatches):
-            first = step * self._global_batch + (number * self._world + self._rank) * self._micro_batch
-            samples = [self._stream.sample(index) for index in range(first, first + self._micro_batch)]
-            microbatches.append(collate(samples))
+        microbatches, numbers = [], self._schedule.samples(step)
+        length = self._schedule.length(step)
+        for first in numbers[self._rank * self._micro_batch :: self._world * self._micro_batch]:
+            batch = collate([self._stream.sample(index) for index in range(first, first + self._micro_batch)])
+            microbatches.append(batch if length is None else batch.cut(length))
         return microbatches
 
 

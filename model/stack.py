@@ -29,6 +29,24 @@ from model.norm import GatedRMSNorm, ZeroCentredRMSNorm
 from model.recompute import LAYER, recomputable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+# What megatron-core is told whatever the model and the layout.
+ALWAYS = {
+    "normalization": "RMSNorm",
+    "layernorm_zero_centered_gamma": True,
+    "gated_linear_unit": True,
+    "add_bias_linear": False,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "bias_dropout_fusion": False,
+    "gradient_accumulation_fusion": False,
+    "moe_router_load_balancing_type": "none",
+    # Losses arrive divided by their counts over the whole global batch: gradients are plain sums.
+    "calculate_per_token_loss": True,
+    # Every parameter is drawn from its own seed by `model.init`: construction draws and copies nothing.
+    "use_cpu_initialization": True,
+    "perform_initialization": False,
+    "init_model_with_meta_device": True,
+}
 
 
 @dataclass
@@ -104,18 +122,9 @@ def hybrid_config(
         kv_channels=shape.head_dim,
         ffn_hidden_size=shape.expert_size,
         layernorm_epsilon=shape.norm_eps,
-        normalization="RMSNorm",
-        layernorm_zero_centered_gamma=True,
-        gated_linear_unit=True,
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        bias_dropout_fusion=False,
-        gradient_accumulation_fusion=False,
         num_moe_experts=shape.experts,
         moe_router_topk=shape.experts_per_token,
         moe_ffn_hidden_size=shape.expert_size,
-        moe_router_load_balancing_type="none",
         mtp_num_layers=mtp.steps or None,
         mtp_use_repeated_layer=mtp.steps > 0,
         params_dtype=dtype,
@@ -131,13 +140,8 @@ def hybrid_config(
         context_parallel_size=context,
         expert_model_parallel_size=expert,
         expert_tensor_parallel_size=1,
-        # Losses arrive divided by their counts over the whole global batch: gradients are plain sums.
-        calculate_per_token_loss=True,
         deallocate_pipeline_outputs=pipeline > 1,
-        # Every parameter is drawn from its own seed by `model.init`: construction draws and copies nothing.
-        use_cpu_initialization=True,
-        perform_initialization=False,
-        init_model_with_meta_device=True,
+        **ALWAYS,
     )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import yaml
 
+from data.batches import BatchSchedule
 from data.config import DataConfig, check_data
 from data.errors import CorpusError
 from model.config import ModelConfig, ModelError, MtpConfig, check_model
@@ -45,6 +46,12 @@ class BatchConfig:
 
     global_: int = _setting(16, "sequences of one optimizer step, over all processes")
     micro: int = _setting(8, "sequences that a process computes at once")
+    schedule: tuple[tuple[int, int], ...] = _setting(
+        (), "[[tokens, sequences], ...]: from so many tokens on, so many sequences a step; before: batch.global"
+    )
+    length_schedule: tuple[tuple[int, int], ...] = _setting(
+        (), "[[tokens, length], ...]: from so many tokens on, sequences are cut into pieces of that length"
+    )
 
 
 @dataclass(frozen=True)
@@ -130,11 +137,27 @@ def check(config: Config, world: int) -> Topology:
     _check_choice("wandb.mode", config.wandb.mode, ("offline", "online", "disabled"))
     check_model(config.model, config.mtp)
     topology = resolve(config.parallel, config.model, world)
+    _check_schedule("batch.schedule", config.batch.schedule)
+    _check_schedule("batch.length_schedule", config.batch.length_schedule)
     microbatches(topology, config.batch.global_, config.batch.micro)
-    check_length(topology, config.data.seq_length)
+    for begin, size in config.batch.schedule:
+        try:
+            microbatches(topology, size, config.batch.micro)
+        except TopologyError as error:
+            raise TopologyError(f"batch.schedule from {begin:,} tokens on: {error}") from error
+    for length in (config.data.seq_length, *(length for _, length in config.batch.length_schedule)):
+        _check_divides("batch.length_schedule", length, "data.seq_length", config.data.seq_length)
+        check_length(topology, length)
     check_data(config.data, config.mtp.steps)
     _check_writable(config.run)
     return topology
+
+
+def batch_schedule(config: Config) -> BatchSchedule:
+    """Sizes and lengths of the batches of a run, by samples instead of tokens."""
+    length = config.data.seq_length
+    sizes = ((0, config.batch.global_), *((-(-begin // length), size) for begin, size in config.batch.schedule))
+    return BatchSchedule(sizes, tuple((-(-begin // length), cut) for begin, cut in config.batch.length_schedule))
 
 
 def check_generate(config: GenerateConfig) -> None:
@@ -154,17 +177,21 @@ def describe(config: Config, topology: Topology) -> list[str]:
     chosen = dict(leaves(to_dict(config)))
     defaults = dict(leaves(to_dict(Config())))
     lines = [f"{path} = {value}" for path, value in chosen.items() if value != defaults[path]]
-    accumulated = microbatches(topology, config.batch.global_, config.batch.micro)
-    tokens = config.batch.global_ * config.data.seq_length
+    batches, length = batch_schedule(config), config.data.seq_length
     lines.append(
         f"processes: {topology.world} = tensor {topology.tensor} x pipeline {topology.pipeline} x context "
         f"{topology.context} x data {topology.data}; experts over {topology.expert}"
     )
-    lines.append(
-        f"a step: {config.batch.global_} sequences = micro {config.batch.micro} x data {topology.data} x "
-        f"{accumulated} microbatches = {tokens:,} tokens"
-    )
-    lines.append(f"the run: {config.run.steps:,} steps = {config.run.steps * tokens:,} tokens")
+    for behind, size in batches.sizes:
+        when = f" from {behind * length:,} tokens on" if behind else ""
+        lines.append(
+            f"a step{when}: {size} sequences = micro {config.batch.micro} x data {topology.data} x "
+            f"{microbatches(topology, size, config.batch.micro)} microbatches = {size * length:,} tokens"
+        )
+    for behind, cut in batches.lengths:
+        lines.append(f"sequences from {behind * length:,} tokens on: {length // cut} of {cut} tokens in place of each")
+    tokens = batches.samples(config.run.steps).start * length
+    lines.append(f"the run: {config.run.steps:,} steps = {tokens:,} tokens")
     return lines
 
 
@@ -227,6 +254,21 @@ def _check_optim(optim: OptimConfig) -> None:
 def _check_least(path: str, value: float, least: float) -> None:
     if not value >= least:
         raise ConfigError(f"{path}={value} must be at least {least}")
+
+
+def _check_schedule(path: str, phases: tuple[tuple[int, int], ...]) -> None:
+    """Phases [tokens, value] begin one after the other, and every value is at least 1."""
+    begins = [begin for begin, _ in phases]
+    if begins != sorted(set(begins)) or min((0, *begins)) < 0 or min((1, *(value for _, value in phases))) < 1:
+        raise ConfigError(
+            f"{path}={[list(phase) for phase in phases]} cannot be followed: its pairs begin at rising numbers of "
+            f"tokens, from 0 on, with values of at least 1, as in [[0, 16], [1000000, 32]]"
+        )
+
+
+def _check_divides(path: str, part: int, whole_path: str, whole: int) -> None:
+    if whole % part:
+        raise ConfigError(f"{path} has {part}, which does not divide {whole_path}={whole}: choose {whole // 2} or so")
 
 
 def _check_choice(path: str, value: str, choices: tuple[str, ...]) -> None:

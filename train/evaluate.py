@@ -6,7 +6,8 @@ from itertools import batched
 
 import torch
 
-from data.stream import Batch, TokenStream, heldout_batches
+from data.batches import Batch
+from data.stream import TokenStream, heldout_batches
 from model.batch import MicroBatch, count_targets
 from parallel.collectives import from_last, sum_over
 from parallel.engine_megatron import run_schedule

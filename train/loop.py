@@ -6,14 +6,15 @@ from collections.abc import Callable
 
 import torch
 
-from data.stream import Batch, Loader, TokenStream
+from data.batches import Batch
+from data.stream import Loader, TokenStream
 from model.batch import count_targets
 from model.network import Losses
 from parallel.collectives import max_over_all, sum_over, sum_over_all
 from parallel.engine_megatron import MegatronEngine
 from train import checkpoint, metrics
 from train.build import Job, build_engine, build_job
-from train.config import Config, describe, save_config
+from train.config import Config, batch_schedule, describe, save_config
 from train.evaluate import heldout_metrics, microbatch, report
 from train.runs import last_checkpoint, steps_done
 from train.schedule import learning_rate
@@ -86,18 +87,18 @@ def fit(
 ) -> tuple[int, int]:
     """Trains to the end of the run or to a request to stop; returns the steps done and the reason (0: the end)."""
     run, reason, values = job.config.run, 0, {}
-    step_tokens = job.config.batch.global_ * job.config.data.seq_length
+    schedule, seq_length = batch_schedule(job.config), job.config.data.seq_length
     speed = Speedometer(job)
     for step in range(loader.step + 1, run.steps + 1):
         start = time.perf_counter()
         lr = learning_rate(job.config.optim, step, run.steps)
         outputs, grad_norm = train_step(job, engine, next(loader), lr)
         router_losses = job.take_router_losses()
-        speed.add(time.perf_counter() - start)
+        speed.add(time.perf_counter() - start, step - 1)
 
         values = {}
         if due(step, run.log_every, run.steps) or step == 1:
-            values = {metrics.TOKENS: step * step_tokens, **step_metrics(job, outputs, router_losses)}
+            values = {metrics.TOKENS: schedule.samples(step).start * seq_length, **step_metrics(job, outputs, router_losses)}
             values |= {metrics.GRAD_NORM: grad_norm, metrics.LR: lr, **speed.take()}
         if due(step, run.eval_every, run.steps):
             values |= heldout_metrics(job, run.eval_samples)
@@ -136,9 +137,9 @@ def run_training(config: Config) -> int:
 
     stop = StopRequest(job.device, config.run.max_time)
     tracker = build_trackers(config, job.rank, start)
-    batch, data = config.batch, job.groups.dp
+    data = job.groups.dp
     try:
-        with Loader(stream, batch.global_, batch.micro, data.rank(), data.size(), start) as loader:
+        with Loader(stream, batch_schedule(config), config.batch.micro, data.rank(), data.size(), start) as loader:
             step, reason = fit(job, engine, loader, tracker, stop, save)
     finally:
         tracker.close()

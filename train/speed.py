@@ -7,6 +7,7 @@ import torch
 from model.cost import training_flops
 from train import metrics
 from train.build import Job
+from train.config import batch_schedule
 
 PRODUCT_SIZE = {"cpu": 1024, "cuda": 8192}  # rows of the square matrices that are multiplied
 REPEATS = 5
@@ -32,20 +33,20 @@ class Speedometer:
     """
 
     def __init__(self, job: Job) -> None:
-        config = job.config
-        self._step_tokens = config.batch.global_ * config.data.seq_length
-        flops = training_flops(config.model, config.mtp, job.vocab_size, config.data.seq_length)
-        self._flops_per_process = flops / job.topology.world
+        self._job, self._schedule = job, batch_schedule(job.config)
         self._rate = matmul_rate(job.device, job.chunks[0].config.params_dtype)
-        self._seconds, self._steps = 0.0, 0
+        self._seconds, self._tokens, self._flops = 0.0, 0, 0.0
 
-    def add(self, seconds: float) -> None:
-        """Counts a step."""
-        self._seconds, self._steps = self._seconds + seconds, self._steps + 1
+    def add(self, seconds: float, step: int) -> None:
+        """Counts a step; steps count from 0."""
+        config, whole = self._job.config, self._job.config.data.seq_length
+        tokens = len(self._schedule.samples(step)) * whole
+        length = self._schedule.length(step) or whole
+        self._seconds, self._tokens = self._seconds + seconds, self._tokens + tokens
+        self._flops += tokens * training_flops(config.model, config.mtp, self._job.vocab_size, length)
 
     def take(self) -> dict[str, float]:
         """Metrics of the steps since the last call."""
-        rate = self._steps * self._step_tokens / self._seconds
-        self._seconds, self._steps = 0.0, 0
-        flops = rate * self._flops_per_process
+        rate, flops = (total / self._seconds for total in (self._tokens, self._flops / self._job.topology.world))
+        self._seconds, self._tokens, self._flops = 0.0, 0, 0.0
         return {metrics.TOKENS_PER_SECOND: rate, metrics.TFLOPS: flops / 1e12, metrics.MFU: flops / self._rate}

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from data.batches import Batch, BatchSchedule
 from data.config import PrepareConfig
 from data.corpus import Corpus
 from data.errors import CorpusError
 from data.prepare import prepare
-from data.stream import Batch, Loader, TokenStream, heldout_batches, permutation
+from data.stream import Loader, TokenStream, heldout_batches, permutation
 
 SEQ = 16
 
@@ -34,7 +35,7 @@ def rows_of_step(stream: TokenStream, step: int, global_batch: int, micro: int, 
     """Tokens of a step's samples, put back into their global order from every rank's microbatches."""
     rows = torch.full((global_batch, SEQ + 1), -1)
     for rank in range(world):
-        with Loader(stream, global_batch, micro, rank, world, start_step=step) as loader:
+        with Loader(stream, BatchSchedule.constant(global_batch), micro, rank, world, start_step=step) as loader:
             for number, batch in enumerate(next(loader)):
                 start = (number * world + rank) * micro
                 rows[start : start + micro] = batch.tokens
@@ -165,20 +166,20 @@ def test_steps_run_over_the_end_of_an_epoch(stream: TokenStream) -> None:
 
 
 def test_resuming_at_a_step_equals_going_on(stream: TokenStream, corpus: Corpus) -> None:
-    with Loader(stream, 8, 2, rank=1, world=2) as loader:
+    with Loader(stream, BatchSchedule.constant(8), 2, rank=1, world=2) as loader:
         steps = list(islice(loader, 10))
         assert loader.step == 10
     fresh = TokenStream(corpus, "train", SEQ, seed=5)
-    with Loader(fresh, 8, 2, rank=1, world=2, start_step=6) as loader:
+    with Loader(fresh, BatchSchedule.constant(8), 2, rank=1, world=2, start_step=6) as loader:
         for expected in steps[6:]:
             assert_equal_batches(next(loader), expected)
         assert loader.step == 10
 
 
 def test_batches_have_the_documented_shapes(stream: TokenStream) -> None:
-    with Loader(stream, 12, 3, rank=0, world=2) as loader:
+    with Loader(stream, BatchSchedule.constant(12), 3, rank=0, world=2) as loader:
         batches = next(loader)
-    assert len(batches) == loader.num_microbatches == 2
+    assert len(batches) == 2
     for batch in batches:
         assert batch.tokens.shape == batch.documents.shape == (3, SEQ + 1)
         assert (batch.tokens.dtype, batch.documents.dtype) == (torch.int64, torch.int32)
@@ -187,7 +188,7 @@ def test_batches_have_the_documented_shapes(stream: TokenStream) -> None:
 
 def test_closing_ends_the_thread_and_the_iteration(stream: TokenStream) -> None:
     before = set(threading.enumerate())
-    loader = Loader(stream, 4, 2, rank=0, world=1)
+    loader = Loader(stream, BatchSchedule.constant(4), 2, rank=0, world=1)
     next(loader)
     assert len(set(threading.enumerate()) - before) == 1
     loader.close()
@@ -198,7 +199,7 @@ def test_closing_ends_the_thread_and_the_iteration(stream: TokenStream) -> None:
 
 
 def test_closing_before_the_first_step(stream: TokenStream) -> None:
-    loader = Loader(stream, 4, 2, rank=0, world=1)
+    loader = Loader(stream, BatchSchedule.constant(4), 2, rank=0, world=1)
     loader.close()
     assert list(loader) == []
 
@@ -207,7 +208,7 @@ def test_reading_error_reaches_the_consumer(corpus: Corpus) -> None:
     for shard in corpus.path.glob("train-*.parquet"):
         shard.write_bytes(b"x" * shard.stat().st_size)
     before = set(threading.enumerate())
-    with Loader(TokenStream(corpus, "train", SEQ, 0), 4, 2, rank=0, world=1) as loader:
+    with Loader(TokenStream(corpus, "train", SEQ, 0), BatchSchedule.constant(4), 2, rank=0, world=1) as loader:
         with pytest.raises(CorpusError, match=r"train-\d+\.parquet is corrupt"):
             next(loader)
         # Asking again must not wait for a thread that is gone.
@@ -219,7 +220,7 @@ def test_reading_error_reaches_the_consumer(corpus: Corpus) -> None:
 @pytest.mark.parametrize(("global_batch", "micro", "world"), [(6, 4, 1), (8, 4, 4), (0, 1, 1), (4, 0, 1)])
 def test_batch_that_does_not_divide_is_refused(stream: TokenStream, global_batch: int, micro: int, world: int) -> None:
     with pytest.raises(CorpusError, match=rf"batch\.global={global_batch} .* batch\.micro={micro}"):
-        Loader(stream, global_batch, micro, 0, world)
+        Loader(stream, BatchSchedule.constant(global_batch), micro, 0, world)
 
 
 def test_too_little_text_names_the_setting(corpus: Corpus) -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from data.stream import Batch
+from data.batches import Batch
 from model.config import ModelConfig, MtpConfig
 from model.init import initialise
 from model.network import LanguageModel

@@ -52,7 +52,9 @@ def test_round_trip_through_a_dict_and_through_yaml(config):
     config = changed(config, "optim.betas", [0.8, 0.9])
     assert from_dict(Config, to_dict(config)) == config
     assert from_dict(Config, yaml.safe_load(yaml.safe_dump(to_dict(config)))) == config
-    assert to_dict(config)["batch"] == {"global": 16, "micro": 8}
+    ramp = changed(config, "batch.schedule", [[1000, 32], [2000, 64]])
+    assert from_dict(Config, yaml.safe_load(yaml.safe_dump(to_dict(ramp)))) == ramp
+    assert to_dict(config)["batch"] == {"global": 16, "micro": 8, "schedule": [], "length_schedule": []}
 
 
 def test_check_returns_the_layout(config):
@@ -87,6 +89,12 @@ def test_check_returns_the_layout(config):
         ("parallel.world", 4, TopologyError, "parallel.world=4 but 2 processes are started"),
         ("batch.global", 15, TopologyError, "batch.global=15 is not a multiple of batch.micro=8 x 2"),
         ("batch.micro", 0, TopologyError, "batch.micro=0 must be at least 1"),
+        ("batch.schedule", [[1000, 24]], TopologyError, "batch.schedule from 1,000 tokens on: batch.global=24 is not"),
+        ("batch.schedule", [[2000, 16], [1000, 32]], ConfigError, "batch.schedule=[[2000, 16], [1000, 32]] cannot be"),
+        ("batch.length_schedule", [[0, 0]], ConfigError, "batch.length_schedule=[[0, 0]] cannot be followed"),
+        ("batch.length_schedule", [[0, 100]], ConfigError, "100, which does not divide data.seq_length=256"),
+        ("parallel.recompute", "some", TopologyError, "parallel.recompute='some' is not known: choose none, selective"),
+        ("parallel.recompute_modules", ["head"], TopologyError, "parallel.recompute_modules='head' is not known"),
         ("data.seq_length", 3, CorpusError, "data.seq_length=3 is too short for mtp.steps=2"),
         ("data.corpus", "/nonexistent", CorpusError, "data.corpus=/nonexistent"),
     ],

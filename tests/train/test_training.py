@@ -108,11 +108,15 @@ def test_a_run_is_repeatable_bit_for_bit_and_keeps_the_contract_of_its_directory
 
 
 def test_a_run_resumes_exactly_and_a_finished_one_says_so(commands: Commands):
-    constant = ("optim.warmup_steps=0", "optim.min_lr=4e-3")  # a rate that does not depend on run.steps
+    # A rate that does not depend on run.steps, and batches that change both at a resumed step and after it.
+    rate = ("optim.warmup_steps=0", "optim.min_lr=4e-3")
+    constant = (*rate, "batch.schedule=[[500,12]]", "batch.length_schedule=[[0,24],[1000,48]]")
     commands.train("whole", *constant)
     commands.train("parts", *constant, "run.steps=2")
     assert "starting after step 2" in commands.train("parts", *constant)
     assert commands.losses("parts") == commands.losses("whole")
+    tokens = [0, 8 * 48, 16 * 48, 28 * 48, 40 * 48]
+    assert [line["tokens"] for line in commands.metrics("parts")] == tokens[1:]
     assert "finished" in commands.train("parts", *constant)
     assert "model.experts=8 (was 16)" in commands.train("parts", "run.steps=9", "model.experts=8", code=2)
     assert "layout" in commands.train("parts", *constant, "run.steps=9", processes=1, code=2)
