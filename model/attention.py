@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from model.documents import Documents
 from model.norm import at_least_float32
+from model.recompute import recomputable
+from parallel.collectives import gather_parts, heads_to_sequence, sequence_to_heads
 
 
 @dataclass
@@ -41,16 +43,38 @@ def apply_rotary(x_TND: Tensor, table: Tensor) -> Tensor:
     return torch.cat([turned * cos + torch.cat([-right, left], dim=-1) * sin, kept], dim=-1)
 
 
-def packed_attention(q_TND: Tensor, k_TMD: Tensor, v_TMD: Tensor, documents: Documents) -> Tensor:
-    """Causal attention inside each document; N query heads share M <= N key heads in order. Returns [T, N, D]."""
+def packed_attention(q_TND: Tensor, k_SMD: Tensor, v_SMD: Tensor, documents: Documents) -> Tensor:
+    """Causal attention inside each document; N query heads share M <= N key heads in order. Returns [T, N, D].
+
+    Queries may be a part of each row (``documents.whole`` is set) whose keys and values are whole: S >= T.
+    """
     rows, length = documents.ids_RL.shape
-    q, k, v = (x.view(rows, length, *x.shape[1:]).transpose(1, 2) for x in (q_TND, k_TMD, v_TMD))
+    keys = documents if k_SMD.shape[0] == q_TND.shape[0] else documents.whole
+    q = q_TND.view(rows, length, *q_TND.shape[1:]).transpose(1, 2)
+    k, v = (x.view(rows, -1, *x.shape[1:]).transpose(1, 2) for x in (k_SMD, v_SMD))
     mask = None
-    if not documents.single:
-        ids = documents.ids_RL
-        mask = (ids[:, None, :, None] == ids[:, None, None, :]).tril()
+    if keys is not documents or not documents.single:
+        same = documents.ids_RL[:, None, :, None] == keys.ids_RL[:, None, None, :]
+        mask = same.tril(documents.start if keys is not documents else 0)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
     return out.transpose(1, 2).reshape(q_TND.shape)
+
+
+def context_attention(q_TND: Tensor, k_TMD: Tensor, v_TMD: Tensor, documents: Documents, group) -> Tensor:
+    """`packed_attention` of rows whose parts lie on the processes of ``group``.
+
+    Where they can share out the key heads, each takes whole rows of some heads (and all have the same work); else
+    each keeps its queries and gathers the keys and values, which grouped queries make few.
+    """
+    rows, length = documents.ids_RL.shape
+    parts = [x.view(rows, length, *x.shape[1:]) for x in (q_TND, k_TMD, v_TMD)]
+    if k_TMD.shape[1] % group.size() == 0:
+        q, k, v = (heads_to_sequence(x, group).flatten(0, 1) for x in parts)
+        out = packed_attention(q, k, v, documents.whole)
+        return sequence_to_heads(out.unflatten(0, (rows, -1)), group).flatten(0, 1)
+    # [parts, R, L, M, D] -> rows put together again.
+    k, v = (gather_parts(x, group).transpose(0, 1).flatten(0, 2) for x in parts[1:])
+    return packed_attention(q_TND, k, v, documents)
 
 
 class GatedAttention(MegatronModule):
@@ -67,7 +91,7 @@ class GatedAttention(MegatronModule):
         super().__init__(config=config)
         shape = config.shape
         self.layer_number = layer_number
-        self.tp_group = pg_collection.tp
+        self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
         self.groups = shape.key_value_heads // pg_collection.tp.size()
         self.queries_per_group = shape.attention_heads // shape.key_value_heads
         self.head_dim = shape.head_dim
@@ -90,12 +114,19 @@ class GatedAttention(MegatronModule):
         key = apply_rotary(self.k_layernorm(key.flatten(1, 2)), rotary)
         return query, key, value.flatten(1, 2), gate.flatten(1, 2)
 
+    @recomputable("attention")
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
+        """softmax(Q K^T / sqrt(D)) V for this process's tokens: [T, N, D]."""
+        if self.cp_group.size() > 1:
+            return context_attention(query, key, value, documents, self.cp_group)
+        return packed_attention(query, key, value, documents)
+
     def forward(
         self, hidden_states: Tensor, attention_mask=None, *, rotary_pos_emb: Tensor, packed_seq_params: Documents, **_
     ) -> tuple[Tensor, None]:
         """hidden [T, 1, H] -> [T, 1, H]; other keywords of megatron-core's layer are for its own attentions."""
         query, key, value, gate = self.project(hidden_states, rotary_pos_emb)
-        mixed = packed_attention(query, key, value, packed_seq_params)
+        mixed = self.attend(query, key, value, packed_seq_params)
         if self.gates_per_group:
             # The gate saturates: its sigmoid is taken in float32 (megatron-core and the paper's code do the same).
             mixed = mixed * at_least_float32(gate).sigmoid().to(mixed.dtype)

@@ -48,24 +48,32 @@ class MicroBatch:
     documents: Documents
 
     @classmethod
-    def build(cls, tokens_RS: Tensor, documents_RS: Tensor, counts: Tensor) -> "MicroBatch":
-        """From samples of L + 1 tokens and the counts of `count_targets` summed over the whole global batch."""
+    def build(
+        cls, tokens_RS: Tensor, documents_RS: Tensor, counts: Tensor, part: int = 0, parts: int = 1
+    ) -> "MicroBatch":
+        """From samples of L + 1 tokens and the counts of `count_targets` summed over the whole global batch.
+
+        Args:
+            part, parts: which of equal parts of each sequence to keep (context parallelism). Targets are found before
+                the cut, so none is lost at its edge.
+        """
         steps = counts.numel() - 2
         rows, length = tokens_RS.shape[0], tokens_RS.shape[1] - 1
         valid = prediction_valid(documents_RS, steps)
         shifted = torch.zeros(2 + steps, rows, length, dtype=torch.int64)
         for step in range(2 + steps):
-            part = tokens_RS[:, step : step + length]
-            shifted[step, :, : part.shape[1]] = part
+            read = tokens_RS[:, step : step + length]
+            shifted[step, :, : read.shape[1]] = read
         per_target = 1.0 / counts[1:].clamp(min=1).float()
         per_token = torch.cat([counts[:1], counts[2:]]).clamp(min=1).float().reciprocal()
         reads = torch.cat([(documents_RS[None, :, :-1] >= 0), valid[1:]])
+        here = slice(part * length // parts, (part + 1) * length // parts)
         return cls(
-            tokens_KRL=shifted[:-1],
-            targets_KT=torch.where(valid, shifted[1:], 0).flatten(1),
-            weights_KT=(valid * per_target[:, None, None]).flatten(1),
-            token_weights_KT=(reads * per_token[:, None, None]).flatten(1),
-            documents=Documents.from_ids(documents_RS[:, :-1]),
+            tokens_KRL=shifted[:-1, :, here],
+            targets_KT=torch.where(valid, shifted[1:], 0)[..., here].flatten(1),
+            weights_KT=(valid * per_target[:, None, None])[..., here].flatten(1),
+            token_weights_KT=(reads * per_token[:, None, None])[..., here].flatten(1),
+            documents=Documents.from_ids(documents_RS[:, :-1]).part(part, parts),
         )
 
     def to(self, device: torch.device) -> "MicroBatch":

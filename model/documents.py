@@ -22,11 +22,17 @@ class Documents(PackedSeqParams):
         ids_RL: int64, the document of each token, non-decreasing along a row; -1 marks padding.
         position_RL: int64, the token's position inside its document.
         single: every row is one document, so that a plain causal mask is enough.
+        before_R: the document of the token before each row's first; the first's own where a sequence begins.
+        start: index of the first token in its sequence, where a process holds only a part of each.
+        whole: the record of the whole sequences; None where the rows are whole.
     """
 
     ids_RL: Tensor = None
     position_RL: Tensor = None
     single: bool = False
+    before_R: Tensor = None
+    start: int = 0
+    whole: "Documents | None" = None
 
     @classmethod
     def from_ids(cls, ids_RL: Tensor) -> "Documents":
@@ -49,7 +55,19 @@ class Documents(PackedSeqParams):
             ids_RL=ids_RL,
             position_RL=position_RL,
             single=bool((ids_RL == ids_RL[:, :1]).all()),
+            before_R=ids_RL[:, 0],
         )
+
+    def part(self, rank: int, parts: int) -> "Documents":
+        """The record of the ``rank``-th of equal parts of each row, for context parallelism."""
+        if parts == 1:
+            return self
+        length = self.ids_RL.shape[1] // parts
+        here = slice(rank * length, (rank + 1) * length)
+        local = Documents.from_ids(self.ids_RL[:, here])
+        local.position_RL, local.start, local.whole = self.position_RL[:, here], here.start, self
+        local.before_R = self.ids_RL[:, max(here.start - 1, 0)]
+        return local
 
     def to(self, device: torch.device) -> "Documents":
         """The same record with its tensors on ``device``."""
@@ -63,6 +81,9 @@ class Documents(PackedSeqParams):
             ids_RL=self.ids_RL.to(device, non_blocking=True),
             position_RL=self.position_RL.to(device, non_blocking=True),
             single=self.single,
+            before_R=self.before_R.to(device, non_blocking=True),
+            start=self.start,
+            whole=None if self.whole is None else self.whole.to(device),
         )
 
     def same_document(self, distance: int) -> Tensor:

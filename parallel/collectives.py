@@ -76,6 +76,64 @@ def exchange_rows(x: Tensor, send: list[int], receive: list[int], group: dist.Pr
     return _ExchangeRows.apply(x, send, receive, group)
 
 
+class _GatherParts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        out = x.new_empty(group.size() * x.numel())
+        dist.all_gather_into_tensor(out, x.contiguous().flatten(), group=group)
+        return out.view(group.size(), *x.shape)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        out = grad.new_empty(grad[0].numel())
+        dist.reduce_scatter_tensor(out, grad.contiguous().flatten(), group=ctx.group)
+        return out.view(grad.shape[1:]), None
+
+
+def gather_parts(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Every rank's x, stacked: [...] -> [group size, ...]; the gradient of each part is summed where it came from."""
+    return _GatherParts.apply(x, group)
+
+
+def earlier_parts(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """What the ranks before this one have in x, stacked: [rank, ...]; on the first rank one part of zeros.
+
+    Every rank's graph holds the collective, so that all take part in it on the way back.
+    """
+    rank = group.rank()
+    parts = gather_parts(x, group)
+    return parts[:rank] if rank else parts[:1] * 0
+
+
+class _ExchangeEqual(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        out = torch.empty_like(x)
+        dist.all_to_all_single(out, x, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return _ExchangeEqual.apply(grad.contiguous(), ctx.group), None
+
+
+def heads_to_sequence(x_RLN: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """From a part of each row with all heads to whole rows with a share of the heads: [R, L, N, ...] ->
+    [R, L * size, N / size, ...]. Parts are in rank order; rank r gets the r-th of equal shares of the heads."""
+    size = group.size()
+    split = x_RLN.unflatten(2, (size, -1)).movedim(2, 0).contiguous()
+    return _ExchangeEqual.apply(split, group).movedim(0, 1).flatten(1, 2)
+
+
+def sequence_to_heads(x_RLN: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The way back of `heads_to_sequence`: [R, L, N, ...] -> [R, L / size, N * size, ...]."""
+    size = group.size()
+    split = x_RLN.unflatten(1, (size, -1)).movedim(1, 0).contiguous()
+    return _ExchangeEqual.apply(split, group).movedim(0, 2).flatten(2, 3)
+
+
 class _AttachLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, loss: Tensor) -> Tensor:

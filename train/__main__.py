@@ -139,6 +139,7 @@ def generate(arguments: list[str]) -> int:
     generation = from_text(GenerateConfig, _named(arguments))
     check_generate(generation)
     config = load_config(generation.run)
+    config = replace(config, parallel=replace(config.parallel, context=1))  # a growing prefix is not cut into parts
     require_checkpoint(generation.run)
     processes = front.world_size() or front.num_processes(front.layout_size(config.parallel))
     resolve(config.parallel, config.model, processes)

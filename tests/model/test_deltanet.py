@@ -9,15 +9,8 @@ from torch.nn import functional as F
 from model import reference
 from model.backends import column_linear, row_linear
 from model.config import MtpConfig
-from model.deltanet import (
-    GatedDeltaNet,
-    GatedDeltaNetSubmodules,
-    causal_conv,
-    chunk_gated_delta_rule,
-    draw_decay,
-    draw_time_step_bias,
-    l2_normalise,
-)
+from model.delta_rule import causal_conv, chunk_gated_delta_rule, l2_normalise
+from model.deltanet import GatedDeltaNet, GatedDeltaNetSubmodules, draw_decay, draw_time_step_bias
 from model.documents import Documents
 from model.norm import GatedRMSNorm
 from model.stack import hybrid_config
@@ -63,7 +56,7 @@ def delta_rule_inputs(rows: int, length: int, heads: int = 2, dim: int = 5, valu
 
 def assert_delta_rule_twin(ids: torch.Tensor, chunk: int) -> None:
     assert_twins(
-        lambda *inputs: chunk_gated_delta_rule(*inputs, ids, chunk),
+        lambda *inputs: chunk_gated_delta_rule(*inputs, Documents.from_ids(ids), chunk=chunk),
         lambda *inputs: reference.gated_delta_rule(*inputs, ids),
         delta_rule_inputs(*ids.shape),
     )
@@ -83,14 +76,14 @@ def test_chunked_delta_rule_at_every_kind_of_length(length: int) -> None:
 def test_chunked_delta_rule_of_a_single_token() -> None:
     ids = ids_from_starts(1, [])
     inputs = delta_rule_inputs(1, 1).values()
-    out = chunk_gated_delta_rule(*inputs, ids, 8)
+    out = chunk_gated_delta_rule(*inputs, Documents.from_ids(ids), chunk=8)
     assert_close(out, reference.gated_delta_rule(*inputs, ids), FLOAT64_TOLERANCE, "the output")
 
 
 def test_chunked_delta_rule_with_the_default_chunk() -> None:
     ids = ids_from_starts(150, [63, 64, 65, 127, 128, 140])
     assert_twins(
-        lambda *inputs: chunk_gated_delta_rule(*inputs, ids),
+        lambda *inputs: chunk_gated_delta_rule(*inputs, Documents.from_ids(ids)),
         lambda *inputs: reference.gated_delta_rule(*inputs, ids),
         delta_rule_inputs(*ids.shape),
     )
@@ -107,7 +100,7 @@ def test_chunked_delta_rule_survives_total_forgetting() -> None:
     inputs = delta_rule_inputs(1, 20)
     inputs["g"][:, 3::4] = -1000.0
     leaves = [x.float().requires_grad_() for x in inputs.values()]
-    out = chunk_gated_delta_rule(*leaves, ids_from_starts(20, [10]), 8)
+    out = chunk_gated_delta_rule(*leaves, Documents.from_ids(ids_from_starts(20, [10])), chunk=8)
     out.sum().backward()
     assert all(leaf.grad.isfinite().all() for leaf in leaves)
     exact = reference.gated_delta_rule(*inputs.values(), ids_from_starts(20, [10]))
@@ -118,8 +111,8 @@ def test_chunked_delta_rule_survives_total_forgetting() -> None:
 def test_chunked_delta_rule_computes_half_precision_in_float32() -> None:
     inputs = [x.bfloat16() for x in delta_rule_inputs(1, 150).values()]
     ids = ids_from_starts(150, [70])
-    wide = chunk_gated_delta_rule(*(x.float() for x in inputs), ids)
-    narrow = chunk_gated_delta_rule(*inputs, ids)
+    wide = chunk_gated_delta_rule(*(x.float() for x in inputs), Documents.from_ids(ids))
+    narrow = chunk_gated_delta_rule(*inputs, Documents.from_ids(ids))
     assert narrow.dtype == torch.bfloat16
     assert torch.equal(narrow, wide.bfloat16())
 

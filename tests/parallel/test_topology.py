@@ -10,6 +10,7 @@ from parallel.topology import (
     ParallelConfig,
     Topology,
     TopologyError,
+    check_length,
     divisors,
     microbatches,
     nearest_divisors,
@@ -40,7 +41,8 @@ def test_nearest_divisors(number: int, wanted: int, text: str):
         (1, ParallelConfig(), Topology(1, 1, 1, 1, 1, 1)),
         (2, ParallelConfig(), Topology(2, 1, 1, 1, 2, 2)),
         (2, ParallelConfig(expert=1), Topology(2, 1, 1, 1, 1, 2)),
-        (8, ParallelConfig(tensor=2), Topology(8, 2, 1, 1, 4, 4)),
+        (8, ParallelConfig(tensor=2), Topology(8, 2, 1, 1, 8, 4)),
+        (8, ParallelConfig(context=4), Topology(8, 1, 1, 4, 8, 2)),
         (8, ParallelConfig(tensor=2, expert=2, world=8), Topology(8, 2, 1, 1, 2, 4)),
         # The largest size that divides 16 experts and 12 or 32 processes.
         (12, ParallelConfig(), Topology(12, 1, 1, 1, 4, 12)),
@@ -54,7 +56,7 @@ def test_layout(world: int, parallel: ParallelConfig, expected: Topology):
 
 def test_layout_of_a_pipeline():
     model = ModelConfig(pattern="GE*E|", repeats=2)
-    assert resolve(ParallelConfig(tensor=2, pipeline=2), model, 8) == Topology(8, 2, 2, 1, 2, 2)
+    assert resolve(ParallelConfig(tensor=2, pipeline=2), model, 8) == Topology(8, 2, 2, 1, 4, 2)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +68,7 @@ def test_layout_of_a_pipeline():
             MODEL,
             "parallel.world=4 but 2 processes are started: start 4 (NPROC=4) or drop parallel.world",
         ),
-        (2, ParallelConfig(context=2), MODEL, "parallel.context=2 is not supported yet: choose 1"),
+        (1, ParallelConfig(context=0), MODEL, "parallel.context=0 must be at least 1"),
         (1, ParallelConfig(tensor=0), MODEL, "parallel.tensor=0 must be at least 1"),
         (1, ParallelConfig(pipeline=-1), MODEL, "parallel.pipeline=-1 must be at least 1"),
         (
@@ -105,8 +107,8 @@ def test_layout_of_a_pipeline():
             2,
             ParallelConfig(pipeline=2),
             MODEL,
-            "parallel.pipeline=2 but model.pattern='GEGEGE*E' x 1 has 1 stage: cut the layers with 1 '|', or choose "
-            "parallel.pipeline=1",
+            "parallel.pipeline=2 but model.pattern='GEGEGE*E' x 1 has 1 stage: cut the layers with 1 '|' (or a "
+            "multiple of 2 stages, which are interleaved), or choose parallel.pipeline=1",
         ),
         (
             1,
@@ -126,7 +128,7 @@ def test_layout_of_a_pipeline():
             2,
             ParallelConfig(expert=4),
             MODEL,
-            "parallel.expert=4 does not divide the data-parallel processes=2: choose 1 or 2",
+            "parallel.expert=4 does not divide the processes of a pipeline stage=2: choose 1 or 2",
         ),
         (
             2,
@@ -186,3 +188,10 @@ def test_the_proposed_batches_are_valid():
             for smaller in divisors(proposed["divides "]) if "divides " in proposed else []:
                 assert microbatches(topology, global_batch, smaller) >= 1
     assert refused > 500
+
+
+def test_a_sequence_that_cannot_be_cut_is_refused():
+    topology = Topology(8, 2, 1, 4, 1, 1)
+    check_length(topology, 64)
+    with pytest.raises(TopologyError, match=r"data.seq_length=60 cannot be cut .* = 8: choose data.seq_length=64"):
+        check_length(topology, 60)
