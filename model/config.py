@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 
 LAYER_SYMBOLS = "G*E-"
 MTP_PATTERN = "*E"  # the layers of the multi-token-prediction layer
+HEAD_CHUNK = 1024  # tokens whose logits exist at once
+LAYER = "layer"  # to recompute: a whole layer
 DELTA_CHUNK = 64  # tokens that the delta rule solves together
 
 # Settings of ModelConfig that count something there must be one of.

@@ -10,9 +10,8 @@ Shape suffixes: T tokens, H hidden, V this rank's rows of the vocabulary, C a ch
 import torch
 from torch import Tensor
 
+from model.config import HEAD_CHUNK
 from parallel.collectives import max_over, sum_over
-
-CHUNK_TOKENS = 1024
 
 
 def _chunk_losses(logits_CV: Tensor, target_C: Tensor, group) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,8 +36,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses = torch.empty(target_T.shape, dtype=dtype, device=hidden_TH.device)
         grad_hidden = torch.empty_like(hidden_TH) if train else None
         grad_head = torch.zeros(head_VH.shape, dtype=losses.dtype, device=head_VH.device) if train else None
-        for start in range(0, target_T.numel(), CHUNK_TOKENS):
-            part = slice(start, start + CHUNK_TOKENS)
+        for start in range(0, target_T.numel(), HEAD_CHUNK):
+            part = slice(start, start + HEAD_CHUNK)
             logits = (hidden_TH[part] @ head_VH.t()).to(losses.dtype)
             losses[part], probability, column = _chunk_losses(logits, target_T[part], group)
             if not train:

@@ -11,8 +11,6 @@ from functools import partial, wraps
 import torch
 from torch.utils.checkpoint import checkpoint
 
-LAYER = "layer"  # a whole layer: only its input is kept
-
 
 def recomputable(part: str) -> Callable:
     """Marks a method that is computed again in the backward pass if its module's ``config.recompute`` names the part.

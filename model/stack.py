@@ -20,13 +20,13 @@ from torch import Tensor
 
 from model.attention import GatedAttention, GatedAttentionSubmodules
 from model.backends import ReplicatedLinear, column_linear, row_linear
-from model.config import MTP_PATTERN, ModelConfig, MtpConfig
+from model.config import LAYER, MTP_PATTERN, ModelConfig, MtpConfig
 from model.deltanet import GatedDeltaNet, GatedDeltaNetSubmodules
 from model.dense import Dense, SwiGLUSubmodules
 from model.experts import MixtureOfExperts
 from model.mtp import MtpLayer
 from model.norm import GatedRMSNorm, ZeroCentredRMSNorm
-from model.recompute import LAYER, recomputable
+from model.recompute import recomputable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 # What megatron-core is told whatever the model and the layout.

@@ -9,16 +9,14 @@ from data.corpus import Corpus
 from data.prepare import open_corpus
 from model.init import initialise, suspicious
 from model.network import LanguageModel
-from model.recompute import LAYER
 from model.stack import hybrid_config
 from parallel import groups as process_groups
 from parallel.engine_megatron import MegatronEngine
-from parallel.topology import ParallelConfig, Topology, TopologyError, resolve
+from parallel.topology import Topology, TopologyError, resolve
 from train.config import Config
+from train.footprint import VOCAB_MULTIPLE, recomputed
 from train.optim import adamw, decays
 from train.settings import ConfigError
-
-VOCAB_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
@@ -88,11 +86,6 @@ def padded_vocab(config: Config, corpus: Corpus, topology: Topology) -> int:
     return size
 
 
-def recomputed_parts(parallel: ParallelConfig) -> tuple[str, ...]:
-    """The parts of the model that a policy computes again in the backward pass."""
-    return {"none": (), "selective": parallel.recompute_modules, "full": (LAYER,)}[parallel.recompute]
-
-
 def build_chunks(
     config: Config, topology: Topology, groups: ProcessGroupCollection, vocab_size: int
 ) -> list[LanguageModel]:
@@ -108,7 +101,7 @@ def build_chunks(
         topology.expert,
         topology.virtual,
         topology.context,
-        recomputed_parts(config.parallel),
+        recomputed(config.parallel),
     )
     last = topology.pipeline * topology.virtual - 1
     numbers = [chunk * topology.pipeline + groups.pp.rank() for chunk in range(topology.virtual)]

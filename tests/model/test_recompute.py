@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from model.attention import GatedAttention
-from model.config import MtpConfig
+from model.config import LAYER, MtpConfig
 from model.deltanet import GatedDeltaNet
 from model.experts import Experts
 from model.network import LanguageModel
 from model.norm import ZeroCentredRMSNorm
-from model.recompute import LAYER, recomputable
+from model.recompute import recomputable
 from model.stack import Layer
 from parallel.topology import RECOMPUTABLE
 from tests.model.helpers import FLOAT64_TOLERANCE, SMALL, assert_close, ids_from_starts

@@ -1,0 +1,102 @@
+"""What the forward pass keeps for the backward pass: bytes a token of each kind of layer, from the model's shape.
+
+The formulas sum the tensors that the torch backend's modules save; `tests/model/test_activations.py` compares them
+with what autograd really holds. They leave out what does not grow with a width (indices, masks of tokens).
+"""
+
+from model.config import DELTA_CHUNK, LAYER, MTP_PATTERN, ModelConfig, MtpConfig
+
+FLOAT32_BYTES = 4
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+def _norm(width: int, element: int, recompute: frozenset[str]) -> float:
+    """The input in float32 and the normed input; only the input where the norm is computed again."""
+    return width * (element if "norm" in recompute else 2 * FLOAT32_BYTES)
+
+
+def _delta_net(shape: ModelConfig, element: int, recompute: frozenset[str]) -> float:
+    key, heads = shape.linear_key_heads * shape.linear_key_dim, shape.linear_value_heads
+    wide_key, value = heads * shape.linear_key_dim, heads * shape.linear_value_dim
+    if "deltanet" in recompute:
+        return element * (2 * key + 2 * value + 2 * heads + value)
+    convolution = 5 * element * (2 * key + value)  # its input, three shifted copies, the input of SiLU
+    normalised = 2 * FLOAT32_BYTES * key
+    # In float32: queries, keys and values in chunks, what is solved and read; pairs inside a chunk; a state a chunk.
+    inside = 10 * wide_key + 7 * value + 6 * heads * DELTA_CHUNK
+    state = wide_key * shape.linear_value_dim / DELTA_CHUNK
+    gated = 3 * element * value
+    return convolution + normalised + FLOAT32_BYTES * (inside + state) + gated
+
+
+def _attention(shape: ModelConfig, seq_length: int, element: int, recompute: frozenset[str]) -> tuple[float, float]:
+    """What tensor parallelism cuts, and what it does not: the mask of packed documents, a number for each pair."""
+    queries, keys = shape.attention_heads * shape.head_dim, shape.key_value_heads * shape.head_dim
+    # Projections, normed and turned queries and keys, values, and the output.
+    kept = _norm(queries + keys, element, recompute) + element * (3 * queries + 3 * keys)
+    if shape.attention_gate:
+        cast = FLOAT32_BYTES if element < FLOAT32_BYTES else 0
+        kept += queries * (3 * element + cast)
+    return kept, 0 if "attention" in recompute else element * seq_length
+
+
+def _mixture(shape: ModelConfig, element: int, recompute: frozenset[str]) -> float:
+    shared = shape.shared_expert_size
+    routed = 2 * element * shape.hidden_size
+    if "experts" not in recompute:
+        routed += 4 * element * shape.expert_size
+    scores = 2 * FLOAT32_BYTES * shape.experts + FLOAT32_BYTES * shape.hidden_size
+    return (
+        scores + routed * shape.experts_per_token + (element * shape.hidden_size + 4 * element * shared) * (shared > 0)
+    )
+
+
+def layer_bytes(symbol: str, shape: ModelConfig, seq_length: int, tensor: int, recompute: frozenset[str]) -> float:
+    """Bytes that one layer keeps for each token of this process's part of the sequence.
+
+    Args:
+        seq_length: tokens of a whole sequence. tensor: tensor-parallel processes.
+        recompute: parts that are computed again, or {LAYER}.
+    """
+    element, hidden = ELEMENT_BYTES[shape.dtype], shape.hidden_size
+    if LAYER in recompute:
+        return element * hidden / tensor
+    kept, whole = _norm(hidden, element, recompute), 0.0
+    if symbol == "G":
+        kept += element * hidden + _delta_net(shape, element, recompute)
+    elif symbol == "*":
+        attention, whole = _attention(shape, seq_length, element, recompute)
+        kept += element * hidden + attention
+    elif symbol == "-":
+        kept += element * hidden + 4 * element * shape.dense_size
+    else:
+        # The router reads a float32 copy; only a shared expert reads the normed input itself.
+        reads = element * hidden if shape.shared_expert_size and element < FLOAT32_BYTES else 0
+        kept += reads + _mixture(shape, element, recompute)
+    return kept / tensor + whole
+
+
+def stage_bytes(
+    symbols: str,
+    shape: ModelConfig,
+    mtp: MtpConfig,
+    vocab_size: int,
+    seq_length: int,
+    tokens: int,
+    tensor: int,
+    recompute: frozenset[str],
+    last: bool,
+) -> float:
+    """Bytes that a pipeline stage keeps for one micro-batch of ``tokens`` tokens on this process.
+
+    On the last stage the head keeps the gradients of its states and, for each prediction step, of its own weights.
+    """
+    element, hidden = ELEMENT_BYTES[shape.dtype], shape.hidden_size
+    kept = sum(layer_bytes(symbol, shape, seq_length, tensor, recompute) for symbol in symbols)
+    if not last:
+        return kept * tokens
+    kept += _norm(hidden, element, recompute) / tensor
+    step = sum(layer_bytes(symbol, shape, seq_length, tensor, recompute) for symbol in MTP_PATTERN)
+    step += (3 * _norm(hidden, element, recompute) + 2 * element * hidden) / tensor
+    kept += mtp.steps * step + (1 + mtp.steps) * element * hidden
+    return kept * tokens + (1 + mtp.steps) * element * vocab_size * hidden / tensor

@@ -1,0 +1,117 @@
+"""What a layout costs each process: bytes of weights, gradients and optimizer, and bytes sent in a step.
+
+Plain functions of sizes, without torch. `tests/parallel/test_memory.py` compares them with what processes really hold.
+"""
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from parallel.topology import Topology
+
+FLOAT32_BYTES = 4
+MOMENTS = 2  # of AdamW
+TENSOR, EXPERT = "tensor", "expert"
+
+
+class Weight(Protocol):
+    """One parameter of the model: its numbers, what it is cut over (`TENSOR`, `EXPERT` or neither), its type."""
+
+    numel: int
+    cut: str
+    float32: bool
+
+
+def held(weight: Weight, topology: Topology) -> float:
+    """Numbers of a parameter that one process of its pipeline stage holds."""
+    return weight.numel / {TENSOR: topology.tensor, EXPERT: topology.expert}.get(weight.cut, 1)
+
+
+def replicas(weight: Weight, topology: Topology) -> int:
+    """Processes that hold the same part of a parameter, over which its gradient is summed and its optimizer cut.
+
+    Tensor and context ranks route tokens of their own, so experts are spread over them too. Where nothing spreads
+    them, they are parameters like the others.
+    """
+    if weight.cut == EXPERT and (topology.expert > 1 or topology.tensor > 1):
+        return topology.world // topology.pipeline // topology.expert
+    return topology.data * topology.context
+
+
+def state_bytes(weights: Iterable[Weight], topology: Topology, element: int) -> dict[str, float]:
+    """Bytes of a process's weights, of their float32 gradients, and of its share of AdamW's state.
+
+    A parameter that is not float32 has a float32 master copy, which is cut like the two moments. Buffers are padded
+    to a multiple of the processes that share them; that is not counted.
+
+    Args:
+        weights: the parameters of the process's pipeline stages. element: bytes of a number of the model's type.
+    """
+    total = {"weights": 0.0, "gradients": 0.0, "optimizer": 0.0}
+    for weight in weights:
+        numel = held(weight, topology)
+        wide = weight.float32 or element == FLOAT32_BYTES
+        total["weights"] += numel * (FLOAT32_BYTES if wide else element)
+        total["gradients"] += numel * FLOAT32_BYTES
+        total["optimizer"] += numel * FLOAT32_BYTES * (MOMENTS + (not wide)) / replicas(weight, topology)
+    return total
+
+
+def in_flight(topology: Topology, pipeline_rank: int, microbatches: int) -> int:
+    """Micro-batches of one stage whose activations a process holds at once, over all of its interleaved stages.
+
+    megatron-core's schedules: one forward, one backward after a warm-up that is longest on the first process.
+    """
+    behind = topology.pipeline - pipeline_rank - 1
+    if topology.virtual == 1:
+        return min(behind + 1, microbatches)
+    warm_up = 2 * behind + (topology.virtual - 1) * topology.pipeline
+    return min(warm_up + 1, microbatches * topology.virtual)
+
+
+def bubble(topology: Topology, microbatches: int) -> float:
+    """Share of a step in which a process of the pipeline waits, if all stages took equally long."""
+    idle = (topology.pipeline - 1) / topology.virtual
+    return idle / (microbatches + idle)
+
+
+def ring_bytes(whole: float, processes: int) -> float:
+    """Bytes that a process sends in a gather, a reduce-scatter or an all-to-all of ``whole`` bytes."""
+    return whole * (processes - 1) / processes
+
+
+def gradient_traffic(weights: Iterable[Weight], topology: Topology, element: int) -> dict[str, float]:
+    """Bytes that a process sends once a step: float32 gradients summed and scattered, then new parameters gathered."""
+    total = {"gradient reduce-scatter": 0.0, "parameter all-gather": 0.0}
+    for weight in weights:
+        numel, processes = held(weight, topology), replicas(weight, topology)
+        total["gradient reduce-scatter"] += ring_bytes(numel * FLOAT32_BYTES, processes)
+        each = FLOAT32_BYTES if weight.float32 else element
+        total["parameter all-gather"] += ring_bytes(numel * each, processes)
+    return total
+
+
+def expert_traffic(rows: float, row_bytes: float, topology: Topology, recomputed: bool) -> float:
+    """Bytes that a process sends in a mixture's exchanges: rows there and back, forwards, again if the layer is
+    computed again, and backwards. ``rows`` are its tokens times the experts of each."""
+    return (6 if recomputed else 4) * ring_bytes(rows * row_bytes, topology.expert)
+
+
+def tensor_traffic(states: float, topology: Topology, recomputed: bool) -> float:
+    """Bytes that a process sends for one layer's pair of cut projections under sequence parallelism.
+
+    Forwards a gather and a scatter of all ``states`` bytes; backwards two gathers and a scatter.
+    """
+    return (7 if recomputed else 5) * ring_bytes(states, topology.tensor)
+
+
+def boundary_traffic(states: float, topology: Topology) -> float:
+    """Bytes that a process sends for a gather forwards and a scatter backwards, as at the head, or the reverse."""
+    return 2 * ring_bytes(states, topology.tensor)
+
+
+def pipeline_traffic(states: float, topology: Topology, pipeline_rank: int) -> float:
+    """Bytes that a process sends for one micro-batch: states to each next stage, gradients to each previous one."""
+    stages = topology.pipeline * topology.virtual
+    numbers = [chunk * topology.pipeline + pipeline_rank for chunk in range(topology.virtual)]
+    sends = sum((number < stages - 1) + (number > 0) for number in numbers)
+    return sends * states / topology.tensor if topology.pipeline > 1 else 0.0

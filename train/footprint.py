@@ -1,0 +1,176 @@
+"""What one process of a layout holds, sends and computes, from the settings alone: no module is built."""
+
+from dataclasses import dataclass
+
+from model import activations, cost
+from model.activations import ELEMENT_BYTES
+from model.config import HEAD_CHUNK, LAYER, MTP_PATTERN, ModelConfig
+from parallel import memory
+from parallel.topology import ParallelConfig, Topology, TopologyError, microbatches
+from train.config import Config
+from train.settings import ConfigError
+
+VOCAB_MULTIPLE = 64  # rows of the embedding are padded to a multiple of this
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """One process of a layout.
+
+    Attributes:
+        memory: bytes by what they are for. traffic: bytes sent in a step, by collective.
+        balance: each pipeline stage's share of the operations. bubble: share of a step that the pipeline waits.
+    """
+
+    pipeline_rank: int
+    parameters: int
+    memory: dict[str, float]
+    traffic: dict[str, float]
+    balance: list[float]
+    bubble: float
+
+
+def planned_vocab(config: Config, topology: Topology) -> int:
+    """Rows of the embedding before any corpus is opened.
+
+    Raises:
+        ConfigError: only the corpus would know. TopologyError: rows that tensor parallelism cannot share.
+    """
+    size = config.model.vocab_size
+    if size is None and config.data.corpus != "embedded":
+        raise ConfigError("model.vocab_size=null takes the corpus's, which is not opened here: give model.vocab_size")
+    if size is None:
+        size = -(-config.data.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    if size % topology.tensor:
+        raise TopologyError(f"parallel.tensor={topology.tensor} does not divide the vocabulary of {size} rows")
+    return size
+
+
+def recomputed(parallel: ParallelConfig) -> frozenset[str]:
+    """The parts of the model that are computed again in the backward pass."""
+    parts = {"none": (), "selective": parallel.recompute_modules, "full": (LAYER,)}
+    return frozenset(parts[parallel.recompute])
+
+
+def stage_numbers(topology: Topology, pipeline_rank: int) -> list[int]:
+    """The pipeline stages that a process holds: every pipeline-th one."""
+    return [chunk * topology.pipeline + pipeline_rank for chunk in range(topology.virtual)]
+
+
+def held_weights(config: Config, topology: Topology, vocab_size: int, pipeline_rank: int) -> list[cost.Weight]:
+    """The whole parameters of the stages that a process has a part of."""
+    stages = config.model.stages
+    return [
+        weight
+        for number in stage_numbers(topology, pipeline_rank)
+        for weight in cost.stage_weights(
+            stages[number], config.model, config.mtp, vocab_size, number == 0, number == len(stages) - 1
+        )
+    ]
+
+
+def footprint(config: Config, topology: Topology, vocab_size: int, pipeline_rank: int) -> Footprint:
+    """What a process at this place of the pipeline holds and sends in a step of the first batch size."""
+    model, element = config.model, ELEMENT_BYTES[config.model.dtype]
+    weights = held_weights(config, topology, vocab_size, pipeline_rank)
+    steps = microbatches(topology, config.batch.global_, config.batch.micro)
+    held = memory.state_bytes(weights, topology, element)
+    held["activations"] = _activations(config, topology, vocab_size, pipeline_rank, steps)
+    held["head's working space"] = _head_bytes(config, topology, vocab_size, pipeline_rank)
+    traffic = memory.gradient_traffic(weights, topology, element)
+    traffic |= _layer_traffic(config, topology, pipeline_rank, steps)
+    last = len(model.stages) - 1
+    flops = [
+        sum(cost.stage_flops(symbols, model, config.mtp, vocab_size, config.data.seq_length, number == last).values())
+        for number, symbols in enumerate(model.stages)
+    ]
+    return Footprint(
+        pipeline_rank=pipeline_rank,
+        parameters=round(sum(memory.held(weight, topology) for weight in weights)),
+        memory=held,
+        traffic={name: count for name, count in traffic.items() if count},
+        balance=[flop / sum(flops) for flop in flops],
+        bubble=memory.bubble(topology, steps),
+    )
+
+
+def _tokens(config: Config, topology: Topology) -> float:
+    """Tokens of a micro-batch that a process has before tensor parallelism cuts the sequence once more."""
+    return config.batch.micro * config.data.seq_length / topology.context
+
+
+def _activations(config: Config, topology: Topology, vocab_size: int, pipeline_rank: int, steps: int) -> float:
+    stages, numbers = config.model.stages, stage_numbers(topology, pipeline_rank)
+    each = [
+        activations.stage_bytes(
+            stages[number],
+            config.model,
+            config.mtp,
+            vocab_size,
+            config.data.seq_length,
+            _tokens(config, topology),
+            topology.tensor,
+            recomputed(config.parallel),
+            number == len(stages) - 1,
+        )
+        for number in numbers
+    ]
+    return memory.in_flight(topology, pipeline_rank, steps) * sum(each) / len(each)
+
+
+def _head_bytes(config: Config, topology: Topology, vocab_size: int, pipeline_rank: int) -> float:
+    """The head's float32 gradient while it is summed, and a chunk's logits with their gradient."""
+    if pipeline_rank != topology.pipeline - 1:
+        return 0.0
+    rows = vocab_size / topology.tensor
+    return memory.FLOAT32_BYTES * rows * (config.model.hidden_size + 2 * HEAD_CHUNK)
+
+
+def _layer_traffic(config: Config, topology: Topology, pipeline_rank: int, steps: int) -> dict[str, float]:
+    """Bytes sent for all micro-batches of a step by the layers, the head, and between pipeline stages."""
+    model, mtp, again = config.model, config.mtp, LAYER in recomputed(config.parallel)
+    tokens = _tokens(config, topology)
+    row = model.hidden_size * ELEMENT_BYTES[model.dtype]
+    numbers = stage_numbers(topology, pipeline_rank)
+    symbols = "".join(model.stages[number] for number in numbers)
+    last = numbers[-1] == len(model.stages) - 1
+    symbols += MTP_PATTERN * (mtp.steps * last)
+    cut = sum(symbol != "E" or model.shared_expert_size > 0 for symbol in symbols)
+    edges = (1 if numbers[0] == 0 else 0) + (1 + 2 * mtp.steps if last else 0)
+    rows = tokens / topology.tensor * model.experts_per_token
+    sent = {
+        "expert all-to-all": symbols.count("E") * memory.expert_traffic(rows, row, topology, again),
+        "tensor gathers and scatters": cut * memory.tensor_traffic(tokens * row, topology, again)
+        + edges * memory.boundary_traffic(tokens * row, topology),
+        "context exchanges": sum(_context_bytes(symbol, config, topology, again) for symbol in symbols),
+        "pipeline sends": memory.pipeline_traffic(tokens * row, topology, pipeline_rank),
+    }
+    return {name: steps * count for name, count in sent.items()}
+
+
+def _context_bytes(symbol: str, config: Config, topology: Topology, again: bool) -> float:
+    """Bytes that a token mixer sends for one micro-batch of a sequence cut over the context-parallel processes."""
+    model, parts = config.model, topology.context
+    if parts == 1 or symbol not in "G*":
+        return 0.0
+    exchanged, gathered = context_numbers(symbol, model, config, topology)
+    element = ELEMENT_BYTES[model.dtype]
+    once = memory.ring_bytes(exchanged * element, parts) + (parts - 1) * gathered
+    return (3 if again else 2) * once
+
+
+def context_numbers(symbol: str, model: ModelConfig, config: Config, topology: Topology) -> tuple[float, float]:
+    """Numbers that a mixer exchanges head by head, and bytes that it gathers from every part, in a forward pass."""
+    parts, tensor, tokens = topology.context, topology.tensor, _tokens(config, topology)
+    if symbol == "*":
+        queries, keys = model.attention_heads * model.head_dim, model.key_value_heads * model.head_dim
+        if model.key_value_heads // tensor % parts == 0:
+            return tokens * (2 * queries + 2 * keys) / tensor, 0.0
+        return 0.0, tokens * 2 * keys / tensor * ELEMENT_BYTES[model.dtype]
+    key, value = model.linear_key_heads * model.linear_key_dim, model.linear_value_heads * model.linear_value_dim
+    per_token = (2 * key + 3 * value + 2 * model.linear_value_heads) // tensor
+    state = model.linear_value_heads * model.linear_key_dim * (model.linear_key_dim + model.linear_value_dim) // tensor
+    length = config.data.seq_length // parts
+    if cost.passes_states(per_token, state, length, model.linear_key_heads // tensor, parts):
+        return 0.0, config.batch.micro * state * memory.FLOAT32_BYTES
+    return tokens * per_token, 0.0
