@@ -61,6 +61,8 @@ LAYOUTS = [
     Case("EP2", 2, ParallelConfig(expert=2)),
     Case("TP2", 2, ParallelConfig(tensor=2)),
     Case("PP2", 2, ParallelConfig(pipeline=2), model=PIPELINED),
+    Case("EP2, layers recomputed", 2, ParallelConfig(expert=2, recompute="full")),
+    Case("TP2, parts recomputed", 2, ParallelConfig(tensor=2, recompute="selective")),
     Case("CP2, states", 2, ParallelConfig(context=2, expert=1), states=True),
     Case("CP2, heads", 2, ParallelConfig(context=2, expert=1), states=False),
     Case("CP4", 4, ParallelConfig(context=4, expert=1)),
