@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -57,6 +58,24 @@ def test_layout(world: int, parallel: ParallelConfig, expected: Topology):
 def test_layout_of_a_pipeline():
     model = ModelConfig(pattern="GE*E|", repeats=2)
     assert resolve(ParallelConfig(tensor=2, pipeline=2), model, 8) == Topology(8, 2, 2, 1, 4, 2)
+
+
+@pytest.mark.parametrize(("repeats", "pipeline", "virtual"), [(4, 2, 2), (6, 2, 3), (4, 4, 1), (8, 4, 2)])
+def test_more_stages_than_processes_are_interleaved(repeats: int, pipeline: int, virtual: int):
+    topology = resolve(ParallelConfig(pipeline=pipeline), ModelConfig(pattern="GE*E|", repeats=repeats), pipeline)
+    assert (topology.pipeline, topology.virtual) == (pipeline, virtual)
+
+
+def test_interleaved_stages_need_rounds_of_microbatches():
+    topology = resolve(ParallelConfig(pipeline=4), ModelConfig(pattern="GE*E|", repeats=8), 8)
+    assert microbatches(topology, global_batch=32, micro_batch=2) == 8
+    with pytest.raises(TopologyError) as refusal:
+        microbatches(topology, global_batch=24, micro_batch=2)
+    assert str(refusal.value) == (
+        "batch.global=24 makes 6 microbatches, which 2 interleaved stages a process need to be a multiple of "
+        "parallel.pipeline=4: choose batch.global=32, another batch.micro, or 4 stages in model.pattern"
+    )
+    assert microbatches(replace(topology, virtual=1), global_batch=24, micro_batch=2) == 6
 
 
 @pytest.mark.parametrize(
