@@ -3,7 +3,7 @@
 # constraints.txt change, and hands over to Python, which decides everything else.
 set -euo pipefail
 
-readonly COMMANDS="train test prepare evaluate generate"
+readonly COMMANDS="train test estimate prepare evaluate generate"
 readonly STATE=.venv/launch-state # of a complete set-up: root, extras, checksum; of one under way: "installing"
 
 usage() {
@@ -14,6 +14,7 @@ usage: ./launch.sh COMMAND [options] [key=value ...]
 
   train      train a recipe; "tiny", the default, is the real model in miniature: minutes on two CPU cores
   test       run the tests
+  estimate   say what a recipe would cost: parameters, operations, memory, GPU-hours
   prepare    turn raw text into tokenized shards
   evaluate   measure a run's held-out loss
   generate   write text with a run's checkpoint

@@ -10,6 +10,7 @@ from megatron.core.optimizer import OptimizerConfig, ParamGroupOverride, ParamKe
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamPredicate, ParamWithNamePredicate
+from megatron.core.optimizer.param_layout import FullParamLayout
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from parallel import compat
@@ -53,19 +54,46 @@ def run_schedule(chunks: list[torch.nn.Module], batches: list, tokens: int, forw
     )
 
 
-def wrap(chunk: torch.nn.Module, groups) -> DistributedDataParallel:
-    """One pipeline stage with the buffers that its gradients are gathered and summed in."""
-    ddp_config = DistributedDataParallelConfig(
+def _ddp_config() -> DistributedDataParallelConfig:
+    return DistributedDataParallelConfig(
         use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False
     )
-    layout = DistributedOptimizer.compute_full_param_layout(
+
+
+def buffer_layout(chunk: torch.nn.Module, groups) -> FullParamLayout:
+    """Where the parameters of a pipeline stage lie in the flat buffers of each type; needs no numbers in them."""
+    return DistributedOptimizer.compute_full_param_layout(
         [parameter for parameter in chunk.parameters() if parameter.requires_grad],
         None,
         groups.intra_dp_cp.size(),
-        ddp_config,
+        _ddp_config(),
         expert_data_parallel_world_size=groups.intra_expt_dp.size(),
     )
-    return DistributedDataParallel(chunk.config, ddp_config, chunk, pg_collection=groups, full_param_layout=layout)
+
+
+def wrap(chunk: torch.nn.Module, groups) -> DistributedDataParallel:
+    """One pipeline stage with the buffers that its gradients are gathered and summed in."""
+    layout = buffer_layout(chunk, groups)
+    return DistributedDataParallel(chunk.config, _ddp_config(), chunk, pg_collection=groups, full_param_layout=layout)
+
+
+def allocated_bytes(chunk: torch.nn.Module, groups) -> dict[str, int]:
+    """Bytes that training a pipeline stage takes on this process: weights, gradients, optimizer; padding included.
+
+    AdamW's two moments, and a float32 copy of what is not float32, exist for this process's part of each buffer.
+    """
+    total = {"weights": 0, "gradients": 0, "optimizer": 0}
+    for key, layout in buffer_layout(chunk, groups).layouts.items():
+        sharers = groups.intra_expt_dp if key.is_expert_parallel else groups.intra_dp_cp
+        numel = layout.bucket_indices[-1][1]
+        total["weights"] += numel * key.param_dtype.itemsize
+        total["gradients"] += numel * key.grad_dtype.itemsize
+        share = numel // sharers.size()
+        first, last = sharers.rank() * share, (sharers.rank() + 1) * share
+        places = layout.param_index_map.values()
+        own = sum(max(0, min(stop, last) - max(start, first)) for start, stop, _ in places)
+        total["optimizer"] += own * torch.float32.itemsize * (2 if key.param_dtype == torch.float32 else 3)
+    return total
 
 
 def sharded_weights(chunks: list, metadata: dict | None = None) -> dict:

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from parallel import compat
 from parallel.topology import Topology
@@ -28,6 +29,11 @@ def start(device: torch.device, timeout_minutes: float = 30) -> None:
     dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes))
 
 
+def start_fake(rank: int, world: int) -> None:
+    """Stands in for one process of a job whose others are not there: its collectives do nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+
+
 def lay_out(topology: Topology) -> ProcessGroupCollection:
     """Builds megatron-core's process groups for a layout."""
     parallel_state.initialize_model_parallel(
@@ -37,6 +43,7 @@ def lay_out(topology: Topology) -> ProcessGroupCollection:
         context_parallel_size=topology.context,
         expert_model_parallel_size=topology.expert,
         expert_tensor_parallel_size=1,
+        create_gloo_process_groups=dist.get_backend() != "fake",  # real ones would wait for the other processes
     )
     return ProcessGroupCollection.use_mpu_process_groups()
 

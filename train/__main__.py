@@ -27,18 +27,23 @@ from train.config import (
     check,
     check_evaluate,
     check_generate,
+    check_plan,
     load_config,
 )
+from train.estimate import PEERS, EstimateConfig, check_budget
+from train.estimate import estimate as estimate_text
 from train.runs import require_checkpoint, steps_done
-from train.settings import ConfigError, from_dict, from_text, hint, settings, takes_text
+from train.settings import MISSING, ConfigError, from_dict, from_text, hint, settings, takes_text
 from train.trackers import check_login
 
 DEFAULT_RECIPE = "tiny"
 SETTINGS = {setting.path: setting for setting in settings(Config)}
 
 
-def compose(arguments: list[str]) -> Config:
+def compose(arguments: list[str], planned: bool = False) -> Config:
     """The configuration of a recipe with overrides. Later wins: defaults, groups, recipe, ``key=value``.
+
+    What is only planned (an estimate, a dry run) needs no corpus, so none must be given.
 
     Raises:
         ConfigError: an unknown recipe, group choice or setting, or an override that cannot be read.
@@ -51,6 +56,8 @@ def compose(arguments: list[str]) -> Config:
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         asked = " ".join(["-cn", recipe, *overrides])
         raise ConfigError(f"{asked} cannot be composed: {' '.join(str(error).split())}") from error
+    if (planned or values.get("run", {}).get("dry_run")) and values["data"]["corpus"] == MISSING:
+        values["data"]["corpus"] = ""
     config = from_dict(Config, values)
     return replace(config, run=replace(config.run, name=config.run.name or recipe))
 
@@ -99,6 +106,12 @@ def _hint_known(name: str, known: list[str]) -> str:
 def train(arguments: list[str]) -> int:
     """Trains a recipe, or resumes the run of that name."""
     config = compose(arguments)
+    if config.run.dry_run:
+        from train.dry_run import dry_run
+
+        quiet_upstream()
+        print(dry_run(config, check_plan(config, config.parallel.world or front.num_processes())))
+        return 0
     processes = front.world_size() or front.num_processes()
     done = steps_done(config, check(config, processes))
     if done >= config.run.steps:
@@ -160,7 +173,19 @@ def prepare(arguments: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"train": train, "prepare": prepare, "evaluate": evaluate, "generate": generate}
+def estimate(arguments: list[str]) -> int:
+    """Says what a recipe would cost, without a GPU or a corpus."""
+    own = [argument for argument in arguments if argument.startswith("estimate.")]
+    budget = from_text(EstimateConfig, own).estimate
+    check_budget(budget)
+    config = compose([argument for argument in arguments if argument not in own], planned=True)
+    topology = check_plan(config, config.parallel.world or front.layout_size(config.parallel))
+    peers = {peer.recipe: compose(["-cn", peer.recipe], planned=True) for peer in PEERS} if budget.compare else {}
+    print(estimate_text(config, topology, budget, peers))
+    return 0
+
+
+COMMANDS = {"train": train, "estimate": estimate, "prepare": prepare, "evaluate": evaluate, "generate": generate}
 
 
 def run(arguments: list[str]) -> int:

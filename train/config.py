@@ -32,6 +32,8 @@ class RunConfig:
     eval_every: int = _setting(0, "steps between held-out evaluations; 0 evaluates only at the end")
     eval_samples: int = _setting(64, "held-out sequences of one evaluation")
     log_every: int = _setting(10, "steps between logged lines")
+    dry_run: bool = _setting(False, "builds one process's part without numbers, says what it would take, and ends")
+    dry_rank: int = _setting(0, "dry run: which process of parallel.world")
     max_time: float | None = _setting(None, "minutes after which the run saves and stops; null: no limit")
 
     @property
@@ -132,6 +134,18 @@ def check(config: Config, world: int) -> Topology:
     Raises:
         USER_ERRORS: the first setting that cannot be used.
     """
+    topology = check_plan(config, world)
+    check_data(config.data, config.mtp.steps)
+    _check_writable(config.run)
+    return topology
+
+
+def check_plan(config: Config, world: int) -> Topology:
+    """The layout of ``world`` processes; checks all that can be checked without a corpus or a run.
+
+    Raises:
+        USER_ERRORS: the first setting that cannot be used.
+    """
     _check_run(config.run)
     _check_optim(config.optim)
     _check_choice("wandb.mode", config.wandb.mode, ("offline", "online", "disabled"))
@@ -148,8 +162,9 @@ def check(config: Config, world: int) -> Topology:
     for length in (config.data.seq_length, *(length for _, length in config.batch.length_schedule)):
         _check_divides("batch.length_schedule", length, "data.seq_length", config.data.seq_length)
         check_length(topology, length)
-    check_data(config.data, config.mtp.steps)
-    _check_writable(config.run)
+    if not 0 <= config.run.dry_rank < world:
+        rank = config.run.dry_rank
+        raise ConfigError(f"run.dry_rank={rank} is not one of {world} processes: choose 0 to {world - 1}")
     return topology
 
 
@@ -178,8 +193,9 @@ def describe(config: Config, topology: Topology) -> list[str]:
     defaults = dict(leaves(to_dict(Config())))
     lines = [f"{path} = {value}" for path, value in chosen.items() if value != defaults[path]]
     batches, length = batch_schedule(config), config.data.seq_length
+    interleaved = f" ({topology.virtual} stages each)" if topology.virtual > 1 else ""
     lines.append(
-        f"processes: {topology.world} = tensor {topology.tensor} x pipeline {topology.pipeline} x context "
+        f"processes: {topology.world} = tensor {topology.tensor} x pipeline {topology.pipeline}{interleaved} x context "
         f"{topology.context} x data {topology.data}; experts over {topology.expert}"
     )
     for behind, size in batches.sizes:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from data.config import PrepareConfig
 from train.config import Config, EvaluateConfig, GenerateConfig
+from train.estimate import EstimateConfig
 from train.settings import MISSING, Setting, settings
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -15,6 +16,7 @@ FOUNDATION = "base"  # what every recipe starts from; not a recipe itself
 
 SUMMARIES = {
     "train": "Trains a recipe. Training again under the same run.name resumes that run.",
+    "estimate": "Says what a recipe would cost: parameters, operations, memory of a GPU, GPU-hours and money.",
     "prepare": "Turns raw text into a corpus: tokenized shards, a tokenizer and a manifest.",
     "evaluate": "Measures a run's last checkpoint on held-out text.",
     "generate": "Writes text with a run's last checkpoint.",
@@ -25,6 +27,12 @@ EXAMPLES = {
         ("train -cn tiny_512e run.steps=5", "another recipe, one setting changed"),
         ("train run.name=mine seed=1 optim=wsd", "a named run, another group choice"),
         ("train data.corpus=corpora/mine", "on a corpus made by prepare"),
+        ("train -cn qwen3_next_80b_a3b run.dry_run=true parallel.world=512", "what one GPU of 512 would hold"),
+    ),
+    "estimate": (
+        ("estimate -cn qwen3_next_80b_a3b", "the recipe on the GPUs that it is made for"),
+        ("estimate -cn qwen3_32b parallel.tensor=4 estimate.price=2", "another layout, with money"),
+        ("estimate -cn qwen3_next_80b_a3b estimate.compare=true", "beside Qwen3-32B and Qwen3-30B-A3B"),
     ),
     "prepare": (("prepare input=texts/ output=corpora/mine", "a directory of text, JSON lines or parquet"),),
     "evaluate": (("evaluate run=mine samples=256", "more held-out text than while training"),),
@@ -33,7 +41,13 @@ EXAMPLES = {
         ("generate run=mine temperature=0.8 seed=2", "a sampled one"),
     ),
 }
-CONFIGS = {"train": Config, "prepare": PrepareConfig, "evaluate": EvaluateConfig, "generate": GenerateConfig}
+CONFIGS = {
+    "train": Config,
+    "estimate": EstimateConfig,
+    "prepare": PrepareConfig,
+    "evaluate": EvaluateConfig,
+    "generate": GenerateConfig,
+}
 
 
 @cache
@@ -61,7 +75,7 @@ def overview() -> str:
 
 def command_help(command: str) -> str:
     """Everything that a command takes."""
-    options = "[-cn RECIPE] [key=value ...]" if command == "train" else "[key=value ...]"
+    options = "[-cn RECIPE] [key=value ...]" if command in ("train", "estimate") else "[key=value ...]"
     lines = [SUMMARIES[command], "", f"usage: ./launch.sh {command} {options}", "", "examples:"]
     width = max(len(example) for example, _ in EXAMPLES[command])
     lines += [f"  ./launch.sh {example:<{width}}  {text}" for example, text in EXAMPLES[command]]
@@ -73,7 +87,9 @@ def command_help(command: str) -> str:
         lines += ["", "groups (GROUP=CHOICE swaps a section; a recipe has chosen them):"]
         for group, choices in groups().items():
             lines += _entry(group, ", ".join(choices), width)
-    if command != "prepare":
+    if command == "estimate":
+        lines += ["", "Every setting of train may be given too (train --help lists them); no corpus is needed."]
+    elif command != "prepare":
         lines += ["", "NPROC=n sets the processes on this machine; else one a GPU, or 2 on CPU; generate: 1."]
     where = ", used where the recipe says nothing" if command == "train" else ""
     lines += ["", f"settings with their defaults{where}:", ""]

@@ -1,0 +1,213 @@
+"""What a recipe would cost: parameters, operations, memory of a GPU, GPU-hours and money, from the settings alone."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from model import cost
+from model.config import MtpConfig
+from parallel.topology import Topology
+from train.config import Config
+from train.footprint import Footprint, footprint, planned_vocab
+from train.settings import ConfigError
+
+GIB = 2**30
+HOUR = 3600
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Peak of dense bfloat16 matrix products, operations a second, and memory, bytes (NVIDIA's data sheets)."""
+
+    peak: float
+    memory: float
+
+
+GPUS = {"H100": Gpu(989e12, 80e9), "H200": Gpu(989e12, 141e9), "B200": Gpu(2250e12, 180e9)}
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A model that the seed of Qwen3-Next compares it with: its recipe, its tokens and the published cost."""
+
+    recipe: str
+    tokens: float
+    published: float
+    claim: str
+
+
+PEERS = (
+    Peer("qwen3_32b", 36e12, 0.093, "9.3 % of its training cost (GPU hours)"),
+    Peer("qwen3_30b_a3b", 36e12, 0.8, "less than 80 % of its GPU hours"),
+)
+LENGTHS = (4096, 32768)  # pretraining, and its long-context stage
+
+
+def _setting(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What is to be bought."""
+
+    tokens: float = _setting(15e12, "tokens to train on")
+    gpu: str = _setting("H200", "GPU to train on: H100, H200 or B200")
+    mfu: float = _setting(0.4, "share of the GPU's dense bfloat16 peak that training reaches")
+    price: float | None = _setting(None, "USD a GPU-hour; null: no money is shown")
+    compare: bool = _setting(False, "also Qwen3-Next's published comparison with Qwen3-32B and Qwen3-30B-A3B")
+
+
+@dataclass(frozen=True)
+class EstimateConfig:
+    """What `estimate` takes beside the settings of a recipe."""
+
+    estimate: Budget = field(default_factory=Budget)
+
+
+def check_budget(budget: Budget) -> None:
+    """Raises ConfigError for the first setting that cannot be used."""
+    if budget.gpu not in GPUS:
+        raise ConfigError(f"estimate.gpu={budget.gpu!r} is not known: choose {', '.join(GPUS)}")
+    if not 0 < budget.tokens < float("inf"):
+        raise ConfigError(f"estimate.tokens={budget.tokens} must be a number above 0")
+    if not 0 < budget.mfu <= 1:
+        raise ConfigError(f"estimate.mfu={budget.mfu} must lie above 0 and not above 1")
+    if budget.price is not None and not budget.price >= 0:
+        raise ConfigError(f"estimate.price={budget.price} must be at least 0, or null")
+
+
+def gpu_hours(flops_per_token: float, budget: Budget) -> float:
+    """Hours of one GPU that the tokens take."""
+    return budget.tokens * flops_per_token / (GPUS[budget.gpu].peak * budget.mfu) / HOUR
+
+
+def table(rows: Iterable[tuple[str, float]], unit: str, scale: float, share: bool = False) -> list[str]:
+    """Lines of a name, a number in units of ``scale``, and its share of the sum."""
+    rows = list(rows)
+    total = sum(count for _, count in rows) or 1.0
+    return [
+        f"  {name.replace('_', ' '):<30}{count / scale:>12,.3f} {unit}" + (f"{count / total:>8.1%}" if share else "")
+        for name, count in rows
+    ]
+
+
+def parameter_lines(config: Config, vocab_size: int) -> list[str]:
+    """Parameters by part, and the totals that papers quote."""
+    counts = cost.parameters(config.model, config.mtp, vocab_size)
+    total, active = cost.total_parameters(config.model, vocab_size), cost.active_parameters(config.model)
+    ends = counts[cost.EMBEDDING] + counts[cost.HEAD]
+    rows = [(part, count) for part, count in counts.items() if part != cost.MTP]
+    totals = [
+        ("total", total),
+        ("without embedding and head", total - ends),
+        ("active, of these", active),
+        ("active with the head", active + counts[cost.HEAD]),
+        ("MTP layer, beside the total", counts.get(cost.MTP, 0)),
+    ]
+    return ["parameters", *table(rows, "B", 1e9), "", *table(totals, "B", 1e9)]
+
+
+def flop_lines(config: Config, vocab_size: int) -> list[str]:
+    """Operations of training on a token, by part, beside the usual rule."""
+    length = config.data.seq_length
+    parts = cost.forward_flops(config.model, config.mtp, vocab_size, length)
+    training = {part: cost.TRAINING_FACTOR * count for part, count in parts.items()}
+    without = cost.training_flops(config.model, MtpConfig(steps=0), vocab_size, length)
+    usual = cost.rule_of_thumb_flops(config.model, vocab_size, length)
+    return [
+        f"operations of training on a token, sequences of {length} (backward = 2 x forward, nothing for recomputation)",
+        *table(training.items(), "GFLOP", 1e9, share=True),
+        *table([("total", sum(training.values())), ("without MTP", without), ("usual rule", usual)], "GFLOP", 1e9),
+        "  The usual rule: 6 x (active parameters + head) + causal attention + the delta rule token by token, no MTP.",
+        "  The parts count the delta rule in chunks, as it is computed, and no norms.",
+    ]
+
+
+def memory_lines(config: Config, topology: Topology, place: Footprint, gpu: str) -> list[str]:
+    """Bytes that the fullest process holds, and whether they fit."""
+    total, room = sum(place.memory.values()), GPUS[gpu].memory
+    fits = "fits" if total < 0.9 * room else "does not fit with a tenth to spare"
+    return [
+        f"memory of a GPU: {topology.world} processes = tensor {topology.tensor} x pipeline {topology.pipeline} x "
+        f"context {topology.context} x data {topology.data}; experts over {topology.expert}; micro-batch "
+        f"{config.batch.micro} x {config.data.seq_length}; recompute {config.parallel.recompute}",
+        *table(place.memory.items(), "GiB", GIB),
+        *table([("total", total)], "GiB", GIB),
+        f"  {fits}: {gpu} has {room / GIB:.0f} GiB; {place.parameters:,} parameters in the fullest process",
+    ]
+
+
+def traffic_lines(places: list[Footprint]) -> list[str]:
+    """Bytes that the busiest process sends in a step, and how even the pipeline's stages are."""
+    busiest = max(places, key=lambda place: sum(place.traffic.values()))
+    lines = ["a GPU sends in a step", *table(busiest.traffic.items(), "GiB", GIB)]
+    balance, bubble = busiest.balance, busiest.bubble
+    if len(balance) > 1:
+        shares = ", ".join(f"{share * len(balance):.2f}" for share in balance)
+        lines += [
+            "pipeline: operations of each stage relative to an even share: " + shares,
+            f"  the slowest stage sets the pace ({max(balance) * len(balance):.2f}), and {bubble:.1%} of a step is "
+            f"waiting for the first and last micro-batches",
+        ]
+    return lines
+
+
+def cost_lines(config: Config, topology: Topology, vocab_size: int, budget: Budget) -> list[str]:
+    """GPU-hours, days and money of the token budget."""
+    hours = gpu_hours(cost.training_flops(config.model, config.mtp, vocab_size, config.data.seq_length), budget)
+    money = "" if budget.price is None else f" = {hours * budget.price:,.0f} USD at {budget.price:g} a GPU-hour"
+    return [
+        f"{budget.tokens:.3g} tokens on {budget.gpu} at {budget.mfu:.0%} of {GPUS[budget.gpu].peak / 1e12:.0f} TFLOP/s",
+        f"  {hours:,.0f} GPU-hours{money}; {hours / topology.world / 24:,.1f} days on {topology.world} GPUs",
+    ]
+
+
+def comparison_lines(config: Config, vocab_size: int, budget: Budget, peers: dict[str, Config]) -> list[str]:
+    """The recipe's operations beside its peers', and what of the published comparison follows from them."""
+    lines = [f"operations beside peers, {budget.tokens:.3g} tokens against theirs (without MTP; with one MTP step)"]
+    ratios = {}
+    for peer in PEERS:
+        model = peers[peer.recipe].model
+        for length in LENGTHS:
+            own = [cost.training_flops(config.model, MtpConfig(steps=n), vocab_size, length) for n in (0, 1)]
+            other = cost.training_flops(model, MtpConfig(steps=0), model.vocab_size, length)
+            ratio, with_mtp = (flops / other for flops in own)
+            tokens = budget.tokens / peer.tokens
+            ratios[peer.recipe, length] = ratio
+            lines.append(
+                f"  {peer.recipe:<14} {length:>6}: {own[0] / 1e9:6.1f} / {other / 1e9:6.1f} GFLOP a token = "
+                f"{ratio:6.1%}; x {tokens:.3f} tokens = {ratio * tokens:5.1%} ({with_mtp * tokens:5.1%})"
+            )
+    lines.append("published, and what follows:")
+    for peer in PEERS:
+        tokens = budget.tokens / peer.tokens
+        arithmetic = ratios[peer.recipe, LENGTHS[0]] * tokens
+        lines += [
+            f"  {peer.recipe}: {peer.claim}",
+            f"    arithmetic at {LENGTHS[0]} gives {arithmetic:.1%}: the published {peer.published:.1%} allows it "
+            f"{arithmetic / peer.published:.2f} x the peer's share of peak (MFU), and",
+            f"    needs {tokens / peer.published:.2f} x the peer's tokens a second and GPU, which only a measurement "
+            f"on the same GPUs shows",
+        ]
+    return [
+        *lines,
+        "  From arithmetic follow the operations, and that fewer tokens cost less. How many GPU-hours an operation",
+        "  takes does not: small experts, exchanges and the delta rule reach a smaller share of the peak.",
+    ]
+
+
+def estimate(config: Config, topology: Topology, budget: Budget, peers: dict[str, Config]) -> str:
+    """All of the above as text. ``peers``: configurations of `PEERS`, or none."""
+    vocab_size = planned_vocab(config, topology)
+    places = [footprint(config, topology, vocab_size, rank) for rank in range(topology.pipeline)]
+    fullest = max(places, key=lambda place: sum(place.memory.values()))
+    parts = [
+        parameter_lines(config, vocab_size),
+        flop_lines(config, vocab_size),
+        memory_lines(config, topology, fullest, budget.gpu),
+        traffic_lines(places),
+        cost_lines(config, topology, vocab_size, budget),
+    ]
+    if peers:
+        parts.append(comparison_lines(config, vocab_size, budget, peers))
+    return "\n\n".join("\n".join(lines) for lines in parts)
