@@ -107,7 +107,7 @@ def test_settings_of_all_types_reach_the_configuration():
 
 
 def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_its_groups():
-    assert compose([]).run.steps == 200  # the group run=short
+    assert compose([]).run.steps == 160  # the group run=short
     assert compose(["-cn", "tiny_512e"]).run.steps == 100
     assert compose(["-cn", "tiny_512e", "run.steps=5"]).run.steps == 5
     assert compose(["run.steps=5", "run=long"]).run.steps == 5
