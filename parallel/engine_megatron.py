@@ -62,13 +62,22 @@ def _ddp_config() -> DistributedDataParallelConfig:
 
 def buffer_layout(chunk: torch.nn.Module, groups) -> FullParamLayout:
     """Where the parameters of a pipeline stage lie in the flat buffers of each type; needs no numbers in them."""
-    return DistributedOptimizer.compute_full_param_layout(
+    layout = DistributedOptimizer.compute_full_param_layout(
         [parameter for parameter in chunk.parameters() if parameter.requires_grad],
         None,
         groups.intra_dp_cp.size(),
         _ddp_config(),
         expert_data_parallel_world_size=groups.intra_expt_dp.size(),
     )
+    for buffer in layout.layouts.values():
+        # megatron-core counts the alignment before a pipeline's second embedding into the bucket before it, and then
+        # saves more numbers than it declares.
+        places = buffer.param_index_map.values()
+        buffer.per_bucket_numel_unpadded = [
+            max(stop for _, stop, bucket in places if bucket == index) - start
+            for index, (start, _) in enumerate(buffer.bucket_indices)
+        ]
+    return layout
 
 
 def wrap(chunk: torch.nn.Module, groups) -> DistributedDataParallel:
