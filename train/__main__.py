@@ -32,6 +32,8 @@ from train.config import (
 )
 from train.estimate import PEERS, EstimateConfig, check_budget
 from train.estimate import estimate as estimate_text
+from train.footprint import planned_vocab
+from train.propose import proposals
 from train.runs import require_checkpoint, steps_done
 from train.settings import MISSING, ConfigError, from_dict, from_text, hint, settings, takes_text
 from train.trackers import check_login
@@ -107,10 +109,12 @@ def train(arguments: list[str]) -> int:
     """Trains a recipe, or resumes the run of that name."""
     config = compose(arguments)
     if config.run.dry_run:
+        topology = check_plan(config, config.parallel.world or front.num_processes())
+        vocab_size = planned_vocab(config, topology)
+        quiet_upstream()
         from train.dry_run import dry_run
 
-        quiet_upstream()
-        print(dry_run(config, check_plan(config, config.parallel.world or front.num_processes())))
+        print(dry_run(config, topology, vocab_size))
         return 0
     processes = front.world_size() or front.num_processes()
     done = steps_done(config, check(config, processes))
@@ -179,6 +183,9 @@ def estimate(arguments: list[str]) -> int:
     budget = from_text(EstimateConfig, own).estimate
     check_budget(budget)
     config = compose([argument for argument in arguments if argument not in own], planned=True)
+    if budget.propose:
+        print("\n".join(proposals(config, budget)))
+        return 0
     topology = check_plan(config, config.parallel.world or front.layout_size(config.parallel))
     peers = {peer.recipe: compose(["-cn", peer.recipe], planned=True) for peer in PEERS} if budget.compare else {}
     print(estimate_text(config, topology, budget, peers))
@@ -199,8 +206,7 @@ def run(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(rest):
         print(usage.command_help(command))
         return 0
-    if front.world_size():
-        quiet_upstream()
+    quiet_upstream()
     return COMMANDS[command](rest)
 
 
