@@ -4,16 +4,18 @@ So the samples of any step are known without replaying those before it, and a ru
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # settings are read and checked without torch, which takes seconds to import
+    import torch
 
 
 @dataclass(frozen=True)
 class Batch:
     """One microbatch. Rows that only fill it up have documents of -1: no valid token."""
 
-    tokens: torch.Tensor  # int64 [micro, s + 1]
-    documents: torch.Tensor  # int32 [micro, s + 1]
+    tokens: "torch.Tensor"  # int64 [micro, s + 1]
+    documents: "torch.Tensor"  # int32 [micro, s + 1]
 
     @property
     def num_samples(self) -> int:

@@ -14,12 +14,12 @@ from parallel.topology import Topology, microbatches
 from train.build import build_chunks
 from train.config import Config, describe
 from train.estimate import GIB, table, traffic_lines
-from train.footprint import footprint, planned_vocab
+from train.footprint import footprint
 
 
-def dry_run(config: Config, topology: Topology) -> str:
+def dry_run(config: Config, topology: Topology, vocab_size: int) -> str:
     """What process run.dry_rank of the job would hold, send and compute, as text."""
-    rank, vocab_size = config.run.dry_rank, planned_vocab(config, topology)
+    rank = config.run.dry_rank
     process_groups.start_fake(rank, topology.world)
     try:
         groups = process_groups.lay_out(topology)

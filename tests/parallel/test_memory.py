@@ -1,0 +1,162 @@
+"""Predicted bytes against what real processes allocate, and the traffic formulas on sizes done by hand."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from megatron.core import parallel_state
+
+from model.cost import Weight
+from parallel import groups as process_groups
+from parallel import memory
+from parallel.engine_megatron import allocated_bytes
+from parallel.topology import ParallelConfig, Topology
+from tests.dist import run_ranks
+from tests.parallel.tiny import (
+    MODEL,
+    PIPELINED,
+    VOCAB,
+    build_tiny,
+    part_of,
+    random_batch,
+    start_engine,
+    tiny_config,
+)
+from train.build import build_chunks
+from train.config import BatchConfig
+from train.dry_run import sum_parts
+from train.footprint import held_weights
+from train.loop import train_step
+
+BFLOAT16 = replace(MODEL, dtype="bfloat16")
+CASES = {
+    "DP2 float32": (MODEL, ParallelConfig(expert=1)),
+    "DP2": (BFLOAT16, ParallelConfig(expert=1)),
+    "EP2": (BFLOAT16, ParallelConfig(expert=2)),
+    "TP2": (BFLOAT16, ParallelConfig(tensor=2, expert=1)),
+    "TP2xEP2": (BFLOAT16, ParallelConfig(tensor=2, expert=2)),
+    "CP2": (BFLOAT16, ParallelConfig(context=2, expert=1)),
+    "PP2": (replace(PIPELINED, dtype="bfloat16"), ParallelConfig(pipeline=2)),
+    "plain": (
+        replace(BFLOAT16, pattern="*-*E", attention_gate=False, shared_expert_size=0),
+        ParallelConfig(tensor=2, expert=2),
+    ),
+}
+PADDING = 64 * 2 * 3  # megatron-core starts each parameter at a multiple of 64 numbers, and pads the end
+
+
+def storages(tensors) -> dict[int, int]:
+    """Bytes of each storage behind some tensors, by address."""
+    return {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+
+
+def really_allocated(job) -> dict[str, int]:
+    """Bytes behind the weights, their gradients and AdamW's state after a step."""
+    engine = start_engine(job)
+    own = part_of(random_batch(8, seed=0), job.groups.dp.rank(), job.groups.dp.size())
+    train_step(job, engine, [own], 1e-3)
+    parameters = [parameter for chunk in job.chunks for parameter in chunk.parameters()]
+    weights = storages(parameters)
+    optimizer = 0
+    for part in engine.optimizer.chained_optimizers:
+        for parameter, state in part.optimizer.state.items():
+            optimizer += sum(x.nbytes for name, x in state.items() if name != "step")
+            optimizer += parameter.nbytes * (parameter.untyped_storage().data_ptr() not in weights)
+    gradients = storages(parameter.main_grad for parameter in parameters)
+    return {"weights": sum(weights.values()), "gradients": sum(gradients.values()), "optimizer": optimizer}
+
+
+def measure() -> dict[str, dict]:
+    """For each case: what this rank really allocates, what its layout says, and what the formula says."""
+    process_groups.start(torch.device("cpu"))
+    found = {}
+    for name, (model, parallel) in CASES.items():
+        config = tiny_config(model, parallel)
+        job = build_tiny(config)
+        job = replace(job, config=replace(config, batch=BatchConfig(global_=8, micro=8 // job.groups.dp.size())))
+        weights = held_weights(config, job.topology, VOCAB, job.groups.pp.rank())
+        element = 4 if model.dtype == "float32" else 2
+        found[name] = {
+            "real": really_allocated(job),
+            "formula": memory.state_bytes(weights, job.topology, element),
+            "parameters": (
+                sum(parameter.numel() for chunk in job.chunks for parameter in chunk.parameters()),
+                sum(memory.held(weight, job.topology) for weight in weights),
+            ),
+            "topology": job.topology,
+            "tensors": sum(1 for chunk in job.chunks for _ in chunk.parameters()),
+        }
+        parallel_state.destroy_model_parallel()
+    rank = torch.distributed.get_rank()
+    torch.distributed.destroy_process_group()
+    for name, (model, parallel) in CASES.items():
+        topology = found[name]["topology"]
+        process_groups.start_fake(rank, topology.world)
+        groups = process_groups.lay_out(topology)
+        with torch.device("meta"):
+            chunks = build_chunks(tiny_config(model, parallel), topology, groups, VOCAB)
+        found[name]["layout"] = sum_parts(allocated_bytes(chunk, groups) for chunk in chunks)
+        process_groups.stop()
+    return found
+
+
+@pytest.fixture(scope="module")
+def ranks() -> list[dict]:
+    return run_ranks(measure, 2)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_layout_built_without_numbers_is_what_a_real_process_allocates(ranks: list[dict], name: str) -> None:
+    for rank in ranks:
+        assert rank[name]["layout"] == rank[name]["real"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_formula_is_the_allocation_but_for_padding(ranks: list[dict], name: str) -> None:
+    for rank in ranks:
+        built, counted = rank[name]["parameters"]
+        assert counted == built
+        real, formula = rank[name]["real"], rank[name]["formula"]
+        padding = 4 * PADDING * rank[name]["tensors"]
+        for part in ("weights", "gradients"):
+            assert formula[part] <= real[part] <= formula[part] + padding, part
+    # Cuts of a buffer fall where they fall, so a rank's share is even only in sum.
+    real = sum(rank[name]["real"]["optimizer"] for rank in ranks)
+    assert real == pytest.approx(sum(rank[name]["formula"]["optimizer"] for rank in ranks), rel=1e-12)
+
+
+TOPOLOGY = Topology(world=64, tensor=2, pipeline=4, context=2, expert=8, data=4)
+
+
+def test_state_bytes_by_hand() -> None:
+    weights = [Weight("a", 800, "tensor"), Weight("b", 1600, "expert"), Weight("c", 100, "whole", float32=True)]
+    # Held: 400, 200 and 100 numbers; replicas: 8, 2 (64 / 4 stages / 8 experts) and 8.
+    assert memory.state_bytes(weights, TOPOLOGY, 2) == {
+        "weights": 400 * 2 + 200 * 2 + 100 * 4,
+        "gradients": 700 * 4,
+        "optimizer": 400 * 12 / 8 + 200 * 12 / 2 + 100 * 8 / 8,
+    }
+    assert memory.gradient_traffic(weights, TOPOLOGY, 2) == {
+        "gradient reduce-scatter": 1600 * 7 / 8 + 800 / 2 + 400 * 7 / 8,
+        "parameter all-gather": 800 * 7 / 8 + 400 / 2 + 400 * 7 / 8,
+    }
+
+
+def test_traffic_by_hand() -> None:
+    assert memory.expert_traffic(80, 16, TOPOLOGY, recomputed=False) == 4 * 80 * 16 * 7 / 8
+    assert memory.tensor_traffic(1000, TOPOLOGY, recomputed=False) == 5 * 500
+    assert memory.tensor_traffic(1000, TOPOLOGY, recomputed=True) == 7 * 500
+    assert [memory.pipeline_traffic(1000, TOPOLOGY, rank) for rank in range(4)] == [500, 1000, 1000, 500]
+    interleaved = replace(TOPOLOGY, virtual=2)
+    assert [memory.pipeline_traffic(1000, interleaved, rank) for rank in range(4)] == [1500, 2000, 2000, 1500]
+    alone = Topology(world=1, tensor=1, pipeline=1, context=1, expert=1, data=1)
+    assert memory.expert_traffic(80, 16, alone, recomputed=False) == memory.pipeline_traffic(1000, alone, 0) == 0
+
+
+def test_micro_batches_in_flight() -> None:
+    assert [memory.in_flight(TOPOLOGY, rank, 16) for rank in range(4)] == [4, 3, 2, 1]
+    assert memory.in_flight(TOPOLOGY, 0, 2) == 2
+    # Two stages a process: 2 x 3 + 4 forward passes of a stage before the first backward pass, and it runs one more.
+    assert [memory.in_flight(replace(TOPOLOGY, virtual=2), rank, 16) for rank in (0, 3)] == [11, 5]
+    assert memory.bubble(TOPOLOGY, 9) == 3 / 12
+    assert memory.bubble(replace(TOPOLOGY, virtual=3), 9) == 1 / 10
