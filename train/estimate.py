@@ -54,6 +54,7 @@ class Budget:
     gpu: str = _setting("H200", "GPU to train on: H100, H200 or B200")
     mfu: float = _setting(0.4, "share of the GPU's dense bfloat16 peak that training reaches")
     price: float | None = _setting(None, "USD a GPU-hour; null: no money is shown")
+    propose: int = _setting(0, "layouts for parallel.world GPUs to propose in place of the estimate, fastest first")
     compare: bool = _setting(False, "also Qwen3-Next's published comparison with Qwen3-32B and Qwen3-30B-A3B")
 
 
@@ -72,6 +73,8 @@ def check_budget(budget: Budget) -> None:
         raise ConfigError(f"estimate.tokens={budget.tokens} must be a number above 0")
     if not 0 < budget.mfu <= 1:
         raise ConfigError(f"estimate.mfu={budget.mfu} must lie above 0 and not above 1")
+    if budget.propose < 0:
+        raise ConfigError(f"estimate.propose={budget.propose} must be at least 0")
     if budget.price is not None and not budget.price >= 0:
         raise ConfigError(f"estimate.price={budget.price} must be at least 0, or null")
 

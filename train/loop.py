@@ -98,7 +98,8 @@ def fit(
 
         values = {}
         if due(step, run.log_every, run.steps) or step == 1:
-            values = {metrics.TOKENS: schedule.samples(step).start * seq_length, **step_metrics(job, outputs, router_losses)}
+            values = {metrics.TOKENS: schedule.samples(step).start * seq_length}
+            values |= step_metrics(job, outputs, router_losses)
             values |= {metrics.GRAD_NORM: grad_norm, metrics.LR: lr, **speed.take()}
         if due(step, run.eval_every, run.steps):
             values |= heldout_metrics(job, run.eval_samples)

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
-from model.config import LAYER
+from model.config import LAYER, check_model
 from model.cost import ROUTED, TRAINING_FACTOR, forward_flops
 from parallel.topology import RECOMPUTE_POLICIES, Topology, TopologyError, check_length, divisors, microbatches, resolve
 from train.config import Config
+from train.estimate import GPUS, Budget
 from train.footprint import Footprint, footprint, planned_vocab, recomputed
 from train.settings import ConfigError
 
@@ -105,6 +106,21 @@ def propose(config: Config, world: int, machine: Machine, most: int = 5) -> list
             f"more GPUs, or a smaller data.seq_length or batch.global"
         )
     return sorted(found, key=lambda proposal: proposal.seconds)[:most]
+
+
+def proposals(config: Config, budget: Budget) -> list[str]:
+    """Lines of the layouts proposed for ``parallel.world`` GPUs of the budget's kind.
+
+    Raises:
+        ConfigError: no number of GPUs, or none that suffices.
+    """
+    check_model(config.model, config.mtp)
+    world = config.parallel.world
+    if world is None or world < 1:
+        raise ConfigError(f"parallel.world={world}: estimate.propose needs the number of GPUs, as in parallel.world=64")
+    gpu = GPUS[budget.gpu]
+    machine = Machine(budget.gpu, gpu.memory, gpu.peak * budget.mfu, *BANDWIDTHS[budget.gpu])
+    return table(propose(config, world, machine, budget.propose), machine)
 
 
 def cuts(config: Config, stages: int) -> Config | None:

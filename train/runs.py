@@ -77,7 +77,8 @@ def steps_done(config: Config, topology: Topology) -> int:
             )
     if state["layout"] != vars(topology):
         before = state["layout"]
-        sizes = ", ".join(f"{key} {size} (was {before[key]})" for key, size in vars(topology).items() if size != before[key])
+        now = vars(topology).items()
+        sizes = ", ".join(f"{key} {size} (was {before.get(key)})" for key, size in now if size != before.get(key))
         raise ConfigError(
             f"run.name={name} was trained on another layout: {sizes}: resume it as before, or choose another run.name"
         )

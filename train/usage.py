@@ -33,6 +33,7 @@ EXAMPLES = {
         ("estimate -cn qwen3_next_80b_a3b", "the recipe on the GPUs that it is made for"),
         ("estimate -cn qwen3_32b parallel.tensor=4 estimate.price=2", "another layout, with money"),
         ("estimate -cn qwen3_next_80b_a3b estimate.compare=true", "beside Qwen3-32B and Qwen3-30B-A3B"),
+        ("estimate -cn qwen3_next_80b_a3b parallel.world=64 estimate.propose=5", "layouts that fit 64 GPUs"),
     ),
     "prepare": (("prepare input=texts/ output=corpora/mine", "a directory of text, JSON lines or parquet"),),
     "evaluate": (("evaluate run=mine samples=256", "more held-out text than while training"),),

@@ -8,9 +8,10 @@ import pytest
 from model.config import ModelConfig
 from model.cost import forward_flops, training_flops
 from parallel.topology import microbatches, resolve
-from train.__main__ import compose
+from train.__main__ import compose, run
 from train.config import BatchConfig, Config, DataConfig
-from train.propose import FIT, Machine, candidates, cuts, predict, propose, table
+from train.estimate import GPUS
+from train.propose import BANDWIDTHS, FIT, Machine, candidates, cuts, predict, propose, table
 from train.settings import ConfigError
 
 CONFIG = Config(
@@ -112,6 +113,22 @@ def test_what_fits_nowhere_is_refused() -> None:
         propose(replace(CONFIG, model=replace(CONFIG.model, repeats=1), batch=BatchConfig(global_=7)), WORLD, GPU)
     odd = replace(CONFIG, model=replace(CONFIG.model, vocab_size=4095))
     assert {proposal.topology.tensor for proposal in propose(odd, WORLD, GPU, most=100)} == {1}
+
+
+def test_the_command(capsys) -> None:
+    asked = ["estimate", "-cn", "qwen3_next_80b_a3b", "estimate.propose=3"]
+    assert run([*asked, "parallel.world=64"]) == 0
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert title.startswith("64 H200")
+    assert len(lines) == 3
+    with pytest.raises(ConfigError, match="no layout of 8 H200 fits"):
+        run([*asked, "parallel.world=8"])
+    with pytest.raises(ConfigError, match="parallel.world=None: estimate.propose needs the number of GPUs"):
+        run([*asked, "parallel.world=null"])
+
+
+def test_every_gpu_has_its_bandwidths() -> None:
+    assert BANDWIDTHS.keys() == GPUS.keys()
 
 
 def test_the_table_names_time_memory_and_settings(proposals) -> None:
