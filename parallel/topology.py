@@ -30,7 +30,9 @@ class ParallelConfig:
     context: int = _setting(1, "processes that share each sequence")
     expert: int | str = _setting("auto", "processes that share a layer's experts, or auto")
     recompute: str = _setting("none", "what the backward pass computes again to save memory: none, selective or full")
-    recompute_modules: tuple[str, ...] = _setting(RECOMPUTABLE, "selective: parts of layers that are computed again")
+    recompute_modules: tuple[str, ...] = _setting(
+        (), "selective: which of attention, deltanet, experts and norm; empty: all of them"
+    )
     world: int | None = _setting(None, "processes of the whole job; null takes what is started")
 
 

@@ -54,7 +54,7 @@ class Budget:
     gpu: str = _setting("H200", "GPU to train on: H100, H200 or B200")
     mfu: float = _setting(0.4, "share of the GPU's dense bfloat16 peak that training reaches")
     price: float | None = _setting(None, "USD a GPU-hour; null: no money is shown")
-    propose: int = _setting(0, "layouts for parallel.world GPUs to propose in place of the estimate, fastest first")
+    propose: int = _setting(0, "instead, so many layouts for parallel.world GPUs, fastest first")
     compare: bool = _setting(False, "also Qwen3-Next's published comparison with Qwen3-32B and Qwen3-30B-A3B")
 
 

@@ -6,7 +6,7 @@ from model import activations, cost
 from model.activations import ELEMENT_BYTES
 from model.config import HEAD_CHUNK, LAYER, MTP_PATTERN, ModelConfig
 from parallel import memory
-from parallel.topology import ParallelConfig, Topology, TopologyError, microbatches
+from parallel.topology import RECOMPUTABLE, ParallelConfig, Topology, TopologyError, microbatches
 from train.config import Config
 from train.settings import ConfigError
 
@@ -48,7 +48,7 @@ def planned_vocab(config: Config, topology: Topology) -> int:
 
 def recomputed(parallel: ParallelConfig) -> frozenset[str]:
     """The parts of the model that are computed again in the backward pass."""
-    parts = {"none": (), "selective": parallel.recompute_modules, "full": (LAYER,)}
+    parts = {"none": (), "selective": parallel.recompute_modules or RECOMPUTABLE, "full": (LAYER,)}
     return frozenset(parts[parallel.recompute])
 
 

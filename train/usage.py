@@ -23,7 +23,7 @@ SUMMARIES = {
 }
 EXAMPLES = {
     "train": (
-        ("train", "the default recipe, tiny, on what this machine has"),
+        ("train", "the default recipe: tiny"),
         ("train -cn tiny_512e run.steps=5", "another recipe, one setting changed"),
         ("train run.name=mine seed=1 optim=wsd", "a named run, another group choice"),
         ("train data.corpus=corpora/mine", "on a corpus made by prepare"),
@@ -33,7 +33,7 @@ EXAMPLES = {
         ("estimate -cn qwen3_next_80b_a3b", "the recipe on the GPUs that it is made for"),
         ("estimate -cn qwen3_32b parallel.tensor=4 estimate.price=2", "another layout, with money"),
         ("estimate -cn qwen3_next_80b_a3b estimate.compare=true", "beside Qwen3-32B and Qwen3-30B-A3B"),
-        ("estimate -cn qwen3_next_80b_a3b parallel.world=64 estimate.propose=5", "layouts that fit 64 GPUs"),
+        ("estimate -cn qwen3_next_80b_a3b estimate.propose=5", "the fastest layouts for as many GPUs"),
     ),
     "prepare": (("prepare input=texts/ output=corpora/mine", "a directory of text, JSON lines or parquet"),),
     "evaluate": (("evaluate run=mine samples=256", "more held-out text than while training"),),

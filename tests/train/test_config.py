@@ -8,7 +8,7 @@ import yaml
 
 from data.errors import CorpusError
 from model.config import ModelError
-from parallel.topology import TopologyError
+from parallel.topology import ParallelConfig, TopologyError
 from train.config import (
     Config,
     EvaluateConfig,
@@ -21,6 +21,7 @@ from train.config import (
     load_config,
     save_config,
 )
+from train.footprint import recomputed
 from train.settings import ConfigError, from_dict, settings, to_dict
 
 
@@ -55,6 +56,13 @@ def test_round_trip_through_a_dict_and_through_yaml(config):
     ramp = changed(config, "batch.schedule", [[1000, 32], [2000, 64]])
     assert from_dict(Config, yaml.safe_load(yaml.safe_dump(to_dict(ramp)))) == ramp
     assert to_dict(config)["batch"] == {"global": 16, "micro": 8, "schedule": [], "length_schedule": []}
+
+
+def test_recomputed_parts():
+    assert recomputed(ParallelConfig()) == set()
+    assert recomputed(ParallelConfig(recompute="full")) == {"layer"}
+    assert recomputed(ParallelConfig(recompute="selective")) == {"attention", "deltanet", "experts", "norm"}
+    assert recomputed(ParallelConfig(recompute="selective", recompute_modules=("norm",))) == {"norm"}
 
 
 def test_check_returns_the_layout(config):
