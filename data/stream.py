@@ -121,9 +121,9 @@ class Loader:
     """Steps of training: each a list of this rank's microbatches, read ahead by one thread.
 
     Step n holds the samples `schedule.samples(n)` in every layout; microbatch m of a rank has `micro_batch` of
-    them, from the first + (m * world + rank) * micro_batch on. `rank` and `world` count data-parallel ranks. The state is `step`, the number of the next step. Close it when done
-    (it is a context manager); the stream belongs to it until then. A reading error is raised where its step
-    is asked for.
+    them, from the first + (m * world + rank) * micro_batch on. `rank` and `world` count
+    data-parallel ranks. The state is `step`, the number of the next step. Close it when done (it is a context
+    manager); the stream belongs to it until then. A reading error is raised where its step is asked for.
     """
 
     def __init__(
