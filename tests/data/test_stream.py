@@ -176,6 +176,27 @@ def test_resuming_at_a_step_equals_going_on(stream: TokenStream, corpus: Corpus)
         assert loader.step == 10
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_schedule_deals_out_the_same_samples_in_order(stream: TokenStream, world: int) -> None:
+    schedule = BatchSchedule(((0, 4), (6, 8)), ((0, SEQ // 2), (8, SEQ)))
+    loaders = [Loader(stream, schedule, 2, rank, world) for rank in range(world)]
+    inputs, micro_batches = [], []
+    for _ in range(4):
+        steps = [next(loader) for loader in loaders]
+        micro_batches.append(len(steps[0]))
+        for batches in zip(*steps, strict=True):
+            inputs += [batch.tokens[:, :-1].flatten() for batch in batches]
+    resumed = [Loader(stream, schedule, 2, rank, world, start_step=3) for rank in range(world)]
+    for loader, step in zip(resumed, steps, strict=True):
+        assert_equal_batches(next(loader), step)
+    for loader in [*loaders, *resumed]:
+        loader.close()
+    # Four samples twice, then eight twice; the first eight are cut in halves, which hold the same tokens.
+    assert micro_batches == [2 // world, 2 // world, 4 // world, 4 // world]
+    expected = np.concatenate([stream.sample(index).tokens[:-1] for index in range(24)])
+    assert torch.cat(inputs).numpy().tolist() == expected.tolist()
+
+
 def test_batches_have_the_documented_shapes(stream: TokenStream) -> None:
     with Loader(stream, BatchSchedule.constant(12), 3, rank=0, world=2) as loader:
         batches = next(loader)

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from data.batches import Batch
 from data.config import PrepareConfig
 from data.prepare import prepare
-from train.evaluate import unigram_entropy
+from train.evaluate import in_groups, unigram_entropy
 from train.generate import choose
 from train.loop import due
 from train.speed import matmul_rate
@@ -200,6 +201,15 @@ def test_choose() -> None:
 def test_unigram_entropy() -> None:
     assert unigram_entropy(torch.tensor([5, 5, 0, 5, 5])) == pytest.approx(1.3862943611)
     assert unigram_entropy(torch.tensor([7, 0])) == 0.0
+
+
+def test_in_groups_fills_up_with_padding() -> None:
+    batches = [Batch(torch.full((2, 5), number), torch.zeros(2, 5, dtype=torch.int32)) for number in range(5)]
+    groups = list(in_groups(batches, 2))
+    assert [len(group) for group in groups] == [2, 2, 2]
+    assert [batch for group in groups for batch in group][:5] == batches
+    assert groups[2][1].num_samples == 0
+    assert list(in_groups(batches, 1)) == [[batch] for batch in batches]
 
 
 def test_due() -> None:
