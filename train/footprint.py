@@ -76,6 +76,7 @@ def footprint(config: Config, topology: Topology, vocab_size: int, pipeline_rank
     steps = microbatches(topology, config.batch.global_, config.batch.micro)
     held = memory.state_bytes(weights, topology, element)
     held["activations"] = _activations(config, topology, vocab_size, pipeline_rank, steps)
+    held["a layer computed again"] = _recomputed_bytes(config, topology, pipeline_rank)
     held["head's working space"] = _head_bytes(config, topology, vocab_size, pipeline_rank)
     traffic = memory.gradient_traffic(weights, topology, element)
     traffic |= _layer_traffic(config, topology, pipeline_rank, steps)
@@ -116,6 +117,19 @@ def _activations(config: Config, topology: Topology, vocab_size: int, pipeline_r
         for number in numbers
     ]
     return memory.in_flight(topology, pipeline_rank, steps) * sum(each) / len(each)
+
+
+def _recomputed_bytes(config: Config, topology: Topology, pipeline_rank: int) -> float:
+    """What the backward pass brings back of the layer that it is in: the most of any layer of the process."""
+    model, length, parts = config.model, config.data.seq_length, recomputed(config.parallel)
+    symbols = "".join(model.stages[number] for number in stage_numbers(topology, pipeline_rank))
+    kept = {
+        symbol: [
+            activations.layer_bytes(symbol, model, length, topology.tensor, again) for again in (frozenset(), parts)
+        ]
+        for symbol in set(symbols)
+    }
+    return _tokens(config, topology) * max(whole - part for whole, part in kept.values())
 
 
 def _head_bytes(config: Config, topology: Topology, vocab_size: int, pipeline_rank: int) -> float:

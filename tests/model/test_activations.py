@@ -10,6 +10,7 @@ from model.batch import MicroBatch, count_targets
 from model.config import LAYER, ModelConfig, MtpConfig
 from model.network import LanguageModel
 from model.stack import hybrid_config
+from parallel.topology import RECOMPUTABLE
 
 ROWS, LENGTH, VOCAB = 2, 128, 512
 SHAPE = ModelConfig(
@@ -77,6 +78,7 @@ PLAIN = {"attention_gate": False, "shared_expert_size": 0}
         ("GEGEGE*E", 1, {}, ("experts",)),
         ("EEEE", 0, {}, ("experts",)),
         ("****", 0, {}, ("attention",)),
+        ("GEGEGE*E", 1, {}, RECOMPUTABLE),
     ],
 )
 def test_the_formula_is_what_autograd_keeps(groups, pattern, steps, changes, recompute) -> None:

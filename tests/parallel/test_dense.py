@@ -1,0 +1,59 @@
+"""A plain transformer (dense layers, attention without a gate, mixtures without a shared expert) in parts."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from megatron.core import parallel_state
+
+from parallel import groups as process_groups
+from parallel.topology import ParallelConfig
+from tests.dist import run_ranks
+from tests.parallel.tiny import MODEL, build_tiny, part_of, random_batch, start_engine, tiny_config
+from train import metrics
+from train.config import BatchConfig
+from train.loop import step_metrics, train_step
+
+PLAIN = replace(MODEL, pattern="*-*E", attention_gate=False, shared_expert_size=0, dense_size=96, experts_per_token=8)
+CUT = replace(PLAIN, pattern="*-|*E")
+LAYOUTS = {
+    "TP2": (PLAIN, ParallelConfig(tensor=2, expert=1)),
+    "TP2xEP2": (PLAIN, ParallelConfig(tensor=2, expert=2)),
+    "EP2": (PLAIN, ParallelConfig(expert=2)),
+    "CP2": (PLAIN, ParallelConfig(context=2, expert=1)),
+    "PP2": (CUT, ParallelConfig(pipeline=2, expert=1)),
+}
+STEPS = 5
+
+
+def trajectories(layouts: dict) -> dict[str, list[dict[str, float]]]:
+    """Metrics of a few steps in each layout; all experts are active, so that rounding tips no choice."""
+    process_groups.start(torch.device("cpu"))
+    found = {}
+    for name, (model, parallel) in layouts.items():
+        job = build_tiny(tiny_config(model, parallel))
+        data = job.groups.dp
+        job = replace(job, config=replace(job.config, batch=BatchConfig(global_=8, micro=8 // data.size())))
+        engine, found[name] = start_engine(job), []
+        for step in range(STEPS):
+            outputs, norm = train_step(job, engine, [part_of(random_batch(8, step), data.rank(), data.size())], 3e-3)
+            found[name].append(step_metrics(job, outputs, job.take_router_losses()) | {metrics.GRAD_NORM: norm})
+        parallel_state.destroy_model_parallel()
+    return found
+
+
+@pytest.fixture(scope="module")
+def results() -> tuple[list, dict]:
+    reference = run_ranks(trajectories, 1, {"one": (PLAIN, ParallelConfig())})[0]["one"]
+    return reference, run_ranks(trajectories, 2, LAYOUTS)[0]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_trains_as_one_process_does(results, name: str) -> None:
+    reference, found = results
+    assert reference[0][metrics.LM_LOSS] - reference[-1][metrics.LM_LOSS] > 0.1
+    for step, (ours, expected) in enumerate(zip(found[name], reference, strict=True)):
+        for metric, value in expected.items():
+            # Sums in another order: 2e-7 at first, and AdamW amplifies it; gradient norms are the most sensitive.
+            tolerance = 3e-4 if metric == metrics.GRAD_NORM else 2e-5
+            assert ours[metric] == pytest.approx(value, rel=tolerance), f"{metric} at step {step + 1}"
