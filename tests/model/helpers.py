@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from model.batch import MicroBatch, count_targets
 from model.config import ModelConfig
 
 # Twins compute the same sums in another order: at float64 they differ by some 1e-16 times the number of terms and
@@ -98,3 +99,30 @@ def assert_module_twin(
     x, weights = hidden.detach().clone().requires_grad_(), weights_of(module)
     results.append(_with_gradients(slow(x, weights), {"input": x, **weights}))
     _assert_all_close(*results, tolerance)
+
+
+def kept_bytes(network: nn.Module, rows: int, length: int, part: int = 0, parts: int = 1) -> int:
+    """Bytes of all storages that the graph of a forward pass over packed documents keeps, parameters left out.
+
+    Args:
+        part, parts: which of equal parts of each sequence this process has.
+    """
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, network.vocab_size, (rows, length + 1), generator=generator)
+    documents = torch.zeros_like(tokens)
+    documents[:, length // 2 :] = 1
+    counts = count_targets(documents, network.config.mtp.steps)
+    batch = MicroBatch.build(tokens, documents, counts, part, parts)
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+    kept = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage  # held here too, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        losses = network(batch)
+        assert losses.total.requires_grad
+    return sum(storage.nbytes() for storage in kept.values())

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from model.activations import stage_bytes
-from model.batch import MicroBatch, count_targets
 from model.config import LAYER, ModelConfig, MtpConfig
 from model.network import LanguageModel
 from model.stack import hybrid_config
 from parallel.topology import RECOMPUTABLE
+from tests.model.helpers import kept_bytes
 
 ROWS, LENGTH, VOCAB = 2, 128, 512
 SHAPE = ModelConfig(
@@ -31,33 +31,12 @@ SHAPE = ModelConfig(
 )
 
 
-def kept_bytes(network: LanguageModel, steps: int) -> int:
-    """Bytes of all storages that the graph of a forward pass over packed documents keeps, parameters left out."""
-    tokens = torch.randint(0, VOCAB, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(0))
-    documents = torch.zeros_like(tokens)
-    documents[:, LENGTH // 2 :] = 1
-    batch = MicroBatch.build(tokens, documents, count_targets(documents, steps))
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
-    kept = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage  # held here too, so that no address is used twice
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        losses = network(batch)
-        assert losses.total.requires_grad
-    return sum(storage.nbytes() for storage in kept.values())
-
-
 def measured(shape: ModelConfig, mtp: MtpConfig, recompute: frozenset[str], groups) -> int:
     network = LanguageModel(hybrid_config(shape, mtp, recompute=recompute), VOCAB, groups)
     torch.manual_seed(0)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    return kept_bytes(network, mtp.steps)
+    return kept_bytes(network, ROWS, LENGTH)
 
 
 PLAIN = {"attention_gate": False, "shared_expert_size": 0}
