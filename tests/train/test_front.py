@@ -79,8 +79,10 @@ class Front:
         os.killpg(self.process.pid, number)
 
     def end(self) -> tuple[int, list[str], str]:
-        """Exit code, further lines on stdout, stderr; no worker may be left."""
+        """Exit code, further lines on stdout, what stderr says after its greeting; no worker may be left."""
         out, err = self.process.communicate(timeout=60)
+        greeting, _, err = err.partition("\n")
+        assert greeting == "starting 2 processes"
         assert not any(psutil.pid_exists(int(worker[2])) for worker in self.workers)
         return self.process.returncode, sorted(out.splitlines()), err
 
