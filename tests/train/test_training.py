@@ -98,7 +98,7 @@ def test_a_run_is_repeatable_bit_for_bit_and_keeps_the_contract_of_its_directory
     commands.train("second")
     assert commands.losses("first") == commands.losses("second")
     assert [entry["step"] for entry in commands.metrics("first")] == [1, 2, 3, 4]
-    assert CONTRACT <= set(commands.metrics("first")[0])
+    assert set(commands.metrics("first")[0]) >= CONTRACT
     assert "heldout_unigram_entropy" in commands.metrics("first")[-1]
     assert "unigram entropy" in output and "held-out lm_loss" in output
     assert (commands.runs / "first" / "config.yaml").is_file()
