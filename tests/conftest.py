@@ -1,6 +1,17 @@
 """What all tests share: GPU tests skip, with their reason, where there is no GPU."""
 
+import signal
+
 import pytest
+
+
+def pytest_configure() -> None:
+    """Lets Ctrl-C through to the commands under test where pytest itself was started in a shell's background.
+
+    Such a process ignores SIGINT, and so would every process that it starts.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
