@@ -21,9 +21,7 @@ from model.norm import at_least_float32
 from parallel.collectives import earlier_parts
 
 
-def causal_conv(
-    x_RLC: Tensor, weight_CW: Tensor, documents: Documents, before_RWC: Tensor | None = None
-) -> Tensor:
+def causal_conv(x_RLC: Tensor, weight_CW: Tensor, documents: Documents, before_RWC: Tensor | None = None) -> Tensor:
     """Depthwise causal convolution over time that starts anew at each document: out_t = sum_j w[W-1-j] x_{t-j}.
 
     Args:

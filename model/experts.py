@@ -80,7 +80,7 @@ def invert(order: Tensor) -> Tensor:
 
 
 class Experts(MegatronModule):
-    """This rank's routed experts as two stacked weights: gate and up [E, 2F, H], down [E, H, F]."""
+    """This rank's routed experts as two stacked weights: gate and up [E, 2, F, H], down [E, H, F]."""
 
     def __init__(self, config, pg_collection):
         super().__init__(config=config)
@@ -88,7 +88,7 @@ class Experts(MegatronModule):
         self.ep_group, self.dp_group = pg_collection.ep, pg_collection.expt_dp
         self.local = shape.experts // self.ep_group.size()
         dtype = config.params_dtype
-        self.weight1 = nn.Parameter(torch.empty(self.local, 2 * shape.expert_size, config.hidden_size, dtype=dtype))
+        self.weight1 = nn.Parameter(torch.empty(self.local, 2, shape.expert_size, config.hidden_size, dtype=dtype))
         self.weight2 = nn.Parameter(torch.empty(self.local, config.hidden_size, shape.expert_size, dtype=dtype))
         for weight in (self.weight1, self.weight2):
             # megatron-core's mark of a parameter reduced over its expert-data-parallel group, not over all of
@@ -98,7 +98,7 @@ class Experts(MegatronModule):
     @recomputable("experts")
     def forward(self, x_NH: Tensor, counts_E: Tensor) -> Tensor:
         """SwiGLU of each row by its expert; rows sorted by expert."""
-        gate, up = grouped_linear(x_NH, self.weight1, counts_E).chunk(2, dim=-1)
+        gate, up = grouped_linear(x_NH, self.weight1.flatten(1, 2), counts_E).chunk(2, dim=-1)
         return grouped_linear(F.silu(gate) * up, self.weight2, counts_E)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets=(), metadata=None):

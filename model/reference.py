@@ -203,7 +203,7 @@ def experts(
     x_TH: Tensor, chosen: list[list[int]], shares: list[list[Tensor]], weight1: Tensor, weight2: Tensor
 ) -> Tensor:
     """Each token through each of its experts: sum_k share_k * swiglu_k(x)."""
-    first, second = weight1.unbind(), weight2.unbind()
+    first, second = weight1.flatten(1, 2).unbind(), weight2.unbind()
     out = []
     for x, indices, token_shares in zip(x_TH, chosen, shares, strict=True):
         visits = zip(indices, token_shares, strict=True)

@@ -79,7 +79,7 @@ def mixture_weights(own: Weights) -> Weights:
     gate, up = own["shared_expert.linear_fc1.weight"].unflatten(0, (-1, 2)).unbind(1)
     return {
         "gate.weight": own["router.weight"],
-        "experts.gate_up_proj": own["experts.weight1"],
+        "experts.gate_up_proj": own["experts.weight1"].flatten(1, 2),
         "experts.down_proj": own["experts.weight2"],
         "shared_expert.gate_proj.weight": gate,
         "shared_expert.up_proj.weight": up,

@@ -90,11 +90,11 @@ def test_experts_without_tokens_get_no_gradient(groups) -> None:
         assert idle == [True, False, True, True, False, True]
 
 
-def test_expert_holds_gate_rows_before_up_rows(groups) -> None:
+def test_expert_holds_its_gate_and_then_its_up_projection(groups) -> None:
     module = Experts(hybrid_config(SMALL, MtpConfig()), groups).double()
     randomise(module)
-    x, width = normal(1, SMALL.hidden_size), SMALL.expert_size
-    gate, up = x[0] @ module.weight1[2, :width].T, x[0] @ module.weight1[2, width:].T
+    x = normal(1, SMALL.hidden_size)
+    gate, up = x[0] @ module.weight1[2, 0].T, x[0] @ module.weight1[2, 1].T
     expected = module.weight2[2] @ (gate * torch.sigmoid(gate) * up)
     out = module(x, torch.tensor([0, 0, 1, 0, 0, 0]))
     assert_close(out[0], expected, FLOAT64_TOLERANCE, "the output")

@@ -76,7 +76,7 @@ def test_no_two_parameters_share_their_numbers(fresh: Callable) -> None:
         assert start not in seen, f"{name} and {seen[start]}"
         seen[start] = name
     experts = network.decoder.layers[1].mlp.experts.weight1
-    assert len({round(expert[0, 0].item(), 9) for expert in experts}) == FLOAT32.experts
+    assert len({round(expert[0, 0, 0].item(), 9) for expert in experts}) == FLOAT32.experts
 
 
 @pytest.mark.parametrize("size", [2, 3])
