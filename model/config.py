@@ -65,8 +65,6 @@ class ModelConfig:
     expert_size: int = _setting(64, "hidden width of a routed expert")
     shared_expert_size: int = _setting(64, "hidden width of the shared expert; 0: none")
     dense_size: int = _setting(256, "hidden width of a dense layer")
-    balance_weight: float = _setting(1e-3, "weight of the load-balancing loss; a balanced layer adds 1.0 x weight")
-    z_weight: float = _setting(0.0, "weight of the router's z-loss, the mean of logsumexp(logits)^2 per layer")
     norm_eps: float = _setting(1e-6, "epsilon of every RMSNorm")
     init_std: float = _setting(0.02, "standard deviation of linear and embedding weights at the start")
     dtype: str = _setting("float32", "parameter and activation type: float32 or bfloat16")
@@ -94,6 +92,14 @@ class MtpConfig:
 
     steps: int = _setting(2, "tokens predicted beyond the next one; 0 trains no MTP layer")
     weight: float = _setting(0.3, "weight of the MTP loss (the mean over its steps) beside the next-token loss")
+
+
+@dataclass(frozen=True)
+class BalanceConfig:
+    """What keeps the load of experts even."""
+
+    weight: float = _setting(1e-3, "weight of the load-balancing loss; a balanced layer adds 1.0 x weight")
+    z_weight: float = _setting(0.0, "weight of the router's z-loss, the mean of logsumexp(logits)^2 per layer")
 
 
 def check_model(model: ModelConfig, mtp: MtpConfig) -> None:

@@ -306,12 +306,14 @@ def language_model(
     return states, balance
 
 
-def loss(weights: Weights, batch: MicroBatch, shape: ModelConfig, mtp: MtpConfig, table: Tensor) -> Tensor:
+def loss(
+    weights: Weights, batch: MicroBatch, shape: ModelConfig, mtp: MtpConfig, balance_weight: float, table: Tensor
+) -> Tensor:
     """What training minimises: next token + mtp.weight * mean of the MTP steps + balance_weight * balance."""
     states, balance = language_model(weights, batch, shape, mtp, table)
     means = [
         (cross_entropies(state, weights["output_layer.weight"], target) * weight).sum()
         for state, target, weight in zip(states, batch.targets_KT, batch.weights_KT, strict=True)
     ]
-    total = means[0] + shape.balance_weight * balance
+    total = means[0] + balance_weight * balance
     return total + mtp.weight * sum(means[1:]) / mtp.steps if mtp.steps else total

@@ -47,7 +47,7 @@ class Router(MegatronModule):
         super().__init__(config=config)
         self.num_experts = config.shape.experts
         self.k = config.shape.experts_per_token
-        self.balance_weight, self.z_weight = config.shape.balance_weight, config.shape.z_weight
+        self.balance_weight, self.z_weight = config.balance.weight, config.balance.z_weight
         self.tp_group = pg_collection.tp
         self.balance_group = pg_collection.tp_dp_cp
         self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size, dtype=torch.float32))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from model.attention import GatedAttention, GatedAttentionSubmodules
 from model.backends import ReplicatedLinear, column_linear, row_linear
-from model.config import LAYER, MTP_PATTERN, ModelConfig, MtpConfig
+from model.config import LAYER, MTP_PATTERN, BalanceConfig, ModelConfig, MtpConfig
 from model.deltanet import GatedDeltaNet, GatedDeltaNetSubmodules
 from model.dense import Dense, SwiGLUSubmodules
 from model.experts import MixtureOfExperts
@@ -55,6 +55,7 @@ class HybridConfig(TransformerConfig):
 
     shape: ModelConfig | None = None
     mtp: MtpConfig | None = None
+    balance: BalanceConfig | None = None
     recompute: frozenset[str] = frozenset()  # parts computed again in the backward pass (`model.recompute`)
 
 
@@ -103,6 +104,7 @@ def hybrid_config(
     virtual: int = 1,
     context: int = 1,
     recompute: Iterable[str] = (),
+    balance: BalanceConfig = BalanceConfig(),  # noqa: B008
 ) -> HybridConfig:
     """megatron-core's configuration of the model for a layout.
 
@@ -114,6 +116,7 @@ def hybrid_config(
     return HybridConfig(
         shape=shape,
         mtp=mtp,
+        balance=balance,
         recompute=frozenset(recompute),
         num_layers=len(shape.layers),
         hidden_size=shape.hidden_size,

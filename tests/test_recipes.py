@@ -71,7 +71,7 @@ def test_qwen3_next_80b_a3b_has_the_published_numbers():
     assert (model.linear_key_dim, model.linear_value_dim, model.conv_kernel) == (128, 128, 4)
     assert (model.experts, model.experts_per_token, model.expert_size) == (512, 10, 512)
     assert model.shared_expert_size == 512
-    assert (model.norm_eps, model.init_std, model.balance_weight) == (1e-6, 0.02, 1e-3)
+    assert (model.norm_eps, model.init_std, config.balance.weight) == (1e-6, 0.02, 1e-3)
     assert model.dtype == "bfloat16"
     assert config.mtp.steps == 1
     assert config.parallel.expert == 64

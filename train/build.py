@@ -102,6 +102,7 @@ def build_chunks(
         topology.virtual,
         topology.context,
         recomputed(config.parallel),
+        config.balance,
     )
     last = topology.pipeline * topology.virtual - 1
     numbers = [chunk * topology.pipeline + groups.pp.rank() for chunk in range(topology.virtual)]

@@ -9,7 +9,7 @@ import yaml
 from data.batches import BatchSchedule
 from data.config import DataConfig, check_data
 from data.errors import CorpusError
-from model.config import ModelConfig, ModelError, MtpConfig, check_model
+from model.config import BalanceConfig, ModelConfig, ModelError, MtpConfig, check_model
 from parallel.topology import ParallelConfig, Topology, TopologyError, check_length, microbatches, resolve
 from train.settings import ConfigError, from_dict, hint, leaves, to_dict
 
@@ -91,6 +91,7 @@ class Config:
     batch: BatchConfig = field(default_factory=BatchConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     mtp: MtpConfig = field(default_factory=MtpConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)

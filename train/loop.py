@@ -64,7 +64,7 @@ def step_metrics(job: Job, outputs: list[Losses], router_losses: torch.Tensor) -
     addends[1 + steps :] = router_losses
     lm_loss, *mtp_losses, balance, z = sum_over_all(addends).tolist()
     layers = max(1, config.model.layers.count("E") + (steps > 0))
-    loss = lm_loss + config.model.balance_weight * balance + config.model.z_weight * z
+    loss = lm_loss + config.balance.weight * balance + config.balance.z_weight * z
     if mtp_losses:
         loss += config.mtp.weight * sum(mtp_losses) / steps
     values = {metrics.LOSS: loss, metrics.LM_LOSS: lm_loss}

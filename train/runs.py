@@ -15,7 +15,16 @@ from train.settings import ConfigError, leaves, to_dict
 
 STATE_FILE = "state.json"
 # What a resumed run may not change: the checkpoint or the meaning of its step depends on it.
-FIXED = ("seed", "data.seq_length", "batch.global", "batch.schedule", "batch.length_schedule", "model.", "mtp.")
+FIXED = (
+    "seed",
+    "data.seq_length",
+    "batch.global",
+    "batch.schedule",
+    "batch.length_schedule",
+    "model.",
+    "mtp.",
+    "balance.",
+)
 
 
 def checkpoint_path(run: Path, step: int) -> Path:

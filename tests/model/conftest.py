@@ -8,13 +8,13 @@ import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from model.config import ModelConfig, MtpConfig
+from model.config import BalanceConfig, ModelConfig, MtpConfig
 from model.network import LanguageModel
 from model.stack import hybrid_config
 from parallel import compat
 from parallel import groups as process_groups
 from parallel.topology import Topology
-from tests.model.helpers import randomise
+from tests.model.helpers import BALANCE, randomise
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,10 @@ def build(groups: ProcessGroupCollection) -> Callable[..., LanguageModel]:
     float64 makes everything float64, what is otherwise kept in float32 too.
     """
 
-    def make(shape: ModelConfig, mtp: MtpConfig, vocab_size: int = 40, seed: int = 0) -> LanguageModel:
-        network = LanguageModel(hybrid_config(shape, mtp), vocab_size, groups)
+    def make(
+        shape: ModelConfig, mtp: MtpConfig, vocab_size: int = 40, seed: int = 0, balance: BalanceConfig = BALANCE
+    ) -> LanguageModel:
+        network = LanguageModel(hybrid_config(shape, mtp, balance=balance), vocab_size, groups)
         if shape.dtype == "float64":
             network.double()
         randomise(network, seed)

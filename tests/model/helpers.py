@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from model.batch import MicroBatch, count_targets
-from model.config import ModelConfig
+from model.config import BalanceConfig, ModelConfig
 
 # Twins compute the same sums in another order: at float64 they differ by some 1e-16 times the number of terms and
 # the condition of the intermediate systems. A wrong mask, scale or index shows as 1e-3 or more.
@@ -26,9 +26,9 @@ SMALL = ModelConfig(
     experts_per_token=2,
     expert_size=10,
     shared_expert_size=6,
-    balance_weight=0.1,
     dtype="float64",
 )
+BALANCE = BalanceConfig(weight=0.1)
 
 
 def ids_from_starts(length: int, *starts: Sequence[int]) -> Tensor:

@@ -34,5 +34,5 @@ def test_a_plain_transformer_equals_its_twin(build) -> None:
     # The twin takes half of the fast path's own float32 table.
     table = rotary_table(batch.documents.position_RL, shape.rotary_dim, shape.rope_base)
     table = table[..., : shape.rotary_dim // 2].double()
-    expected = reference.loss(weights_of(network), batch, shape, mtp, table)
+    expected = reference.loss(weights_of(network), batch, shape, mtp, 0.0, table)
     assert_close(network(batch).total.detach(), expected.detach(), FLOAT64_TOLERANCE, "the loss")

@@ -9,8 +9,8 @@ import torch
 from model import reference
 from model.attention import rotary_table
 from model.batch import MicroBatch, count_targets
-from model.config import MtpConfig
-from tests.model.helpers import FLOAT64_TOLERANCE, SMALL, assert_close, ids_from_starts, weights_of
+from model.config import BalanceConfig, MtpConfig
+from tests.model.helpers import BALANCE, FLOAT64_TOLERANCE, SMALL, assert_close, ids_from_starts, weights_of
 
 VOCAB = 40
 
@@ -44,7 +44,7 @@ def test_losses_and_all_gradients_equal_the_twin(build: Callable, pattern: str, 
     losses.total.backward()
     weights = weights_of(network)
     states, balance = reference.language_model(weights, batch, shape, mtp, half_table(batch))
-    expected = reference.loss(weights, batch, shape, mtp, half_table(batch))
+    expected = reference.loss(weights, batch, shape, mtp, BALANCE.weight, half_table(batch))
     expected.backward()
 
     entropies = torch.stack(
@@ -57,7 +57,7 @@ def test_losses_and_all_gradients_equal_the_twin(build: Callable, pattern: str, 
     assert_close(losses.by_step, (entropies * batch.weights_KT).sum(dim=1), FLOAT64_TOLERANCE, "losses of the steps")
     assert_close(network.take_router_losses()[0], balance, FLOAT64_TOLERANCE, "balance loss")
     # The balance losses reach the gradient through the layers, not through the total.
-    assert_close(losses.total, expected - shape.balance_weight * balance, FLOAT64_TOLERANCE, "total loss")
+    assert_close(losses.total, expected - BALANCE.weight * balance, FLOAT64_TOLERANCE, "total loss")
     for name, parameter in network.named_parameters():
         assert weights[name].grad.abs().max() > 0, name
         assert_close(parameter.grad, weights[name].grad, FLOAT64_TOLERANCE, f"gradient of {name}")
@@ -98,8 +98,8 @@ def test_packed_documents_give_the_logits_of_each_alone(build: Callable) -> None
 
 def test_packed_documents_give_the_gradient_of_each_alone(build: Callable) -> None:
     # The balance loss sees the batch as a whole, by intent.
-    shape, mtp = replace(SMALL, pattern="GE*E", balance_weight=0.0), MtpConfig(steps=2)
-    network = build(shape, mtp, VOCAB)
+    shape, mtp = replace(SMALL, pattern="GE*E"), MtpConfig(steps=2)
+    network = build(shape, mtp, VOCAB, balance=BalanceConfig(weight=0.0))
     tokens = random_tokens(*PACKED.shape, seed=1)
     network(micro_batch(tokens, PACKED, steps=2)).total.backward()
     together = {name: parameter.grad.clone() for name, parameter in network.named_parameters()}
@@ -114,8 +114,8 @@ def test_packed_documents_give_the_gradient_of_each_alone(build: Callable) -> No
 
 
 def test_rows_may_be_split_into_micro_batches(build: Callable) -> None:
-    shape, mtp = replace(SMALL, pattern="GE*E", balance_weight=0.0), MtpConfig(steps=2)
-    network = build(shape, mtp, VOCAB)
+    shape, mtp = replace(SMALL, pattern="GE*E"), MtpConfig(steps=2)
+    network = build(shape, mtp, VOCAB, balance=BalanceConfig(weight=0.0))
     ids = ids_from_starts(30, [7], [1, 20], [], [15])
     tokens, counts = random_tokens(*ids.shape), count_targets(ids, 2)
     whole = network(micro_batch(tokens, ids, steps=2))

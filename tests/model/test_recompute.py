@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from model.attention import GatedAttention
-from model.config import LAYER, MtpConfig
+from model.config import LAYER, BalanceConfig, MtpConfig
 from model.deltanet import GatedDeltaNet
 from model.experts import Experts
 from model.network import LanguageModel
@@ -20,7 +20,8 @@ from tests.model.helpers import FLOAT64_TOLERANCE, SMALL, assert_close, ids_from
 from tests.model.test_network import VOCAB, micro_batch, random_tokens
 
 MTP = MtpConfig(steps=2, weight=0.3)
-SHAPE = replace(SMALL, pattern="GE*E", z_weight=0.1)
+SHAPE = replace(SMALL, pattern="GE*E")
+BALANCE = BalanceConfig(weight=0.1, z_weight=0.1)
 # The method that is marked for each part.
 MARKED = {
     LAYER: (Layer, "compute"),
@@ -32,13 +33,13 @@ MARKED = {
 
 
 @contextmanager
-def kept_bytes() -> Iterator[dict[int, int]]:
-    """Bytes of each storage that the forward pass keeps for the backward pass, by address."""
-    storages: dict[int, int] = {}
+def kept_storages() -> Iterator[dict[int, torch.UntypedStorage]]:
+    """The storages that the forward pass keeps for the backward pass, by address; held, so that none is used twice."""
+    storages: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
+        storages[storage.data_ptr()] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -51,18 +52,18 @@ def run(network: LanguageModel, parts: set[str]) -> tuple[dict[str, torch.Tensor
     network.zero_grad()
     ids = ids_from_starts(20, [3, 4, 11], [])
     ids[1, -3:] = -1
-    with kept_bytes() as storages:
+    with kept_storages() as storages:
         losses = network(micro_batch(random_tokens(*ids.shape), ids, MTP.steps))
         before = network.take_router_losses().clone()
     losses.total.backward()
     found = {"total": losses.total.detach(), "router losses": before + network.take_router_losses()}
     found |= {name: parameter.grad.clone() for name, parameter in network.named_parameters()}
-    return found, sum(storages.values())
+    return found, sum(storage.nbytes() for storage in storages.values())
 
 
 @pytest.mark.parametrize("parts", [{LAYER}, set(RECOMPUTABLE), *({part} for part in RECOMPUTABLE)], ids=str)
 def test_losses_and_gradients_stay_and_less_is_kept(build: Callable, parts: set[str]) -> None:
-    network = build(SHAPE, MTP, VOCAB)
+    network = build(SHAPE, MTP, VOCAB, balance=BALANCE)
     expected, everything = run(network, set())
     found, kept = run(network, parts)
     assert kept < everything
@@ -74,13 +75,13 @@ def test_losses_and_gradients_stay_and_less_is_kept(build: Callable, parts: set[
 
 
 def test_a_whole_layer_keeps_least(build: Callable) -> None:
-    network = build(SHAPE, MTP, VOCAB)
+    network = build(SHAPE, MTP, VOCAB, balance=BALANCE)
     none, parts, layers = (run(network, chosen)[1] for chosen in (set(), set(RECOMPUTABLE), {LAYER}))
     assert layers < 0.6 * parts < 0.6 * none
 
 
 def test_nothing_is_recomputed_without_gradients(build: Callable) -> None:
-    network = build(SHAPE, MTP, VOCAB)
+    network = build(SHAPE, MTP, VOCAB, balance=BALANCE)
     network.config.recompute = frozenset({LAYER})
     ids = ids_from_starts(20, [3])
     with torch.no_grad():
@@ -92,7 +93,7 @@ def test_nothing_is_recomputed_without_gradients(build: Callable) -> None:
 def test_every_part_that_can_be_named_is_marked(build: Callable, part: str) -> None:
     """A marked method runs once when it is not named, twice when it is."""
     owner, name = MARKED[part]
-    network = build(SHAPE, MtpConfig(steps=0), VOCAB)
+    network = build(SHAPE, MtpConfig(steps=0), VOCAB, balance=BALANCE)
     module = next(module for module in network.modules() if isinstance(module, owner))
     calls = []
     marked = getattr(owner, name).__wrapped__

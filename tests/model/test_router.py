@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from model import reference
-from model.config import MtpConfig
+from model.config import BalanceConfig, MtpConfig
 from model.router import Router, normalise_rows, route, z_loss
 from model.stack import hybrid_config
-from tests.model.helpers import FLOAT64_TOLERANCE, SMALL, assert_close, assert_twins, randomise
+from tests.model.helpers import BALANCE, FLOAT64_TOLERANCE, SMALL, assert_close, assert_twins, randomise
 
 TOKENS = 14
 
@@ -28,8 +28,9 @@ def token_weights() -> torch.Tensor:
 
 @pytest.fixture
 def make_router(groups) -> Callable[..., Router]:
-    def make(**changes) -> Router:
-        router = Router(hybrid_config(replace(SMALL, **changes), MtpConfig()), groups).double()
+    def make(balance: BalanceConfig = BALANCE, **changes) -> Router:
+        config = hybrid_config(replace(SMALL, **changes), MtpConfig(), balance=balance)
+        router = Router(config, groups).double()
         randomise(router)
         return router
 
@@ -65,7 +66,7 @@ def test_z_loss() -> None:
 
 
 def test_forward_hangs_the_z_loss_onto_the_weights(make_router: Callable) -> None:
-    router = make_router(balance_weight=0.0, z_weight=0.5)
+    router = make_router(BalanceConfig(weight=0.0, z_weight=0.5))
     hidden = normal(TOKENS, SMALL.hidden_size, seed=5)
     weights, _ = router(hidden, token_weights())
     (weights.sum() * 0).backward()
@@ -112,8 +113,8 @@ def test_padding_alone_scores_zero(make_router: Callable) -> None:
 
 
 def test_forward_hangs_the_balance_loss_onto_the_weights(make_router: Callable) -> None:
-    """The router's gradient is that of the weights' use plus balance_weight times the loss's, whatever the use."""
-    router, hidden = make_router(balance_weight=0.25), normal(TOKENS, SMALL.hidden_size)
+    """The router's gradient is that of the weights' use plus the weight times the loss's, whatever the use."""
+    router, hidden = make_router(BalanceConfig(weight=0.25)), normal(TOKENS, SMALL.hidden_size)
     use = normal(TOKENS, SMALL.experts_per_token, seed=1)
     weights, _ = router(hidden, token_weights())
     (found,) = torch.autograd.grad((weights * use).sum(), router.weight)

@@ -17,7 +17,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 
 from model import cost, deltanet
 from model.batch import count_targets
-from model.config import ModelConfig
+from model.config import BalanceConfig, ModelConfig
 from parallel import groups as process_groups
 from parallel.engine_megatron import _finalize, run_schedule
 from parallel.topology import ParallelConfig
@@ -98,9 +98,10 @@ MICRO_BATCHED = [
 ]
 
 
-def _job(case: Case, **model) -> Job:
+def _job(case: Case, balance_weight: float = 0.01, **model) -> Job:
     deltanet.passes_states = cost.passes_states if case.states is None else lambda *_: case.states
-    job = build_tiny(tiny_config(replace(case.model, **model), case.parallel))
+    balance = BalanceConfig(weight=balance_weight, z_weight=0.001)
+    job = build_tiny(tiny_config(replace(case.model, **model), case.parallel, balance=balance))
     micro = ROWS // job.groups.dp.size() // case.micro_batches
     return replace(job, config=replace(job.config, batch=BatchConfig(global_=ROWS, micro=micro)))
 
@@ -125,7 +126,7 @@ def _trajectory(case: Case, experts_per_token: int) -> list[dict[str, float]]:
 
 def _gradients(case: Case, balance_weight: float) -> list[tuple]:
     """(name, shape of the whole, where this part starts, gradient) of every parameter of this rank, in float64."""
-    job = _job(case, dtype="float64", balance_weight=balance_weight)
+    job = _job(case, balance_weight, dtype="float64")
     chunks = [chunk.double() for chunk in fill(job)]
     config = chunks[0].config
     config.finalize_model_grads_func = _finalize
@@ -147,7 +148,7 @@ SPARSE, DENSE, GRADIENTS, LM_GRADIENTS = "sparse", "dense", "gradients", "gradie
 COMPUTE = {
     SPARSE: lambda case: _trajectory(case, MODEL.experts_per_token),
     DENSE: lambda case: _trajectory(case, MODEL.experts),
-    GRADIENTS: lambda case: _gradients(case, MODEL.balance_weight),
+    GRADIENTS: lambda case: _gradients(case, 0.01),
     LM_GRADIENTS: lambda case: _gradients(case, balance_weight=0.0),
 }
 PLAN = (

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from data.batches import Batch
-from model.config import ModelConfig, MtpConfig
+from model.config import BalanceConfig, ModelConfig, MtpConfig
 from model.init import initialise
 from model.network import LanguageModel
 from parallel import groups as process_groups
@@ -31,8 +31,6 @@ MODEL = ModelConfig(
     experts_per_token=2,
     expert_size=32,
     shared_expert_size=32,
-    balance_weight=0.01,
-    z_weight=0.001,
 )
 PIPELINED = replace(MODEL, pattern="GEGE|GE*E")
 INTERLEAVED = replace(MODEL, pattern="GE|GE|GE|*E")
@@ -44,6 +42,7 @@ def tiny_config(model: ModelConfig = MODEL, parallel: ParallelConfig = ParallelC
         "data": DataConfig(seq_length=LENGTH),
         "batch": BatchConfig(global_=8, micro=8),
         "mtp": MtpConfig(steps=2),
+        "balance": BalanceConfig(weight=0.01, z_weight=0.001),
         "optim": OptimConfig(lr=3e-3, clip=1.0),
         "run": RunConfig(name="tiny"),
     }
