@@ -55,6 +55,8 @@ class ModelConfig:
     attention_gate: bool = _setting(True, "attention's output gate; false: plain softmax attention")
     rotary_fraction: float = _setting(0.25, "share of head_dim that RoPE rotates")
     rope_base: float = _setting(1e7, "RoPE base (theta)")
+    yarn_factor: float = _setting(1.0, "how many times YaRN stretches the context that RoPE was trained on; 1: not")
+    yarn_original_length: int | None = _setting(None, "YaRN: tokens of the context before it was stretched")
     linear_key_heads: int = _setting(2, "query/key heads of Gated DeltaNet")
     linear_value_heads: int = _setting(4, "value heads of Gated DeltaNet, a multiple of linear_key_heads")
     linear_key_dim: int = _setting(64, "dimensions of a Gated DeltaNet query/key head")
@@ -134,6 +136,13 @@ def check_model(model: ModelConfig, mtp: MtpConfig) -> None:
         raise ModelError(
             f"model.rotary_fraction={model.rotary_fraction} of model.head_dim={model.head_dim} rotates "
             f"{model.rotary_dim} dimensions: RoPE turns pairs, so choose a fraction that gives an even number"
+        )
+    if not 1 <= model.yarn_factor < float("inf"):
+        raise ModelError(f"model.yarn_factor={model.yarn_factor} must be at least 1 (1: RoPE as it is)")
+    if model.yarn_factor > 1 and (model.yarn_original_length or 0) < 1:
+        raise ModelError(
+            f"model.yarn_original_length={model.yarn_original_length} must be the context, in tokens, that the model "
+            f"was trained on before model.yarn_factor={model.yarn_factor} stretches it"
         )
     if not 2 <= model.experts_per_token <= model.experts:
         raise ModelError(

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from model.batch import MicroBatch
 from model.config import MTP_PATTERN, ModelConfig, MtpConfig
+from model.reference_rope import rotary_frequency
 
 Weights = dict[str, Tensor]
 
@@ -112,18 +113,19 @@ def attention(q_RLND: Tensor, k_RLMD: Tensor, v_RLMD: Tensor, ids_RL: Tensor) ->
     return torch.stack(rows)
 
 
-def rotary_table(ids_RL: Tensor, rotary_dim: int, base: float) -> Tensor:
-    """cos and sin of p * base^(-2i / rotary_dim), float64 [2, T, rotary_dim / 2]; p counts from each document's start.
+def rotary_table(ids_RL: Tensor, shape: ModelConfig) -> Tensor:
+    """cos and sin of p * `rotary_frequency`, float64 [2, T, rotary_dim / 2]; p counts from each document's start.
 
-    Su et al., "RoFormer", 2021, section 3.2.2.
+    Both times 0.1 ln(s) + 1, "YaRN", 2023, equation 22.
     """
+    frequencies = [rotary_frequency(i, shape) for i in range(shape.rotary_dim // 2)]
     angles = []
     for ids_L in ids_RL:
         for span in document_spans(ids_L):
             for p in range(span.stop - span.start):
-                angles.append([p * base ** (-2 * i / rotary_dim) for i in range(rotary_dim // 2)])
+                angles.append([p * frequency for frequency in frequencies])
     angle = torch.tensor(angles, dtype=torch.float64)
-    return torch.stack([angle.cos(), angle.sin()])
+    return torch.stack([angle.cos(), angle.sin()]) * (0.1 * math.log(shape.yarn_factor) + 1)
 
 
 def rotate(x_TND: Tensor, table: Tensor) -> Tensor:

@@ -9,6 +9,15 @@ from model.config import ModelConfig
 Weights = dict[str, Tensor]
 
 
+def rope_parameters(shape: ModelConfig) -> dict:
+    """RoPE and YaRN in their terms."""
+    plain = {"rope_theta": shape.rope_base, "partial_rotary_factor": shape.rotary_fraction}
+    if shape.yarn_factor == 1:
+        return {"rope_type": "default", **plain}
+    length = shape.yarn_original_length
+    return {"rope_type": "yarn", "factor": shape.yarn_factor, "original_max_position_embeddings": length, **plain}
+
+
 def hf_config(shape: ModelConfig, vocab_size: int) -> Qwen3NextConfig:
     """Its configuration for a pattern of pairs: a token mixer, then experts."""
     assert shape.layers[1::2] == "E" * (len(shape.layers) // 2)
@@ -20,11 +29,7 @@ def hf_config(shape: ModelConfig, vocab_size: int) -> Qwen3NextConfig:
         num_attention_heads=shape.attention_heads,
         num_key_value_heads=shape.key_value_heads,
         head_dim=shape.head_dim,
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": shape.rope_base,
-            "partial_rotary_factor": shape.rotary_fraction,
-        },
+        rope_parameters=rope_parameters(shape),
         linear_num_key_heads=shape.linear_key_heads,
         linear_num_value_heads=shape.linear_value_heads,
         linear_key_head_dim=shape.linear_key_dim,

@@ -55,6 +55,8 @@ MISTAKES = {
         {"head_dim": 8, "rotary_fraction": 1.5},
         "model.rotary_fraction=1.5 of model.head_dim=8 rotates",
     ),
+    "YaRN that shrinks": ({"yarn_factor": 0.5}, "model.yarn_factor=0.5 must be at least 1"),
+    "YaRN from nothing": ({"yarn_factor": 4.0}, "model.yarn_original_length=None must be the context, in tokens"),
     "rotates less than nothing": ({"head_dim": 8, "rotary_fraction": -0.5}, "rotates -4 dimensions"),
     "too many experts a token": (
         {"experts": 4, "experts_per_token": 5},

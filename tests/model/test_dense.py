@@ -32,7 +32,7 @@ def test_a_plain_transformer_equals_its_twin(build) -> None:
     documents = torch.tensor([[0] * 4 + [1] * 5, [0] * 9])
     batch = MicroBatch.build(tokens, documents, count_targets(documents, 0))
     # The twin takes half of the fast path's own float32 table.
-    table = rotary_table(batch.documents.position_RL, shape.rotary_dim, shape.rope_base)
+    table = rotary_table(batch.documents.position_RL, shape)
     table = table[..., : shape.rotary_dim // 2].double()
     expected = reference.loss(weights_of(network), batch, shape, mtp, 0.0, table)
     assert_close(network(batch).total.detach(), expected.detach(), FLOAT64_TOLERANCE, "the loss")

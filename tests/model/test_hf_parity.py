@@ -70,10 +70,22 @@ def test_gated_delta_net(groups, ratio: int) -> None:
     assert_parity(layer(hidden[:, None], packed_seq_params=documents)[0][:, 0], other(hidden[None])[0])
 
 
+@pytest.mark.parametrize(("factor", "length"), [(1.0, None), (4.0, 262144), (64.0, 4096), (1.5, 100)])
+def test_rotary_angles(factor: float, length: int | None) -> None:
+    shape = replace(SHAPE, head_dim=256, rope_base=1e7, yarn_factor=factor, yarn_original_length=length)
+    position = torch.cat([torch.arange(300), torch.arange(0, 2**20, 9973)])[None]
+    cos, sin = theirs.Qwen3NextRotaryEmbedding(hf.hf_config(shape, VOCAB))(torch.zeros(1), position)
+    # A frequency that is rounded otherwise by 2^-24 turns position 2^20 by 2^-4 more: compared relative to that.
+    tolerance = 1e-6 + 2 * position[0, :, None] * 2.0**-24
+    for ours, expected in zip(rotary_table(position, shape), (cos[0], sin[0]), strict=True):
+        assert ((ours - expected).abs() <= tolerance).all()
+
+
 @torch.no_grad()
+@pytest.mark.parametrize("yarn", [1.0, 4.0])
 @pytest.mark.parametrize("ratio", [1, 2])
-def test_gated_attention(groups, ratio: int) -> None:
-    shape = replace(SHAPE, attention_heads=2 * ratio)
+def test_gated_attention(groups, ratio: int, yarn: float) -> None:
+    shape = replace(SHAPE, attention_heads=2 * ratio, yarn_factor=yarn, yarn_original_length=64)
     submodules = GatedAttentionSubmodules(column_linear, row_linear, ZeroCentredRMSNorm)
     layer = GatedAttention(hybrid_config(shape, MtpConfig()), submodules, 1, groups)
     randomise(layer)
@@ -81,7 +93,7 @@ def test_gated_attention(groups, ratio: int) -> None:
     other = hf.load(theirs.Qwen3NextAttention(config, 0), hf.attention_weights(parameters(layer), shape))
     hidden = hidden_states()
     documents = Documents.from_ids(ids_from_starts(TOKENS, []))
-    table = rotary_table(documents.position_RL, shape.rotary_dim, shape.rope_base)
+    table = rotary_table(documents.position_RL, shape)
     ours = layer(hidden[:, None], rotary_pos_emb=table, packed_seq_params=documents)[0][:, 0]
     angles = theirs.Qwen3NextRotaryEmbedding(config)(hidden[None], torch.arange(TOKENS)[None])
     mask = torch.full((TOKENS, TOKENS), -torch.inf).triu(1)[None, None]

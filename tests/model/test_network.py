@@ -17,7 +17,7 @@ VOCAB = 40
 
 def half_table(batch: MicroBatch) -> torch.Tensor:
     """The rotary table as the twin takes it: the float32 angles of the fast path (see test_attention for those)."""
-    table = rotary_table(batch.documents.position_RL, SMALL.rotary_dim, SMALL.rope_base)
+    table = rotary_table(batch.documents.position_RL, SMALL)
     return table[..., : SMALL.rotary_dim // 2].double()
 
 
