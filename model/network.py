@@ -76,7 +76,6 @@ class LanguageModel(HybridModel):
 
     def trunk(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """This stage's layers: the states [T, 1, H] (after the final norm on the last stage), and the rotary table."""
-        shape = self.config.shape
         rotary = rotary_table(batch.documents.position_RL, self.config.shape)
         hidden = self.decoder(
             hidden_states=self.embed(batch.tokens_KRL[0]) if self.pre_process else None,
