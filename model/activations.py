@@ -4,6 +4,8 @@ The formulas sum the tensors that the torch backend's modules save; `tests/model
 with what autograd really holds. They leave out what does not grow with a width (indices, masks of tokens).
 """
 
+from functools import partial
+
 from model.config import DELTA_CHUNK, LAYER, MTP_PATTERN, ModelConfig, MtpConfig
 
 FLOAT32_BYTES = 4
@@ -40,9 +42,10 @@ def _attention(shape: ModelConfig, seq_length: int, element: int, recompute: fro
     return kept, 0 if "attention" in recompute else element * seq_length
 
 
-def _mixture(shape: ModelConfig, element: int, recompute: frozenset[str]) -> float:
+def _mixture(shape: ModelConfig, element: int, recompute: frozenset[str], expert_tensor: int) -> float:
     shared = shape.shared_expert_size
-    routed = 2 * element * shape.hidden_size
+    # A token's rows as experts read them - all holders of an expert's parts do - and as the mixture reads them.
+    routed = (expert_tensor + 1) * element * shape.hidden_size
     if "experts" not in recompute:
         routed += 4 * element * shape.expert_size
     scores = 2 * FLOAT32_BYTES * shape.experts + FLOAT32_BYTES * shape.hidden_size
@@ -51,12 +54,14 @@ def _mixture(shape: ModelConfig, element: int, recompute: frozenset[str]) -> flo
     )
 
 
-def layer_bytes(symbol: str, shape: ModelConfig, seq_length: int, tensor: int, recompute: frozenset[str]) -> float:
+def layer_bytes(
+    symbol: str, shape: ModelConfig, seq_length: int, tensor: int, recompute: frozenset[str], expert_tensor: int = 1
+) -> float:
     """Bytes that one layer keeps for each token of this process's part of the sequence.
 
     Args:
         seq_length: tokens of a whole sequence. tensor: tensor-parallel processes.
-        recompute: parts that are computed again, or {LAYER}.
+        recompute: parts that are computed again, or {LAYER}. expert_tensor: processes that share an expert's width.
     """
     element, hidden = ELEMENT_BYTES[shape.dtype], shape.hidden_size
     if LAYER in recompute:
@@ -72,7 +77,7 @@ def layer_bytes(symbol: str, shape: ModelConfig, seq_length: int, tensor: int, r
     else:
         # The router reads a float32 copy; only a shared expert reads the normed input itself.
         reads = element * hidden if shape.shared_expert_size and element < FLOAT32_BYTES else 0
-        kept += reads + _mixture(shape, element, recompute)
+        kept += reads + _mixture(shape, element, recompute, expert_tensor)
     return kept / tensor + whole
 
 
@@ -86,17 +91,21 @@ def stage_bytes(
     tensor: int,
     recompute: frozenset[str],
     last: bool,
+    expert_tensor: int = 1,
 ) -> float:
     """Bytes that a pipeline stage keeps for one micro-batch of ``tokens`` tokens on this process.
 
     On the last stage the head keeps the gradients of its states and, for each prediction step, of its own weights.
     """
     element, hidden = ELEMENT_BYTES[shape.dtype], shape.hidden_size
-    kept = sum(layer_bytes(symbol, shape, seq_length, tensor, recompute) for symbol in symbols)
+    each = partial(
+        layer_bytes, shape=shape, seq_length=seq_length, tensor=tensor, recompute=recompute, expert_tensor=expert_tensor
+    )
+    kept = sum(each(symbol) for symbol in symbols)
     if not last:
         return kept * tokens
     kept += _norm(hidden, element, recompute) / tensor
-    step = sum(layer_bytes(symbol, shape, seq_length, tensor, recompute) for symbol in MTP_PATTERN)
+    step = sum(each(symbol) for symbol in MTP_PATTERN)
     step += (3 * _norm(hidden, element, recompute) + 2 * element * hidden) / tensor
     kept += mtp.steps * step + (1 + mtp.steps) * element * hidden
     return kept * tokens + (1 + mtp.steps) * element * vocab_size * hidden / tensor

@@ -3,7 +3,7 @@
 Rows are moved by gathers only, forwards and backwards (a scatter-add would be slower and, on a GPU, not
 reproducible): sorting T*K assignments by expert is a permutation, and the inverse of a permutation is a gather.
 
-Shape suffixes: T tokens, K experts per token, N = T*K rows, E local experts, H hidden, F width of an expert.
+Shape suffixes: T tokens, K experts per token, N = T*K rows, E local experts, H hidden, F local width of an expert.
 """
 
 from functools import partial
@@ -19,6 +19,8 @@ from model.norm import at_least_float32
 from model.recompute import recomputable
 from model.router import Router
 from parallel.collectives import exchange_rows, gather_counts
+
+WIDTH_DIM = 2  # of both weights of the experts
 
 
 class _LoopedLinear(torch.autograd.Function):
@@ -79,34 +81,53 @@ def invert(order: Tensor) -> Tensor:
     return inverse
 
 
+def repeat_parts(x: Tensor, sizes: list[int], copies: int) -> Tensor:
+    """Each of the parts of x of these sizes, ``copies`` times in a row."""
+    return x if copies == 1 else torch.cat([part for part in x.split(sizes) for _ in range(copies)])
+
+
+def add_parts(x: Tensor, sizes: list[int], copies: int) -> Tensor:
+    """The way back of `repeat_parts`: the sum of the ``copies`` of each part."""
+    if copies == 1:
+        return x
+    parts = x.split([size * copies for size in sizes])
+    return torch.cat([part.view(copies, size, -1).sum(dim=0) for part, size in zip(parts, sizes, strict=True)])
+
+
 class Experts(MegatronModule):
-    """This rank's routed experts as two stacked weights: gate and up [E, 2, F, H], down [E, H, F]."""
+    """This rank's part of the routed experts as two stacked weights: gate and up [E, 2, F, H], down [E, H, F].
+
+    Experts are spread over the expert-parallel group, and the width of each over the expert-tensor-parallel group.
+    """
 
     def __init__(self, config, pg_collection):
         super().__init__(config=config)
         shape = config.shape
-        self.ep_group, self.dp_group = pg_collection.ep, pg_collection.expt_dp
+        self.ep_group, self.etp_group, self.dp_group = pg_collection.ep, pg_collection.expt_tp, pg_collection.expt_dp
         self.local = shape.experts // self.ep_group.size()
-        dtype = config.params_dtype
-        self.weight1 = nn.Parameter(torch.empty(self.local, 2, shape.expert_size, config.hidden_size, dtype=dtype))
-        self.weight2 = nn.Parameter(torch.empty(self.local, config.hidden_size, shape.expert_size, dtype=dtype))
+        width, hidden, dtype = shape.expert_size // self.etp_group.size(), config.hidden_size, config.params_dtype
+        self.weight1 = nn.Parameter(torch.empty(self.local, 2, width, hidden, dtype=dtype))
+        self.weight2 = nn.Parameter(torch.empty(self.local, hidden, width, dtype=dtype))
         for weight in (self.weight1, self.weight2):
             # megatron-core's mark of a parameter reduced over its expert-data-parallel group, not over all of
             # data parallel. Tensor ranks count too: each routes its own slice of the sequence.
-            weight.allreduce = self.ep_group.size() == 1 and pg_collection.tp.size() == 1
+            weight.allreduce = pg_collection.tp_ep.size() == 1 and pg_collection.tp.size() == 1
+            # Its part of the gradient's norm is every process's own.
+            weight.tensor_model_parallel, weight.partition_dim, weight.partition_stride = True, WIDTH_DIM, 1
 
     @recomputable("experts")
     def forward(self, x_NH: Tensor, counts_E: Tensor) -> Tensor:
-        """SwiGLU of each row by its expert; rows sorted by expert."""
+        """SwiGLU of each row by its expert; rows sorted by expert. An addend where the width is spread."""
         gate, up = grouped_linear(x_NH, self.weight1.flatten(1, 2), counts_E).chunk(2, dim=-1)
         return grouped_linear(F.silu(gate) * up, self.weight2, counts_E)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets=(), metadata=None):
-        """One tensor of all experts, cut along the expert dimension."""
-        ep, replica = self.ep_group, (0, 0, self.dp_group.rank())
+        """One tensor of all experts, cut along the experts and along their width."""
+        cuts = [(dim, group.rank(), group.size()) for dim, group in ((0, self.ep_group), (WIDTH_DIM, self.etp_group))]
+        replica = (0, 0, self.dp_group.rank())
         return {
             f"{prefix}{name}": ShardedTensor.from_rank_offsets(
-                f"{prefix}{name}", weight, *sharded_offsets, (0, ep.rank(), ep.size()), replica_id=replica
+                f"{prefix}{name}", weight, *sharded_offsets, *cuts, replica_id=replica
             )
             for name, weight in self.named_parameters()
         }
@@ -131,8 +152,9 @@ class MixtureOfExperts(MegatronModule):
 
     def __init__(self, config, submodules, pg_collection, is_mtp_layer: bool = False, name=None):
         super().__init__(config=config)
-        self.ep_group = pg_collection.ep
         self.tp_group = pg_collection.tp
+        # The holders of all experts between them, those of one expert's parts next to each other.
+        self.owner_group = pg_collection.tp_ep
         self.router = Router(config, pg_collection)
         self.experts = Experts(config, pg_collection)
         has_shared = config.shape.shared_expert_size > 0
@@ -155,21 +177,27 @@ class MixtureOfExperts(MegatronModule):
         inverse = invert(order).view(experts.shape)
         counts = torch.bincount(experts.flatten(), minlength=self.router.num_experts)
         rows = _GatherRows.apply(flat, order // experts.shape[1], inverse)
-        out = self.experts_over_group(rows, counts) if self.ep_group.size() > 1 else self.experts(rows, counts)
+        out = self.experts_over_group(rows, counts) if self.owner_group.size() > 1 else self.experts(rows, counts)
         copies = permute(out, inverse.flatten(), order).view(*experts.shape, -1)
         mixed = (copies * weights.to(copies.dtype)[..., None]).sum(dim=1).view_as(hidden_states)
         return (mixed + self.shared_expert(hidden_states) if self.shared_expert else mixed), None
 
     def experts_over_group(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """Sends rows (sorted by global expert) to the ranks that hold their experts, and the results back."""
-        ep, local = self.ep_group, self.experts.local
-        sent = counts.view(ep.size(), local)
-        received = gather_counts(sent, ep)[:, ep.rank()]
-        send, receive = torch.stack([sent.sum(1), received.sum(1)]).tolist()
-        arrived = exchange_rows(rows, send, receive, ep)
+        """Sends rows (sorted by global expert) to the ranks that hold their experts, and the results back.
+
+        Where several hold parts of an expert, each gets its rows and returns addends: as much traffic as a gather and
+        a reduce-scatter among them, in the exchanges that are there anyway.
+        """
+        group, local, copies = self.owner_group, self.experts.local, self.experts.etp_group.size()
+        sent = counts.view(-1, local)
+        received = gather_counts(sent, group)[:, self.experts.ep_group.rank()]
+        sizes = torch.cat([sent.sum(1), received.sum(1)]).tolist()
+        parts, receive = sizes[: len(sent)], sizes[len(sent) :]
+        send = [size for size in parts for _ in range(copies)]
+        arrived = exchange_rows(repeat_parts(rows, parts, copies), send, receive, group)
         # Rows arrive ordered by (source, expert); the grouped products want them by expert.
-        expert = torch.arange(local, device=rows.device).repeat(ep.size()).repeat_interleave(received.flatten())
+        expert = torch.arange(local, device=rows.device).repeat(group.size()).repeat_interleave(received.flatten())
         order = expert.argsort(stable=True)
         inverse = invert(order)
         out = self.experts(permute(arrived, order, inverse), received.sum(0))
-        return exchange_rows(permute(out, inverse, order), receive, send, ep)
+        return add_parts(exchange_rows(permute(out, inverse, order), receive, send, group), parts, copies)

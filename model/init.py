@@ -72,16 +72,13 @@ def _rule_for(name: str, table: dict[str, Callable]) -> Callable:
 
 
 def _draw(entry: ShardedTensor, draw: Callable, seed: int) -> Tensor:
-    """This rank's part of a parameter; experts one by one, everything else whole and then cut."""
-    device = entry.data.device
-    shape, offset = entry.global_shape, entry.global_offset
+    """This rank's part of a parameter: drawn whole and then cut, experts one by one."""
+    device, shape = entry.data.device, entry.global_shape
+    part = tuple(slice(start, start + size) for start, size in zip(entry.global_offset, entry.local_shape, strict=True))
     if ".experts." in entry.key:
-        first = offset[0]
-        each = range(first, first + entry.local_shape[0])
-        return torch.stack([draw(shape[1:], _generator(seed, f"{entry.key}/{index}", device)) for index in each])
-    whole = draw(shape, _generator(seed, entry.key, device))
-    part = tuple(slice(start, start + size) for start, size in zip(offset, entry.local_shape, strict=True))
-    return whole[part]
+        each = (_generator(seed, f"{entry.key}/{index}", device) for index in range(part[0].start, part[0].stop))
+        return torch.stack([draw(shape[1:], generator)[part[1:]] for generator in each])
+    return draw(shape, _generator(seed, entry.key, device))[part]
 
 
 @torch.no_grad()

@@ -105,6 +105,7 @@ def hybrid_config(
     context: int = 1,
     recompute: Iterable[str] = (),
     balance: BalanceConfig = BalanceConfig(),  # noqa: B008
+    expert_tensor: int = 1,
 ) -> HybridConfig:
     """megatron-core's configuration of the model for a layout.
 
@@ -142,7 +143,7 @@ def hybrid_config(
         batch_p2p_comm=virtual == 1,
         context_parallel_size=context,
         expert_model_parallel_size=expert,
-        expert_tensor_parallel_size=1,
+        expert_tensor_parallel_size=expert_tensor,
         deallocate_pipeline_outputs=pipeline > 1,
         **ALWAYS,
     )

@@ -42,7 +42,7 @@ def lay_out(topology: Topology) -> ProcessGroupCollection:
         virtual_pipeline_model_parallel_size=topology.virtual if topology.virtual > 1 else None,
         context_parallel_size=topology.context,
         expert_model_parallel_size=topology.expert,
-        expert_tensor_parallel_size=1,
+        expert_tensor_parallel_size=topology.expert_tensor,
         create_gloo_process_groups=dist.get_backend() != "fake",  # real ones would wait for the other processes
     )
     return ProcessGroupCollection.use_mpu_process_groups()

@@ -23,7 +23,7 @@ class Weight(Protocol):
 
 def held(weight: Weight, topology: Topology) -> float:
     """Numbers of a parameter that one process of its pipeline stage holds."""
-    return weight.numel / {TENSOR: topology.tensor, EXPERT: topology.expert}.get(weight.cut, 1)
+    return weight.numel / {TENSOR: topology.tensor, EXPERT: topology.expert_owners}.get(weight.cut, 1)
 
 
 def replicas(weight: Weight, topology: Topology) -> int:
@@ -32,8 +32,8 @@ def replicas(weight: Weight, topology: Topology) -> int:
     Tensor and context ranks route tokens of their own, so experts are spread over them too. Where nothing spreads
     them, they are parameters like the others.
     """
-    if weight.cut == EXPERT and (topology.expert > 1 or topology.tensor > 1):
-        return topology.world // topology.pipeline // topology.expert
+    if weight.cut == EXPERT and (topology.expert_owners > 1 or topology.tensor > 1):
+        return topology.world // topology.pipeline // topology.expert_owners
     return topology.data * topology.context
 
 
@@ -92,8 +92,10 @@ def gradient_traffic(weights: Iterable[Weight], topology: Topology, element: int
 
 def expert_traffic(rows: float, row_bytes: float, topology: Topology, recomputed: bool) -> float:
     """Bytes that a process sends in a mixture's exchanges: rows there and back, forwards, again if the layer is
-    computed again, and backwards. ``rows`` are its tokens times the experts of each."""
-    return (6 if recomputed else 4) * ring_bytes(rows * row_bytes, topology.expert)
+    computed again, and backwards. ``rows`` are its tokens times the experts of each; every holder of a part of an
+    expert gets them."""
+    sent = rows * row_bytes * topology.expert_tensor
+    return (6 if recomputed else 4) * ring_bytes(sent, topology.expert_owners)
 
 
 def tensor_traffic(states: float, topology: Topology, recomputed: bool) -> float:

@@ -1,8 +1,9 @@
 """Which process holds what: the sizes of each kind of parallelism, checked against the model and the batch.
 
 A job has ``world`` processes = tensor x pipeline x context x data. A pattern of v x pipeline stages is interleaved: a
-process holds v stages, every pipeline-th one. Experts are spread over ``expert`` of the data-parallel processes;
-``expert=auto`` takes the largest size that divides both the experts and the data-parallel width.
+process holds v stages, every pipeline-th one. Experts are spread over ``expert`` x ``expert_tensor`` of the
+processes of a pipeline stage, whole or in parts; ``expert=auto`` takes the largest size that divides both the experts
+and those processes.
 """
 
 import math
@@ -29,6 +30,7 @@ class ParallelConfig:
     pipeline: int = _setting(1, "processes that share the layers; the pattern has as many stages, or a multiple")
     context: int = _setting(1, "processes that share each sequence")
     expert: int | str = _setting("auto", "processes that share a layer's experts, or auto")
+    expert_tensor: int = _setting(1, "processes that share each expert's width")
     recompute: str = _setting("none", "what the backward pass computes again to save memory: none, selective or full")
     recompute_modules: tuple[str, ...] = _setting(
         (), "selective: which of attention, deltanet, experts and norm; empty: all of them"
@@ -47,6 +49,20 @@ class Topology:
     expert: int
     data: int
     virtual: int = 1  # pipeline stages of one process
+    expert_tensor: int = 1
+
+    @property
+    def expert_owners(self) -> int:
+        """Processes that hold a layer's experts between them."""
+        return self.expert * self.expert_tensor
+
+    def __str__(self) -> str:
+        stages = f" ({self.virtual} stages each)" if self.virtual > 1 else ""
+        parts = f", each in {self.expert_tensor} parts" if self.expert_tensor > 1 else ""
+        return (
+            f"{self.world} = tensor {self.tensor} x pipeline {self.pipeline}{stages} x context {self.context} x data "
+            f"{self.data}; experts over {self.expert_owners}{parts}"
+        )
 
 
 def divisors(number: int) -> list[int]:
@@ -83,7 +99,7 @@ def resolve(parallel: ParallelConfig, model, world: int) -> Topology:
             f"parallel.world={parallel.world} but {world} processes are started: start {parallel.world} "
             f"(NPROC={parallel.world}) or drop parallel.world"
         )
-    for name in ("tensor", "pipeline", "context"):
+    for name in ("tensor", "pipeline", "context", "expert_tensor"):
         if getattr(parallel, name) < 1:
             raise TopologyError(f"parallel.{name}={getattr(parallel, name)} must be at least 1")
     _require_known(parallel.recompute, "parallel.recompute", RECOMPUTE_POLICIES)
@@ -108,18 +124,28 @@ def resolve(parallel: ParallelConfig, model, world: int) -> Topology:
             f"stage{'s' if stages > 1 else ''}: cut the layers with {parallel.pipeline - 1} '|'{many}, or choose "
             f"parallel.pipeline={stages}"
         )
-    data = world // layout
-    # Tensor and context ranks of a stage route tokens of their own, so experts spread over them as well.
-    routing = world // parallel.pipeline
-    expert = parallel.expert
+    data, virtual = world // layout, stages // parallel.pipeline
+    expert = _spread_experts(parallel, model, world // parallel.pipeline)
+    sizes = (parallel.tensor, parallel.pipeline, parallel.context, expert, data, virtual, parallel.expert_tensor)
+    return Topology(world, *sizes)
+
+
+def _spread_experts(parallel: ParallelConfig, model, routing: int) -> int:
+    """Processes that share a layer's experts, of the ``routing`` ones of a pipeline stage.
+
+    Tensor and context ranks of a stage route tokens of their own, so experts spread over them as well.
+    """
+    expert, parts = parallel.expert, parallel.expert_tensor
+    _require_divides(parts, "parallel.expert_tensor", model.expert_size, "model.expert_size")
+    _require_divides(parts, "parallel.expert_tensor", routing, "the processes of a pipeline stage")
     if expert == "auto":
-        expert = math.gcd(routing, model.experts)
+        expert = math.gcd(routing // parts, model.experts)
     if not isinstance(expert, int):
         raise TopologyError(f"parallel.expert={expert!r} is not known: choose a number of processes or auto")
     _require_divides(expert, "parallel.expert", model.experts, "model.experts")
-    _require_divides(expert, "parallel.expert", routing, "the processes of a pipeline stage")
-    virtual = stages // parallel.pipeline
-    return Topology(world, parallel.tensor, parallel.pipeline, parallel.context, expert, data, virtual)
+    holders = "processes" if parts == 1 else "groups of parallel.expert_tensor processes"
+    _require_divides(expert, "parallel.expert", routing // parts, f"the {holders} of a pipeline stage")
+    return expert
 
 
 def check_length(topology: Topology, seq_length: int) -> None:

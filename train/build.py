@@ -103,6 +103,7 @@ def build_chunks(
         topology.context,
         recomputed(config.parallel),
         config.balance,
+        topology.expert_tensor,
     )
     last = topology.pipeline * topology.virtual - 1
     numbers = [chunk * topology.pipeline + groups.pp.rank() for chunk in range(topology.virtual)]

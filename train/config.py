@@ -33,7 +33,6 @@ class RunConfig:
     eval_samples: int = _setting(64, "held-out sequences of one evaluation")
     log_every: int = _setting(10, "steps between logged lines")
     dry_run: bool = _setting(False, "builds one process's part without numbers, says what it would take, and ends")
-    dry_rank: int = _setting(0, "dry run: which process of parallel.world")
     max_time: float | None = _setting(None, "minutes after which the run saves and stops; null: no limit")
 
     @property
@@ -86,6 +85,7 @@ class Config:
     """Everything that decides a training run."""
 
     seed: int = _setting(1234, "seed of the initialisation and of the order of the data")
+    rank: int = _setting(0, "dry run: which process of parallel.world is built")
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
@@ -163,9 +163,8 @@ def check_plan(config: Config, world: int) -> Topology:
     for length in (config.data.seq_length, *(length for _, length in config.batch.length_schedule)):
         _check_divides("batch.length_schedule", length, "data.seq_length", config.data.seq_length)
         check_length(topology, length)
-    if not 0 <= config.run.dry_rank < world:
-        rank = config.run.dry_rank
-        raise ConfigError(f"run.dry_rank={rank} is not one of {world} processes: choose 0 to {world - 1}")
+    if not 0 <= config.rank < world:
+        raise ConfigError(f"rank={config.rank} is not one of {world} processes: choose 0 to {world - 1}")
     return topology
 
 
@@ -194,11 +193,7 @@ def describe(config: Config, topology: Topology) -> list[str]:
     defaults = dict(leaves(to_dict(Config())))
     lines = [f"{path} = {value}" for path, value in chosen.items() if value != defaults[path]]
     batches, length = batch_schedule(config), config.data.seq_length
-    interleaved = f" ({topology.virtual} stages each)" if topology.virtual > 1 else ""
-    lines.append(
-        f"processes: {topology.world} = tensor {topology.tensor} x pipeline {topology.pipeline}{interleaved} x context "
-        f"{topology.context} x data {topology.data}; experts over {topology.expert}"
-    )
+    lines.append(f"processes: {topology}")
     for behind, size in batches.sizes:
         when = f" from {behind * length:,} tokens on" if behind else ""
         lines.append(

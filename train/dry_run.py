@@ -18,8 +18,8 @@ from train.footprint import footprint
 
 
 def dry_run(config: Config, topology: Topology, vocab_size: int) -> str:
-    """What process run.dry_rank of the job would hold, send and compute, as text."""
-    rank = config.run.dry_rank
+    """What process ``rank`` of the job would hold, send and compute, as text."""
+    rank = config.rank
     process_groups.start_fake(rank, topology.world)
     try:
         groups = process_groups.lay_out(topology)
@@ -29,7 +29,7 @@ def dry_run(config: Config, topology: Topology, vocab_size: int) -> str:
         held = sum_parts(allocated_bytes(chunk, groups) for chunk in chunks)
         coordinates = (
             f"process {rank} of {topology.world}: tensor {groups.tp.rank()}, pipeline {groups.pp.rank()}, context "
-            f"{groups.cp.rank()}, data {groups.dp.rank()}; experts part {groups.ep.rank()} of {groups.ep.size()}"
+            f"{groups.cp.rank()}, data {groups.dp.rank()}; experts part {groups.tp_ep.rank()} of {groups.tp_ep.size()}"
         )
         layers = [chunk.decoder.layer_type_list for chunk in chunks]
     finally:

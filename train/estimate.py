@@ -131,9 +131,8 @@ def memory_lines(config: Config, topology: Topology, place: Footprint, gpu: str)
     total, room = sum(place.memory.values()), GPUS[gpu].memory
     fits = "fits" if total < 0.9 * room else "does not fit with a tenth to spare"
     return [
-        f"memory of a GPU: {topology.world} processes = tensor {topology.tensor} x pipeline {topology.pipeline} x "
-        f"context {topology.context} x data {topology.data}; experts over {topology.expert}; micro-batch "
-        f"{config.batch.micro} x {config.data.seq_length}; recompute {config.parallel.recompute}",
+        f"memory of a GPU: processes {topology}; micro-batch {config.batch.micro} x {config.data.seq_length}; "
+        f"recompute {config.parallel.recompute}",
         *table(place.memory.items(), "GiB", GIB),
         *table([("total", total)], "GiB", GIB),
         f"  {fits}: {gpu} has {room / GIB:.0f} GiB; {place.parameters:,} parameters in the fullest process",

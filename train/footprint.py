@@ -113,6 +113,7 @@ def _activations(config: Config, topology: Topology, vocab_size: int, pipeline_r
             topology.tensor,
             recomputed(config.parallel),
             number == len(stages) - 1,
+            topology.expert_tensor,
         )
         for number in numbers
     ]
@@ -125,7 +126,8 @@ def _recomputed_bytes(config: Config, topology: Topology, pipeline_rank: int) ->
     symbols = "".join(model.stages[number] for number in stage_numbers(topology, pipeline_rank))
     kept = {
         symbol: [
-            activations.layer_bytes(symbol, model, length, topology.tensor, again) for again in (frozenset(), parts)
+            activations.layer_bytes(symbol, model, length, topology.tensor, again, topology.expert_tensor)
+            for again in (frozenset(), parts)
         ]
         for symbol in set(symbols)
     }

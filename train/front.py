@@ -7,6 +7,7 @@ reaches only this process, which passes exactly one signal on and waits until th
 
 import dataclasses
 import logging
+import math
 import os
 import signal
 import sys
@@ -55,7 +56,7 @@ def num_processes(needed: int | None = None) -> int:
 def layout_size(parallel: ParallelConfig) -> int:
     """The fewest processes that a layout can run on."""
     expert = parallel.expert if isinstance(parallel.expert, int) else 1
-    return parallel.tensor * parallel.pipeline * parallel.context * expert
+    return parallel.pipeline * math.lcm(parallel.tensor * parallel.context, expert * parallel.expert_tensor)
 
 
 def ensure_corpus(data: DataConfig) -> None:

@@ -27,7 +27,7 @@ REPEATED = {
 }
 # Collectives by the processes that take part, counted in steps of neighbours: who is near talks inside a node.
 WIDTHS = {
-    "expert all-to-all": lambda sizes: sizes.expert,
+    "expert all-to-all": lambda sizes: sizes.expert_owners,
     "tensor gathers and scatters": lambda sizes: sizes.tensor,
     "context exchanges": lambda sizes: sizes.tensor * sizes.context,
     "gradient reduce-scatter": lambda sizes: sizes.world // sizes.pipeline,

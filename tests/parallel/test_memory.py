@@ -40,6 +40,7 @@ CASES = {
     "TP2": (BFLOAT16, ParallelConfig(tensor=2, expert=1)),
     "TP2xEP2": (BFLOAT16, ParallelConfig(tensor=2, expert=2)),
     "CP2": (BFLOAT16, ParallelConfig(context=2, expert=1)),
+    "TP2, experts in 2 parts": (BFLOAT16, ParallelConfig(tensor=2, expert=1, expert_tensor=2)),
     "PP2": (replace(PIPELINED, dtype="bfloat16"), ParallelConfig(pipeline=2)),
     "plain": (
         replace(BFLOAT16, pattern="*-*E", attention_gate=False, shared_expert_size=0),
@@ -134,6 +135,7 @@ ACTIVATIONS = {
     "TP2xEP2": ParallelConfig(tensor=2, expert=2),
     "EP2": ParallelConfig(expert=2),
     "CP2": ParallelConfig(context=2, expert=1),
+    "TP2, experts in 2 parts": ParallelConfig(tensor=2, expert=1, expert_tensor=2),
 }
 PATTERNS = {"GGGG": 0, "****": 0, "EEEE": 0, "----": 0, "GEGEGE*E": 1}  # with the steps of MTP
 WIDE = replace(BFLOAT16, hidden_size=192, head_dim=32, linear_key_dim=48, linear_value_dim=64, expert_size=96)
@@ -151,7 +153,8 @@ def measure_activations() -> dict[tuple[str, str], float]:
         rows, length, context = 2, 128, job.groups.cp
         kept = kept_bytes(job.chunks[0], rows, length, context.rank(), context.size())
         sizes = (length, rows * length // context.size(), parallel.tensor)
-        counted = stage_bytes(pattern, config.model, config.mtp, VOCAB, *sizes, frozenset(), last=True)
+        parts = parallel.expert_tensor
+        counted = stage_bytes(pattern, config.model, config.mtp, VOCAB, *sizes, frozenset(), True, parts)
         ratios[name, pattern] = kept / counted
         parallel_state.destroy_model_parallel()
     return ratios
@@ -184,6 +187,8 @@ def test_state_bytes_by_hand() -> None:
 
 def test_traffic_by_hand() -> None:
     assert memory.expert_traffic(80, 16, TOPOLOGY, recomputed=False) == 4 * 80 * 16 * 7 / 8
+    in_parts = replace(TOPOLOGY, expert=4, expert_tensor=2)  # the same 8 holders, each row to two of them
+    assert memory.expert_traffic(80, 16, in_parts, recomputed=False) == 2 * 4 * 80 * 16 * 7 / 8
     assert memory.tensor_traffic(1000, TOPOLOGY, recomputed=False) == 5 * 500
     assert memory.tensor_traffic(1000, TOPOLOGY, recomputed=True) == 7 * 500
     assert [memory.pipeline_traffic(1000, TOPOLOGY, rank) for rank in range(4)] == [500, 1000, 1000, 500]

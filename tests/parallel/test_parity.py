@@ -73,6 +73,8 @@ LAYOUTS = [
     layout("CP2 by states", 2, states=True, context=2),
     layout("CP2 by heads", 2, states=False, context=2),
     layout("CP2xEP2", 2, context=2, expert=2),
+    layout("DP2, each expert in 2 parts", 2, expert_tensor=2),
+    layout("TP2, each expert in 2 parts", 2, tensor=2, expert_tensor=2),
     layout("EP2, layers recomputed", 2, expert=2, recompute="full"),
     layout("TP2, parts recomputed", 2, tensor=2, recompute="selective"),
     layout("DP4", 4),
@@ -84,6 +86,8 @@ LAYOUTS = [
     layout("EP2xPP2", 4, PIPELINED, expert=2, pipeline=2),
     layout("TP2xCP2", 4, states=True, tensor=2, context=2),
     layout("TP2xPP2", 4, PIPELINED, tensor=2, pipeline=2),
+    layout("TP2xEP2, each expert in 2 parts", 4, tensor=2, expert=2, expert_tensor=2),
+    layout("DP2xPP2, each expert in 2 parts", 4, PIPELINED, pipeline=2, expert_tensor=2),
     layout("TP2xCP2xEP4", 4, tensor=2, context=2, expert=4),
     layout("CP2xPP2xEP2", 4, PIPELINED, context=2, pipeline=2, expert=2),
     layout("DP2xCP2xEP2", 4, states=True, context=2, expert=2),
@@ -169,11 +173,12 @@ def _compute(plan: list[tuple[Case, str]]) -> dict:
 
 
 @pytest.fixture(scope="module")
-def results() -> dict:
-    """(case, kind of result) -> what each rank computed."""
+def results(request) -> dict:
+    """(case, kind of result) -> what each rank computed, for the cases of the tests that were asked for."""
+    asked = [item.callspec.params["case"] for item in request.session.items if "case" in item.fixturenames]
     found = {}
     for world in (1, 2, 4):
-        cases = dict.fromkeys(case for case, _ in PLAN if case.world == world)
+        cases = dict.fromkeys(case for case, _ in PLAN if case.world == world and case in (REFERENCE, *asked))
         # megatron-core's groups are never taken down, and each keeps threads: a few cases a set of processes.
         for few in itertools.batched(cases, CASES_AT_ONCE):
             ranks = run_ranks(_compute, world, [step for step in PLAN if step[0] in few], timeout=300)

@@ -49,10 +49,18 @@ def test_nearest_divisors(number: int, wanted: int, text: str):
         (12, ParallelConfig(), Topology(12, 1, 1, 1, 4, 12)),
         (32, ParallelConfig(), Topology(32, 1, 1, 1, 16, 32)),
         (7, ParallelConfig(), Topology(7, 1, 1, 1, 1, 7)),
+        # Two processes share each expert, so the experts lie on half as many.
+        (8, ParallelConfig(tensor=2, expert_tensor=2), Topology(8, 2, 1, 1, 4, 4, expert_tensor=2)),
     ],
 )
 def test_layout(world: int, parallel: ParallelConfig, expected: Topology):
     assert resolve(parallel, MODEL, world) == expected
+
+
+def test_a_layout_says_what_it_is():
+    topology = resolve(ParallelConfig(tensor=2, expert_tensor=2), MODEL, 8)
+    assert str(topology) == ("8 = tensor 2 x pipeline 1 x context 1 x data 4; experts over 8, each in 2 parts")
+    assert str(resolve(ParallelConfig(), MODEL, 2)) == "2 = tensor 1 x pipeline 1 x context 1 x data 2; experts over 2"
 
 
 def test_layout_of_a_pipeline():
@@ -148,6 +156,19 @@ def test_interleaved_stages_need_rounds_of_microbatches():
             ParallelConfig(expert=4),
             MODEL,
             "parallel.expert=4 does not divide the processes of a pipeline stage=2: choose 1 or 2",
+        ),
+        (
+            3,
+            ParallelConfig(expert_tensor=3),
+            MODEL,
+            "parallel.expert_tensor=3 does not divide model.expert_size=64: choose 1 or 2 or 4",
+        ),
+        (
+            2,
+            ParallelConfig(expert=2, expert_tensor=2),
+            MODEL,
+            "parallel.expert=2 does not divide the groups of parallel.expert_tensor processes of a pipeline stage=1: "
+            "choose 1",
         ),
         (
             2,

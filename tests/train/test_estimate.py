@@ -39,7 +39,7 @@ def test_qwen3_next_80b_a3b(said) -> None:
     assert number(text, "MTP layer, beside the total") == 1.650
     assert number(text, "usual rule") == 22.930
     assert number(text, "without MTP") == pytest.approx(23.156)
-    assert "64 processes = tensor 1 x pipeline 1 x context 1 x data 64; experts over 64" in text
+    assert "processes 64 = tensor 1 x pipeline 1 x context 1 x data 64; experts over 64" in text
 
 
 def test_gpu_hours_and_money(said) -> None:

@@ -178,7 +178,8 @@ def test_nproc_must_be_a_number_of_processes(monkeypatch, text):
 
 def test_layout_size():
     assert front.layout_size(ParallelConfig()) == 1
-    assert front.layout_size(ParallelConfig(tensor=2, pipeline=3, expert=4)) == 24
+    assert front.layout_size(ParallelConfig(tensor=2, pipeline=3, expert=4)) == 12
+    assert front.layout_size(ParallelConfig(tensor=2, context=3, expert=2, expert_tensor=2)) == 12
 
 
 def test_only_a_worker_has_a_world(monkeypatch):
