@@ -15,9 +15,9 @@ from unittest.mock import patch
 import torch
 from torch.distributed import TCPStore
 
-from parallel.quiet import quiet_upstream
-
 GRACE_SECONDS = 2
+# Importing megatron-core takes seconds of a core: one server imports it, and every rank is a fork of that server.
+PRELOADED = "tests.preload"
 
 
 class RankError(AssertionError):
@@ -41,7 +41,6 @@ def _child(environment: dict[str, str], call: bytes, pipe: connection.Connection
     os.setsid()  # a process group of its own, so that what it starts ends with it
     os.environ.update(environment)
     torch.set_num_threads(1)
-    quiet_upstream()  # before the function's module, and megatron-core with it, is imported
     try:
         function, args = pickle.loads(call)
         answer = (True, function(*args))
@@ -96,8 +95,8 @@ def run_ranks(function: Callable, world: int, *args, timeout: float = 120) -> li
     """Calls a module-level function in ``world`` fresh processes and returns their results in order of rank.
 
     Each process has torchrun's environment variables and one thread; the function joins the process group itself
-    (``parallel.groups.start``) if it needs one. Importing megatron-core takes each process seconds: put several
-    checks into one call.
+    (``parallel.groups.start``) if it needs one. The processes are forked from one that has imported our packages and
+    done nothing else: no thread, no process group and no random number is shared.
 
     Args:
         function, args: pickled to the processes, as what the function returns is pickled back.
@@ -105,7 +104,8 @@ def run_ranks(function: Callable, world: int, *args, timeout: float = 120) -> li
     Raises:
         RankError: a rank raised (its traceback is the message), died or outlasted the timeout.
     """
-    context = get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload([PRELOADED])
     patience = datetime.timedelta(seconds=timeout)
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=patience)
     processes, pipes, call = [], [], pickle.dumps((function, args))
@@ -114,7 +114,7 @@ def run_ranks(function: Callable, world: int, *args, timeout: float = 120) -> li
             receiver, sender = context.Pipe(duplex=False)
             arguments = (_environment(rank, world, store.port), call, sender)
             processes.append(context.Process(target=_child, args=arguments))
-            # OpenMP reads its variable when torch is imported, before the child sets anything.
+            # OpenMP reads its variable when the server imports torch, before the child sets anything.
             with patch.dict(os.environ, OMP_NUM_THREADS="1"):
                 processes[-1].start()
             sender.close()
