@@ -183,7 +183,16 @@ def test_the_directory_of_a_checkpoint(straight, runs):
     assert path == runs / "EP2" / "checkpoints" / "step_00000003"
     assert last_checkpoint(runs / "EP2") == path
     assert [entry.name for entry in path.parent.iterdir()] == [path.name], "a partial checkpoint was left behind"
-    layout = {"world": 2, "tensor": 1, "pipeline": 1, "context": 1, "expert": 2, "data": 2, "virtual": 1}
+    layout = {
+        "world": 2,
+        "tensor": 1,
+        "pipeline": 1,
+        "context": 1,
+        "expert": 2,
+        "data": 2,
+        "virtual": 1,
+        "expert_tensor": 1,
+    }
     assert read_state(path) == {"step": HALF, "fingerprint": "fingerprint", "layout": layout}
 
 
