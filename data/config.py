@@ -7,9 +7,17 @@ from pathlib import Path
 from data.corpus import Corpus
 from data.embedded import EMBEDDED, HELDOUT_FRACTION, library_root
 from data.errors import CorpusError
+from data.manifest import is_corpus
+from data.megatron_files import megatron_prefix
+from data.packing import PACKINGS, SPLIT
+from data.pool import ON_CORRUPT, STOP
+from data.remote import is_url, list_files
 from data.tokenizer import EOD_TOKEN, MIN_VOCAB_SIZE
 
 TRAIN_TOKENIZER = "train"
+DIRECT_ENDINGS = (".parquet", ".jsonl", ".arrow")  # of files that are read as they are
+CONTINUE = "continue"
+ON_CHANGE = (STOP, CONTINUE)
 SAMPLE_BY = ("document", "paragraph", "line")
 # Offsets of a shard's documents are 32-bit, and a shard is read whole.
 MAX_SHARD_TOKENS = 2**30
@@ -21,7 +29,47 @@ class DataConfig:
 
     corpus: str = field(
         default=EMBEDDED,
-        metadata={"help": "directory made by prepare, or embedded: the standard-library sources of this Python"},
+        metadata={
+            "help": "directory made by prepare, or embedded: the standard-library sources of this Python; or files "
+            "read as they are: .parquet, .jsonl or .arrow (a directory, a pattern, a URL: s3://..., hf://..., "
+            "https://...), or Megatron's .bin and .idx"
+        },
+    )
+    sources: tuple[tuple[str, float], ...] = field(
+        default=(), metadata={"help": "[[path, weight], ...]: several sources mixed, in place of data.corpus"}
+    )
+    stages: tuple[tuple[int, tuple[float, ...]], ...] = field(
+        default=(),
+        metadata={"help": "[[tokens, [weight, ...]], ...]: from so many tokens on, other weights of the sources"},
+    )
+    subset: float = field(
+        default=1.0, metadata={"help": "share of the documents to train on, chosen by a seeded hash of each"}
+    )
+    subset_seed: int = field(default=0, metadata={"help": "chooses which documents data.subset keeps"})
+    packing: str = field(
+        default=SPLIT,
+        metadata={"help": "documents to samples: split (end to end, then cut) or best_fit (whole where they fit)"},
+    )
+    column: str = field(
+        default="text", metadata={"help": "column of files read as they are: text, or lists of token ids"}
+    )
+    tokenizer: str = field(default="", metadata={"help": "tokenizer.json, or its directory, of files read as they are"})
+    eod_token: str = field(default=EOD_TOKEN, metadata={"help": "the token of data.tokenizer that ends each document"})
+    heldout_fraction: float = field(
+        default=0.01, metadata={"help": "share of files read as they are (by row groups) kept for evaluation"}
+    )
+    workers: int = field(
+        default=0, metadata={"help": "processes that read ahead, for each training process; 0 reads in a thread"}
+    )
+    on_corrupt: str = field(
+        default=STOP,
+        metadata={"help": "a damaged part of a corpus ends the run (stop), or is left out and counted (skip)"},
+    )
+    on_change: str = field(
+        default=STOP,
+        metadata={
+            "help": "resuming on other data, seed or packing is refused (stop), or goes on at that sample (continue)"
+        },
     )
     seq_length: int = field(default=256, metadata={"help": "tokens of a training sample"})
     vocab_size: int = field(
@@ -83,12 +131,58 @@ def check_data(config: DataConfig, mtp_steps: int) -> None:
             f"data.seq_length={config.seq_length} is too short for mtp.steps={mtp_steps}: "
             f"use {mtp_steps + 2} or more, so that every prediction step has a target"
         )
-    if config.corpus != EMBEDDED:
-        Corpus.open(config.corpus)
-        return
-    _check_vocab_size("data.vocab_size", config.vocab_size)
-    library_root()
-    _check_writable(config.cache)
+    _check_choice("data.packing", config.packing, PACKINGS)
+    _check_choice("data.on_corrupt", config.on_corrupt, ON_CORRUPT)
+    _check_choice("data.on_change", config.on_change, ON_CHANGE)
+    if not 0 < config.subset <= 1:
+        raise CorpusError(f"data.subset={config.subset} is out of range: use more than 0, up to 1")
+    if not 0 <= config.heldout_fraction < 1:
+        raise CorpusError(f"data.heldout_fraction={config.heldout_fraction} is out of range: use 0 or more, below 1")
+    for setting, value in (("data.subset_seed", config.subset_seed), ("data.workers", config.workers)):
+        if value < 0:
+            raise CorpusError(f"{setting}={value} is negative: use 0 or more")
+    _check_sources(config)
+    for path, _ in source_paths(config):
+        _check_source(path, config)
+
+
+def source_paths(config: DataConfig) -> tuple[tuple[str, float], ...]:
+    """(path, weight) of each source."""
+    return config.sources or ((config.corpus, 1.0),)
+
+
+def _check_sources(config: DataConfig) -> None:
+    paths = [path for path, _ in config.sources]
+    if len(set(paths)) < len(paths):
+        raise CorpusError(f"data.sources={[list(s) for s in config.sources]} names a source twice: add their weights")
+    if config.stages and len(paths) < 2:
+        raise CorpusError("data.stages are weights over time of several sources: name them in data.sources")
+    begins = [begin for begin, _ in config.stages]
+    if begins != sorted(set(begins)) or min((1, *begins)) < 1:
+        raise CorpusError(f"data.stages must begin at rising numbers of tokens above 0, and begin at {begins}")
+    for weights in (tuple(weight for _, weight in config.sources), *(weights for _, weights in config.stages)):
+        if paths and (
+            len(weights) != len(paths) or not all(0 <= w < float("inf") for w in weights) or not sum(weights)
+        ):
+            raise CorpusError(
+                f"data.sources are {len(paths)}, and {list(weights)} cannot be their weights: give one number of 0 or "
+                f"more for each, not all 0"
+            )
+
+
+def _check_source(path: str, config: DataConfig) -> None:
+    """Refuses a source that is not there; what lies on other machines is asked for when it is opened."""
+    if path == EMBEDDED:
+        _check_vocab_size("data.vocab_size", config.vocab_size)
+        library_root()
+        _check_writable(config.cache)
+    elif is_corpus(Path(path).expanduser()):
+        Corpus.open(path)
+    elif not is_url(path) and megatron_prefix(path) is None:
+        directory = Path(path).expanduser()
+        if directory.is_dir() and not any(directory.iterdir()):
+            raise CorpusError(f"data.corpus={path} is empty: set it to a corpus made by prepare, or to embedded")
+        list_files(path, DIRECT_ENDINGS)
 
 
 def check_prepare(config: PrepareConfig) -> None:
@@ -109,6 +203,11 @@ def check_prepare(config: PrepareConfig) -> None:
         raise CorpusError(f"shard_tokens={config.shard_tokens} is out of range: use 1 to {MAX_SHARD_TOKENS}")
     if not 0 <= config.heldout_fraction < 1:
         raise CorpusError(f"heldout_fraction={config.heldout_fraction} is out of range: use 0 or more, below 1")
+
+
+def _check_choice(setting: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise CorpusError(f"{setting}={value} is unknown: use {' or '.join(choices)}")
 
 
 def _check_vocab_size(setting: str, vocab_size: int) -> None:

@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from data.errors import CorpusError, one_line
+from data.faults import Faults
 from data.manifest import MANIFEST_FILE, FileInfo, Manifest, Totals, file_info, read_manifest
 from data.progress import byte_bar
-from data.shards import Shard, broken_file, read_shard
+from data.shards import broken_file, read_shard
 from data.tokenizer import Tokenizer
+from data.units import Unit
 
 
 class Corpus:
@@ -58,10 +60,11 @@ class Corpus:
         """int64 [shards]: tokens of each shard, known without opening one."""
         return np.array([shard.tokens for shard in self.manifest.splits[split]], dtype=np.int64)
 
-    def shard(self, split: str, index: int) -> Shard:
-        """Reads one shard from disk, and proves its hash the first time."""
+    def shard(self, split: str, index: int, faults: Faults | None = None) -> Unit:
+        """Reads one shard from disk, and proves its hash the first time; counts what it overcame in `faults`."""
         info = self.manifest.splits[split][index]
-        shard = read_shard(self.path, info, self.vocab_size, check_hash=info.file not in self._proved)
+        check_hash = info.file not in self._proved
+        shard = read_shard(self.path, info, self.vocab_size, check_hash, faults or Faults())
         self._proved.add(info.file)
         return shard
 

@@ -79,6 +79,11 @@ class Manifest:
         )
 
 
+def is_corpus(directory: Path) -> bool:
+    """Whether prepare has made this directory."""
+    return (directory / MANIFEST_FILE).is_file()
+
+
 def file_info(path: Path) -> FileInfo:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()

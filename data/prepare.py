@@ -13,15 +13,15 @@ from pathlib import Path
 import numpy as np
 
 from data.config import TRAIN_TOKENIZER, DataConfig, PrepareConfig, check_prepare
-from data.corpus import Corpus
 from data.documents import Document, Source, is_held_out
 from data.embedded import EMBEDDED, embedded_source
 from data.errors import CorpusError, one_line
-from data.manifest import HELDOUT, MANIFEST_FILE, TRAIN, VERSION, Manifest, file_info, write_manifest
+from data.manifest import HELDOUT, TRAIN, VERSION, Manifest, file_info, is_corpus, write_manifest
 from data.progress import byte_bar
-from data.shards import ShardWriter, token_dtype
+from data.shards import ShardWriter
 from data.sources import dataset_source
 from data.tokenizer import TOKENIZER_FILE, Tokenizer, train_bpe
+from data.units import token_dtype
 
 TOKEN_BYTES_FILE = "token_bytes.npy"
 # Documents are encoded together, by all cores, until they hold this many characters.
@@ -41,11 +41,6 @@ def prepare(config: PrepareConfig) -> Path:
     return write_corpus(config, source, output)
 
 
-def open_corpus(config: DataConfig) -> Corpus:
-    """The corpus of a run; the embedded one is prepared first where it is not yet in the cache."""
-    return Corpus.open(embedded_corpus(config) if config.corpus == EMBEDDED else config.corpus)
-
-
 def embedded_corpus(config: DataConfig, max_files: int | None = None) -> Path:
     """Directory of the embedded corpus in `config.cache`, prepared by the first process that asks for it.
 
@@ -54,18 +49,18 @@ def embedded_corpus(config: DataConfig, max_files: int | None = None) -> Path:
     part = "" if max_files is None else f"-files{max_files}"
     name = f"embedded-v{VERSION}-py{platform.python_version()}-vocab{config.vocab_size}{part}"
     output = Path(config.cache).expanduser() / name
-    if _is_corpus(output):
+    if is_corpus(output):
         return output
     settings = PrepareConfig(input=EMBEDDED, output=str(output), vocab_size=config.vocab_size)
     check_prepare(settings)
     source = embedded_source(max_files)
     with _locked(output):
-        if _is_corpus(output):
+        if is_corpus(output):
             return output
         try:
             return write_corpus(settings, source, output)
         except CorpusError:
-            if _is_corpus(output):  # another machine on a shared disk was faster
+            if is_corpus(output):  # another machine on a shared disk was faster
                 return output
             raise
 
@@ -155,10 +150,6 @@ def _check_splits(config: PrepareConfig, manifest: Manifest) -> None:
             f"heldout_fraction={config.heldout_fraction} held out none of {num_train} documents: "
             "raise it, or set it to 0 for a corpus without evaluation"
         )
-
-
-def _is_corpus(directory: Path) -> bool:
-    return (directory / MANIFEST_FILE).is_file()
 
 
 def _check_free(output: Path) -> None:

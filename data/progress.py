@@ -23,6 +23,11 @@ def byte_bar(description: str, total: int | None = None, show: bool = True) -> t
     )
 
 
+def count_bar(description: str, total: int, show: bool = True) -> tqdm:
+    """A bar that counts things."""
+    return tqdm(desc=description, total=total, delay=DELAY_S, mininterval=_interval_s(), disable=not show)
+
+
 @contextmanager
 def ticking(bar: tqdm) -> Iterator[tqdm]:
     """Keeps the clock of `bar` moving while foreign code works without calling back."""

@@ -5,39 +5,17 @@ the UTF-8 bytes of the document's text; `name` string, where the document came f
 """
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.errors import CorpusError, one_line
+from data.errors import one_line
+from data.faults import BrokenUnit, Faults, retrying
 from data.manifest import ShardInfo, file_info
-
-
-@dataclass(frozen=True)
-class Shard:
-    """The documents of one shard: number d is `tokens[offsets[d]:offsets[d + 1]]`."""
-
-    tokens: np.ndarray  # uint16 or int32 [tokens]
-    offsets: np.ndarray  # int64 [documents + 1]
-
-    @property
-    def num_documents(self) -> int:
-        return len(self.offsets) - 1
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """int64 [documents]: tokens of each document."""
-        return np.diff(self.offsets)
-
-    def document(self, index: int) -> np.ndarray:
-        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
-
-
-def token_dtype(vocab_size: int) -> np.dtype:
-    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.int32)
+from data.units import Unit, token_dtype
 
 
 class ShardWriter:
@@ -91,13 +69,10 @@ class ShardWriter:
         self._start()
 
 
-def read_shard(directory: Path, info: ShardInfo, vocab_size: int, check_hash: bool) -> Shard:
-    """Reads a shard whole. CorpusError naming its file when it is missing or not what `info` promises."""
+def read_shard(directory: Path, info: ShardInfo, vocab_size: int, check_hash: bool, faults: Faults) -> Unit:
+    """Reads a shard whole. BrokenUnit naming its file when it is missing or not what `info` promises."""
     path = directory / info.file
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise broken_file(path, f"cannot be read: {one_line(error)}") from error
+    content = retrying(str(path), path.read_bytes, faults)
     if len(content) != info.size:
         raise broken_file(path, f"has {len(content)} bytes, and the manifest says {info.size}")
     if check_hash and hashlib.sha256(content).hexdigest() != info.sha256:
@@ -109,7 +84,8 @@ def read_shard(directory: Path, info: ShardInfo, vocab_size: int, check_hash: bo
     dtype = token_dtype(vocab_size)
     if column.type != pa.list_(pa.from_numpy_dtype(dtype)):
         raise broken_file(path, f"has tokens of type {column.type}, not list<{dtype}>")
-    shard = Shard(column.values.to_numpy(), column.offsets.to_numpy().astype(np.int64))
+    offsets = column.offsets.to_numpy().astype(np.int64)
+    shard = Unit(column.values.to_numpy(), offsets[:-1], np.diff(offsets))
     if (shard.num_documents, len(shard.tokens)) != (info.documents, info.tokens):
         raise broken_file(path, f"holds {shard.num_documents} documents, and the manifest says {info.documents}")
     if shard.tokens.max() >= vocab_size or shard.tokens.min() < 0:
@@ -117,7 +93,7 @@ def read_shard(directory: Path, info: ShardInfo, vocab_size: int, check_hash: bo
     return shard
 
 
-def broken_file(path: Path, reason: str) -> CorpusError:
-    return CorpusError(
+def broken_file(path: Path, reason: str) -> BrokenUnit:
+    return BrokenUnit(
         f"data.corpus={path.parent}: {path.name} {reason}; delete the directory and prepare the corpus again"
     )

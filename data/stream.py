@@ -1,99 +1,164 @@
-"""The order of training: samples by number, and batches of them by step.
+"""The order of training: samples of one source by number.
 
 The order is a pure function of (seed, epoch, sample number). Rank and world size only choose which slice is
 read, so the whole state of a run's data is its step, and a run goes on with any number of processes.
 """
 
-import hashlib
-import queue
-import threading
 from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
-import torch
 
-from data.batches import Batch, BatchSchedule
-from data.corpus import Corpus
 from data.errors import CorpusError
-from data.packing import Sample, num_samples, overlaps, pack, sample_span
-from data.shards import Shard
+from data.packing import BEST_FIT, PADDING, SPLIT, Bins, Sample, best_fit, num_samples, overlaps, pack, pad, sample_span
+from data.pool import Key, UnitCache
+from data.readers import Reader
+from data.units import Sizes, Unit
 
-# A sample rarely spans more than two shards; the others serve the next samples of the other microbatches.
-OPEN_SHARDS = 4
-PREFETCH_STEPS = 2
-# Samples are dealt out at random within windows of this many, so that a batch is not a few long documents in a
-# row; a window spans few shards, so that reading stays local.
+# Samples are dealt out at random within windows of this many samples, or of fewer that hold so many tokens, so that a
+# batch is not a few long documents in a row; a window spans few units, so that reading stays local and memory bounded.
 WINDOW_SAMPLES = 4096
-# Part of the fingerprint: raise it when the order of samples changes, so that no run resumes in another one.
+WINDOW_TOKENS = 2**24
+# How many units' orders of documents are kept, for windows over many small units.
+KEPT_LAYOUTS = 128
+# Part of what a run remembers: raise it when the order of samples changes, so that no run resumes in another one.
 ORDER_VERSION = 2
 
 
 class TokenStream:
-    """The endless stream of samples of one split, epoch after epoch.
+    """The endless stream of samples of one source, epoch after epoch.
 
-    With `shuffle` each epoch has an order of its own: of the shards, of the documents within each shard, and of
-    the samples within each window of WINDOW_SAMPLES.
-    Not for two threads at a time. CorpusError where the split does not fill a single sample.
+    With `shuffle` each epoch has an order of its own: of the units, of the documents within each unit (with best-fit
+    packing, which must not depend on the epoch: of the samples within each unit), and of the samples within each
+    window. Not for two threads at a time. CorpusError where the source does not fill a single sample.
+
+    Args:
+        cache: where units come from; `source` is this stream's number in it. By default one of its own.
     """
 
-    def __init__(self, corpus: Corpus, split: str, seq_length: int, seed: int, shuffle: bool = True) -> None:
-        num_tokens = corpus.totals(split).tokens
-        self.samples_per_epoch = num_samples(num_tokens, seq_length)
+    def __init__(
+        self,
+        reader: Reader,
+        sizes: Sizes,
+        seq_length: int,
+        seed: int,
+        shuffle: bool = True,
+        packing: str = SPLIT,
+        cache: UnitCache | None = None,
+        source: int = 0,
+    ) -> None:
+        if packing == BEST_FIT:
+            self.samples_per_epoch = int(sizes.samples.sum())
+        else:
+            self.samples_per_epoch = num_samples(sizes.num_tokens, seq_length)
         if self.samples_per_epoch == 0:
             raise CorpusError(
-                f"data.seq_length={seq_length} is longer than the whole {split} split of {corpus.path} "
-                f"({num_tokens} tokens, {seq_length + 1} needed): lower it or prepare more text"
+                f"data.seq_length={seq_length} is longer than {reader.path} "
+                f"({sizes.num_tokens} tokens, {seq_length + 1} needed): lower it or take more text"
             )
         if seed < 0:
             raise CorpusError(f"seed={seed} is negative: use 0 or more")
-        self.corpus = corpus
-        self.split = split
-        self.seq_length = seq_length
-        self.seed = seed
-        self.shuffle = shuffle
-        self._shard_tokens = corpus.shard_tokens(split)
-        self._open_shard = lru_cache(OPEN_SHARDS)(self._read_shard)
-        self._document_layout = lru_cache(OPEN_SHARDS)(self._lay_out_documents)
-        self._shard_layout = lru_cache(2)(self._lay_out_shards)
+        self.reader, self.sizes = reader, sizes
+        self.seq_length, self.seed = seq_length, seed
+        self.shuffle, self.packing = shuffle, packing
+        self.cache = cache or UnitCache([(reader, sizes)])
+        self._source = source
+        self._unit_sizes = sizes.samples if packing == BEST_FIT else sizes.tokens
+        self._window: tuple[int, int] | None = None  # the epoch and window that the last sample was taken from
+        self._document_layout = lru_cache(KEPT_LAYOUTS)(self._lay_out_documents)
+        self._bins = lru_cache(KEPT_LAYOUTS)(self._pack_unit)
+        self._bin_order = lru_cache(KEPT_LAYOUTS)(self._order_bins)
+        self._unit_layout = lru_cache(2)(self._lay_out_units)
         self._window_order = lru_cache(2)(self._order_window)
 
-    @property
-    def fingerprint(self) -> str:
-        """Equal streams have equal fingerprints; a run may only resume with the one it began with."""
-        parts = (self.corpus.fingerprint, self.split, self.seq_length, self.seed, self.shuffle, ORDER_VERSION)
-        return hashlib.sha256(repr(parts).encode()).hexdigest()
-
     def sample(self, index: int) -> Sample:
-        """Sample `index` >= 0 counted over all epochs; opens at most the shards that it overlaps."""
+        """Sample `index` >= 0 counted over all epochs; opens at most the units that it overlaps."""
         epoch, position = divmod(index, self.samples_per_epoch)
         if self.shuffle:
-            window, place = divmod(position, WINDOW_SAMPLES)
-            position = window * WINDOW_SAMPLES + int(self._window_order(epoch, window)[place])
-        shards, ends = self._shard_layout(epoch)
+            window, place = divmod(position, self._window_size)
+            self._read_ahead(epoch, window)
+            position = window * self._window_size + int(self._window_order(epoch, window)[place])
+        units, ends = self._unit_layout(epoch)
+        if self.packing == BEST_FIT:
+            item = int(np.searchsorted(ends, position, side="right"))
+            number = position - (int(ends[item - 1]) if item else 0)
+            return self._packed(epoch, int(units[item]), number)
         pieces: list[np.ndarray] = []
+        broken = []  # pieces that stand for tokens of a broken unit
         for item, start, stop in overlaps(ends, *sample_span(position, self.seq_length)):
-            pieces += self._pieces(epoch, int(shards[item]), start, stop)
-        return pack(pieces)
+            found = self._pieces(epoch, int(units[item]), start, stop)
+            broken += [found is None] * (1 if found is None else len(found))
+            pieces += [np.zeros(stop - start, dtype=np.int64)] if found is None else found
+        sample = pack(pieces)
+        return self._without(sample, np.flatnonzero(broken)) if any(broken) else sample
 
-    def _pieces(self, epoch: int, shard_index: int, start: int, stop: int) -> list[np.ndarray]:
-        """Tokens [start, stop) of a shard in this epoch's order, cut at the ends of documents."""
-        shard = self._open_shard(shard_index)
-        documents, ends = self._document_layout(epoch, shard_index)
-        return [shard.document(documents[item])[lo:hi] for item, lo, hi in overlaps(ends, start, stop)]
+    def close(self) -> None:
+        self.cache.close()
 
-    def _read_shard(self, shard_index: int) -> Shard:
-        return self.corpus.shard(self.split, shard_index)
+    @property
+    def _window_size(self) -> int:
+        return max(1, min(WINDOW_SAMPLES, WINDOW_TOKENS // self.seq_length))
+
+    def _pieces(self, epoch: int, unit_index: int, start: int, stop: int) -> list[np.ndarray] | None:
+        """Tokens [start, stop) of a unit in this epoch's order, cut at the ends of documents; None if it is broken."""
+        unit = self._unit(unit_index)
+        if unit is None:
+            return None
+        documents, ends = self._document_layout(epoch, unit_index)
+        return [unit.document(documents[item])[lo:hi] for item, lo, hi in overlaps(ends, start, stop)]
+
+    def _packed(self, epoch: int, unit_index: int, number: int) -> Sample:
+        """A sample of best-fit packing."""
+        unit = self._unit(unit_index)
+        if unit is None:
+            return self._without(pack([np.zeros(self.seq_length + 1, dtype=np.int64)]), np.array([0]))
+        if self.shuffle:
+            number = int(self._bin_order(epoch, unit_index)[number])
+        pieces = [unit.document(item)[lo:hi] for item, lo, hi in self._bins(unit_index).pieces(number)]
+        return pad(pack(pieces), self.seq_length + 1, token=int(unit.document(0)[-1]))
+
+    def _without(self, sample: Sample, broken: np.ndarray) -> Sample:
+        """The sample with the documents of broken units as padding, which are counted."""
+        lost = np.isin(sample.documents, broken)
+        self.cache.faults.skipped_tokens += int(lost[:-1].sum())
+        return Sample(sample.tokens, np.where(lost, PADDING, sample.documents).astype(np.int32))
+
+    def _unit(self, unit_index: int) -> Unit | None:
+        return self.cache.get((self._source, unit_index))
+
+    def _read_ahead(self, epoch: int, window: int) -> None:
+        """Tells the cache what this window needs, and the next."""
+        if self._window == (epoch, window):
+            return
+        self._window = epoch, window
+        following = window + 1
+        is_last = following * self._window_size >= self.samples_per_epoch
+        for place in ((epoch, window), (epoch + 1, 0) if is_last else (epoch, following)):
+            self.cache.expect(self._units_of_window(*place))
+
+    def _units_of_window(self, epoch: int, window: int) -> Iterator[Key]:
+        first = window * self._window_size
+        last = min(first + self._window_size, self.samples_per_epoch)
+        units, ends = self._unit_layout(epoch)
+        if self.packing != BEST_FIT:
+            first, last = sample_span(first, self.seq_length)[0], sample_span(last - 1, self.seq_length)[1]
+        return ((self._source, int(units[item])) for item, _, _ in overlaps(ends, first, last))
 
     def _order_window(self, epoch: int, window: int) -> np.ndarray:
-        size = min(WINDOW_SAMPLES, self.samples_per_epoch - window * WINDOW_SAMPLES)
+        size = min(self._window_size, self.samples_per_epoch - window * self._window_size)
         return permutation(size, self.seed, epoch, 0, 1 + window)
 
-    def _lay_out_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        return self._lay_out(self._shard_tokens, epoch, 0)
+    def _lay_out_units(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        return self._lay_out(self._unit_sizes, epoch, 0)
 
-    def _lay_out_documents(self, epoch: int, shard_index: int) -> tuple[np.ndarray, np.ndarray]:
-        return self._lay_out(self._open_shard(shard_index).lengths, epoch, 1 + shard_index)
+    def _lay_out_documents(self, epoch: int, unit_index: int) -> tuple[np.ndarray, np.ndarray]:
+        return self._lay_out(self._unit(unit_index).lengths, epoch, 1 + unit_index)
+
+    def _pack_unit(self, unit_index: int) -> Bins:
+        return best_fit(self._unit(unit_index).lengths, self.seq_length)
+
+    def _order_bins(self, epoch: int, unit_index: int) -> np.ndarray:
+        return permutation(int(self.sizes.samples[unit_index]), self.seed, epoch, 1 + unit_index)
 
     def _lay_out(self, lengths: np.ndarray, *key: int) -> tuple[np.ndarray, np.ndarray]:
         """Items in the order of this `key`, and where each ends when they are laid end to end."""
@@ -108,117 +173,3 @@ def permutation(length: int, *key: int) -> np.ndarray:
     """
     words = np.random.PCG64(np.random.SeedSequence(key)).random_raw(length)
     return np.argsort(words, kind="stable")
-
-
-def collate(samples: list[Sample]) -> Batch:
-    return Batch(
-        tokens=torch.from_numpy(np.stack([sample.tokens for sample in samples])),
-        documents=torch.from_numpy(np.stack([sample.documents for sample in samples])),
-    )
-
-
-class Loader:
-    """Steps of training: each a list of this rank's microbatches, read ahead by one thread.
-
-    Step n holds the samples `schedule.samples(n)` in every layout; microbatch m of a rank has `micro_batch` of
-    them, from the first + (m * world + rank) * micro_batch on. `rank` and `world` count
-    data-parallel ranks. The state is `step`, the number of the next step. Close it when done (it is a context
-    manager); the stream belongs to it until then. A reading error is raised where its step is asked for.
-    """
-
-    def __init__(
-        self,
-        stream: TokenStream,
-        schedule: BatchSchedule,
-        micro_batch: int,
-        rank: int,
-        world: int,
-        start_step: int = 0,
-    ) -> None:
-        for _, size in schedule.sizes:
-            if size <= 0 or micro_batch <= 0 or size % (micro_batch * world):
-                raise CorpusError(
-                    f"batch.global={size} must be a multiple of batch.micro={micro_batch} times "
-                    f"{world} data-parallel ranks"
-                )
-        self.step = start_step
-        self._stream = stream
-        self._schedule = schedule
-        self._micro_batch = micro_batch
-        self._rank = rank
-        self._world = world
-        self._queue: queue.Queue[list[Batch] | Exception] = queue.Queue(maxsize=PREFETCH_STEPS)
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-
-    def __iter__(self) -> "Loader":
-        return self
-
-    def __next__(self) -> list[Batch]:
-        if self._stop.is_set():
-            raise StopIteration
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._read_ahead, args=(self.step,), name="loader", daemon=True)
-            self._thread.start()
-        item = self._queue.get()
-        if isinstance(item, Exception):
-            self.close()
-            raise item
-        self.step += 1
-        return item
-
-    def close(self) -> None:
-        """Ends the thread. Steps read ahead are dropped; iteration is over."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
-
-    def __enter__(self) -> "Loader":
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-    def _read_ahead(self, step: int) -> None:
-        try:
-            while not self._stop.is_set():
-                self._put(self._read(step))
-                step += 1
-        except Exception as error:  # whatever it is, it belongs to the thread that waits for the step
-            self._put(error)
-
-    def _put(self, item: list[Batch] | Exception) -> None:
-        while not self._stop.is_set():
-            try:
-                self._queue.put(item, timeout=0.1)
-                return
-            except queue.Full:
-                continue
-
-    def _read(self, step: int) -> list[Batch]:
-        microbatches, numbers = [], self._schedule.samples(step)
-        length = self._schedule.length(step)
-        for first in numbers[self._rank * self._micro_batch :: self._world * self._micro_batch]:
-            batch = collate([self._stream.sample(index) for index in range(first, first + self._micro_batch)])
-            microbatches.append(batch if length is None else batch.cut(length))
-        return microbatches
-
-
-def heldout_batches(
-    stream: TokenStream, micro: int, rank: int, world: int, max_samples: int | None = None
-) -> Iterator[Batch]:
-    """This rank's share of one pass over an unshuffled stream, or of `max_samples` spread evenly through it.
-
-    Every rank gets the same number of microbatches; `Batch.num_samples` tells how many rows of each are real.
-    """
-    if stream.shuffle:
-        raise ValueError("held-out samples come from a stream with shuffle=False")
-    total = stream.samples_per_epoch
-    count = total if max_samples is None else min(total, max_samples)
-    padding = Sample(
-        tokens=np.zeros(stream.seq_length + 1, dtype=np.int64),
-        documents=np.full(stream.seq_length + 1, -1, dtype=np.int32),
-    )
-    for first in range(rank * micro, -(-count // (micro * world)) * micro * world, micro * world):
-        numbers = range(first, first + micro)
-        yield collate([stream.sample(n * total // count) if n < count else padding for n in numbers])

@@ -34,7 +34,7 @@ from train.estimate import PEERS, EstimateConfig, check_budget
 from train.estimate import estimate as estimate_text
 from train.footprint import planned_vocab
 from train.propose import proposals
-from train.runs import require_checkpoint, steps_done
+from train.runs import last_checkpoint, require_checkpoint, require_same_data, steps_done
 from train.settings import MISSING, ConfigError, from_dict, from_text, hint, settings, takes_text
 from train.trackers import check_login
 
@@ -126,7 +126,9 @@ def train(arguments: list[str]) -> int:
 
         return run_training(config)
     check_login(config.wandb)
-    front.ensure_corpus(config.data)
+    dataset = front.ensure_corpus(config.data)
+    if done:
+        require_same_data(last_checkpoint(config.run.path), dataset.identity(config.seed), config.data.on_change)
     return front.launch(["-m", "train", "train", *arguments], processes)
 
 

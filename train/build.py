@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from data.corpus import Corpus
-from data.prepare import open_corpus
+from data.dataset import Dataset
 from model.init import initialise, suspicious
 from model.network import LanguageModel
 from model.stack import hybrid_config
@@ -27,7 +26,7 @@ class Job:
     topology: Topology
     groups: ProcessGroupCollection
     device: torch.device
-    corpus: Corpus
+    dataset: Dataset
     chunks: list[LanguageModel]
 
     @property
@@ -59,7 +58,7 @@ class Job:
         held = sum(parameter.numel() for chunk in self.chunks for parameter in chunk.parameters())
         return [
             f"model: {self.vocab_size} token vocabulary, {held:,} parameters in this process on {self.device}",
-            f"corpus: {self.corpus.path}, {self.corpus.totals('train').tokens:,} tokens to train on",
+            *self.dataset.describe(),
         ]
 
     def close(self) -> None:
@@ -67,7 +66,7 @@ class Job:
         process_groups.stop()
 
 
-def padded_vocab(config: Config, corpus: Corpus, topology: Topology) -> int:
+def padded_vocab(config: Config, dataset: Dataset, topology: Topology) -> int:
     """Rows of the embedding.
 
     Raises:
@@ -75,11 +74,11 @@ def padded_vocab(config: Config, corpus: Corpus, topology: Topology) -> int:
     """
     size = config.model.vocab_size
     if size is None:
-        size = -(-corpus.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-    if size < corpus.vocab_size:
+        size = -(-dataset.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    if size < dataset.vocab_size:
         raise ConfigError(
-            f"model.vocab_size={size} is smaller than the corpus's tokenizer ({corpus.vocab_size} tokens): "
-            f"choose at least {corpus.vocab_size}, or null"
+            f"model.vocab_size={size} is smaller than the corpus's tokenizer ({dataset.vocab_size} tokens): "
+            f"choose at least {dataset.vocab_size}, or null"
         )
     if size % topology.tensor:
         raise TopologyError(f"parallel.tensor={topology.tensor} does not divide the vocabulary of {size} rows")
@@ -126,10 +125,10 @@ def build_job(config: Config) -> Job:
     process_groups.start(device)
     topology = resolve(config.parallel, config.model, torch.distributed.get_world_size())
     groups = process_groups.lay_out(topology)
-    corpus = open_corpus(config.data)
+    dataset = Dataset(config.data)
     with torch.device(device):
-        chunks = build_chunks(config, topology, groups, padded_vocab(config, corpus, topology))
-    return Job(config, topology, groups, device, corpus, chunks)
+        chunks = build_chunks(config, topology, groups, padded_vocab(config, dataset, topology))
+    return Job(config, topology, groups, device, dataset, chunks)
 
 
 def build_engine(job: Job) -> MegatronEngine:

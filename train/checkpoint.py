@@ -9,12 +9,14 @@ from megatron.core import dist_checkpointing
 from parallel.collectives import wait_for_all
 from parallel.engine_megatron import MegatronEngine, load_weights, sharded_weights
 from train.build import Job
-from train.runs import STATE_FILE, checkpoint_path, read_state
-from train.settings import ConfigError
+from train.runs import STATE_FILE, checkpoint_path
 
 
-def save(job: Job, engine: MegatronEngine, step: int, fingerprint: str) -> Path:
-    """Writes the state after ``step`` steps; every rank takes part. The step's old checkpoint, if any, is replaced."""
+def save(job: Job, engine: MegatronEngine, step: int, data: dict) -> Path:
+    """Writes the state after ``step`` steps; every rank takes part. The step's old checkpoint, if any, is replaced.
+
+    ``data`` says what was read and how far: `Dataset.identity` and its cursors.
+    """
     path = checkpoint_path(job.config.run.path, step)
     partial = path.with_name(path.name + ".partial")
     if job.is_first:
@@ -24,7 +26,7 @@ def save(job: Job, engine: MegatronEngine, step: int, fingerprint: str) -> Path:
     dist_checkpointing.save(engine.sharded_state_dict(is_loading=False), str(partial))
     wait_for_all()
     if job.is_first:
-        state = {"step": step, "fingerprint": fingerprint, "layout": vars(job.topology)}
+        state = {"step": step, "data": data, "layout": vars(job.topology)}
         (partial / STATE_FILE).write_text(json.dumps(state) + "\n", encoding="utf-8")
         shutil.rmtree(path, ignore_errors=True)
         partial.rename(path)
@@ -32,17 +34,8 @@ def save(job: Job, engine: MegatronEngine, step: int, fingerprint: str) -> Path:
     return path
 
 
-def load(engine: MegatronEngine, path: Path, fingerprint: str) -> None:
-    """Puts a checkpoint of the same layout into the engine: weights and optimizer.
-
-    Raises:
-        ConfigError: it was trained on another stream of tokens.
-    """
-    if read_state(path)["fingerprint"] != fingerprint:
-        raise ConfigError(
-            f"{path} was trained on another corpus, data.seq_length or seed: set them as before, or choose "
-            f"another run.name"
-        )
+def load(engine: MegatronEngine, path: Path) -> None:
+    """Puts a checkpoint of the same layout into the engine: weights and optimizer."""
     engine.load_state_dict(dist_checkpointing.load(engine.sharded_state_dict(is_loading=True), str(path)))
 
 

@@ -7,7 +7,7 @@ from itertools import batched
 import torch
 
 from data.batches import Batch
-from data.stream import TokenStream, heldout_batches
+from data.loader import heldout_batches
 from model.batch import MicroBatch, count_targets
 from parallel.collectives import from_last, sum_over
 from parallel.engine_megatron import run_schedule
@@ -41,9 +41,9 @@ def unigram_entropy(histogram: torch.Tensor) -> float:
 def heldout_metrics(job: Job, max_samples: int) -> dict[str, float]:
     """Losses over the first ``max_samples`` held-out sequences (spread evenly), the same on every process."""
     config, steps = job.config, job.config.mtp.steps
-    stream = TokenStream(job.corpus, "heldout", config.data.seq_length, seed=0, shuffle=False)
-    token_bytes = torch.from_numpy(job.corpus.token_bytes).long()
-    histogram = torch.zeros(job.corpus.vocab_size, dtype=torch.int64)
+    stream = job.dataset.heldout_stream()
+    token_bytes = torch.from_numpy(job.dataset.token_bytes).long()
+    histogram = torch.zeros(job.dataset.vocab_size, dtype=torch.int64)
     sums = torch.zeros(1 + steps, dtype=torch.float64)
     counts = torch.zeros(1 + steps, dtype=torch.int64)
     data = job.groups.dp

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data.config import DataConfig
+from data.dataset import Dataset
 from parallel.topology import ParallelConfig
 from train.settings import ConfigError
 
@@ -59,20 +60,18 @@ def layout_size(parallel: ParallelConfig) -> int:
     return parallel.pipeline * math.lcm(parallel.tensor * parallel.context, expert * parallel.expert_tensor)
 
 
-def ensure_corpus(data: DataConfig) -> None:
-    """Makes the embedded corpus unless it is cached, and proves the corpus before the workers start.
+def ensure_corpus(data: DataConfig) -> Dataset:
+    """Makes the embedded corpus unless it is cached, counts what must be, and proves corpora before the workers start.
 
     Raises:
-        CorpusError: a file that is not as prepare left it, or a split that does not fill one sample.
+        CorpusError: a file that is not as prepare left it, or a source that does not fill one sample.
     """
-    from data.prepare import open_corpus
-    from data.stream import TokenStream
-
-    corpus = open_corpus(data)
-    if corpus.num_bytes <= VERIFIED_BYTES:
-        corpus.verify()
-    for split in ("train", "heldout"):
-        TokenStream(corpus, split, data.seq_length, seed=0)
+    dataset = Dataset(data)
+    for corpus in dataset.corpora:
+        if corpus.num_bytes <= VERIFIED_BYTES:
+            corpus.verify()
+    dataset.check()
+    return dataset
 
 
 def report(error: Exception) -> None:

@@ -32,7 +32,7 @@ def next_logits(job: Job, ids: list[int]) -> torch.Tensor:
     (network,) = job.chunks
     hidden, _ = network.trunk(batch)
     logits = network.logits(hidden)[len(ids) - 1]
-    return logits[: job.corpus.vocab_size].float().cpu()
+    return logits[: job.dataset.vocab_size].float().cpu()
 
 
 def stream_text(job: Job, tokenizer: Tokenizer, ids: list[int], generation: GenerateConfig):
@@ -41,7 +41,7 @@ def stream_text(job: Job, tokenizer: Tokenizer, ids: list[int], generation: Gene
     written = tokenizer.decode(ids)
     for _ in range(generation.tokens):
         token = choose(next_logits(job, ids), generation.temperature, generator)
-        if token == job.corpus.eod_id:
+        if token == job.dataset.eod_id:
             return
         ids.append(token)
         text = tokenizer.decode(ids)
@@ -61,7 +61,7 @@ def run_generation(generation: GenerateConfig, config: Config) -> int:
         raise ConfigError(f"parallel.pipeline={config.parallel.pipeline}: generate needs all layers in one process")
     path = require_checkpoint(generation.run)
     job = build_job(config)
-    tokenizer = job.corpus.tokenizer()
+    tokenizer = job.dataset.tokenizer
     (ids,) = tokenizer.encode_batch([generation.prompt])
     if not ids:
         raise ConfigError("prompt='' has no tokens: give some text to continue")

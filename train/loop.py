@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from data.batches import Batch
-from data.stream import Loader, TokenStream
+from data.loader import Loader
 from model.batch import count_targets
 from model.network import Losses
 from parallel.collectives import max_over_all, sum_over, sum_over_all
@@ -16,7 +16,7 @@ from train import checkpoint, metrics
 from train.build import Job, build_engine, build_job
 from train.config import Config, batch_schedule, describe, save_config
 from train.evaluate import heldout_metrics, microbatch, report
-from train.runs import last_checkpoint, steps_done
+from train.runs import last_checkpoint, require_same_data, steps_done
 from train.schedule import learning_rate
 from train.settings import ConfigError
 from train.speed import Speedometer
@@ -72,6 +72,14 @@ def step_metrics(job: Job, outputs: list[Losses], router_losses: torch.Tensor) -
     return values | {metrics.BALANCE_LOSS: balance / layers, metrics.Z_LOSS: z / layers}
 
 
+def data_metrics(job: Job, loader: Loader) -> dict[str, float]:
+    """What the ranks' reading has met and overcome since the run was started, the same on every process."""
+    faults = loader.faults
+    counts = torch.tensor([faults.retries, faults.restarts, faults.skipped_tokens], device=job.device)
+    names = (metrics.DATA_RETRIES, metrics.DATA_RESTARTS, metrics.DATA_SKIPPED_TOKENS)
+    return dict(zip(names, sum_over(counts, job.groups.dp).tolist(), strict=True))
+
+
 def due(step: int, every: int, last: int) -> bool:
     """Whether something done every so many steps, and at the end, is done after this one."""
     return step == last or (every > 0 and step % every == 0)
@@ -100,7 +108,7 @@ def fit(
         if due(step, run.log_every, run.steps) or step == 1:
             values = {metrics.TOKENS: schedule.samples(step).start * seq_length}
             values |= step_metrics(job, outputs, router_losses)
-            values |= {metrics.GRAD_NORM: grad_norm, metrics.LR: lr, **speed.take()}
+            values |= {metrics.GRAD_NORM: grad_norm, metrics.LR: lr, **speed.take(), **data_metrics(job, loader)}
         if due(step, run.eval_every, run.steps):
             values |= heldout_metrics(job, run.eval_samples)
         if values:
@@ -120,19 +128,22 @@ def run_training(config: Config) -> int:
     """The train command, in each of its processes; returns the exit code."""
     job = build_job(config)
     engine = build_engine(job)
-    stream = TokenStream(job.corpus, "train", config.data.seq_length, config.seed)
+    stream, identity = job.dataset.train_stream(config.seed), job.dataset.identity(config.seed)
     start = steps_done(config, job.topology)
     if start >= config.run.steps:
         name, steps = config.run.name, config.run.steps
         raise ConfigError(f"run.steps={steps} but run.name={name} has done {start}: raise run.steps")
     if start:
-        checkpoint.load(engine, last_checkpoint(config.run.path), stream.fingerprint)
+        require_same_data(last_checkpoint(config.run.path), identity, config.data.on_change)
+        checkpoint.load(engine, last_checkpoint(config.run.path))
     if job.is_first:
         save_config(config)
         print("\n".join([*describe(config, job.topology), *job.describe(), f"starting after step {start}"]), flush=True)
 
     def save(step: int) -> None:
-        path = checkpoint.save(job, engine, step, stream.fingerprint)
+        samples = batch_schedule(config).samples(step).start
+        data = {"identity": identity, "samples": samples, "sources": job.dataset.cursors(samples, stream)}
+        path = checkpoint.save(job, engine, step, data)
         if job.is_first:
             print(f"saved {path}", flush=True)
 

@@ -9,6 +9,7 @@ runs/NAME/wandb/                          Weights & Biases files
 import json
 from pathlib import Path
 
+from data.config import CONTINUE
 from parallel.topology import Topology
 from train.config import CONFIG_FILE, Config, RunReference, load_config
 from train.settings import ConfigError, leaves, to_dict
@@ -16,8 +17,6 @@ from train.settings import ConfigError, leaves, to_dict
 STATE_FILE = "state.json"
 # What a resumed run may not change: the checkpoint or the meaning of its step depends on it.
 FIXED = (
-    "seed",
-    "data.seq_length",
     "batch.global",
     "batch.schedule",
     "batch.length_schedule",
@@ -59,6 +58,33 @@ def require_checkpoint(run: RunReference) -> Path:
     if path is None:
         raise ConfigError(f"run.name={run.name} has no checkpoint yet: let it train to its end, or set run.save_every")
     return path
+
+
+def require_same_data(checkpoint: Path, identity: dict, on_change: str) -> None:
+    """Refuses to go on with data that put other tokens into the samples to come.
+
+    Args:
+        identity: what decides the tokens of each sample now (`data.dataset.Dataset.identity`).
+        on_change: data.on_change.
+    Raises:
+        ConfigError: something differs from what the checkpoint was trained with; it is named.
+    """
+    before = read_state(checkpoint)["data"]["identity"]
+    names = [name for name in {**before, **identity} if before.get(name) != identity.get(name)]
+    if names and on_change != CONTINUE:
+        changed = ", ".join(
+            f"{name} (was {_shown(before.get(name))}, is {_shown(identity.get(name))})" for name in names
+        )
+        raise ConfigError(
+            f"{checkpoint} was trained with other data: {changed}: set this as before, choose another run.name, or go "
+            f"on from the same sample number of the new data with data.on_change={CONTINUE}"
+        )
+
+
+def _shown(value: object) -> str:
+    """A value of an identity in a message; hashes by their beginning."""
+    text = "unset" if value is None else str(value)
+    return f"{text[:12]}..." if len(text) == 64 and " " not in text else text
 
 
 def steps_done(config: Config, topology: Topology) -> int:

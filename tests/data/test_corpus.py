@@ -12,8 +12,10 @@ import pytest
 
 from data.corpus import Corpus
 from data.errors import CorpusError
+from data.faults import Faults
 from data.manifest import MANIFEST_FILE, TRAIN, ShardInfo, file_info
-from data.shards import ShardWriter, read_shard, token_dtype
+from data.shards import ShardWriter, read_shard
+from data.units import token_dtype
 
 
 def read_everything(path: Path) -> None:
@@ -151,7 +153,7 @@ def test_shard_of_another_making_is_refused(tmp_path: Path, table: pa.Table, rea
     found = file_info(path)
     info = ShardInfo(found.file, found.size, found.sha256, documents=1, tokens=2, bytes=5)
     with pytest.raises(CorpusError, match=rf"train-00000\.parquet {reason}"):
-        read_shard(tmp_path, info, vocab_size=400, check_hash=True)
+        read_shard(tmp_path, info, vocab_size=400, check_hash=True, faults=Faults())
 
 
 def test_large_vocabulary_keeps_its_ids(tmp_path: Path) -> None:
@@ -159,6 +161,6 @@ def test_large_vocabulary_keeps_its_ids(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path, TRAIN, token_dtype(151_936), shard_tokens=100)
     writer.add(ids, num_bytes=9, name="ids")
     (info,) = writer.finish()
-    shard = read_shard(tmp_path, info, 151_936, check_hash=True)
+    shard = read_shard(tmp_path, info, 151_936, check_hash=True, faults=Faults())
     assert shard.tokens.dtype == np.int32
     assert shard.document(0).tolist() == ids

@@ -11,7 +11,7 @@ from data.config import DataConfig, check_data
 from data.corpus import Corpus
 from data.embedded import embedded_source
 from data.errors import CorpusError
-from data.prepare import embedded_corpus, open_corpus
+from data.prepare import embedded_corpus
 
 ROOT = Path(__file__).parents[2]
 
@@ -106,8 +106,3 @@ def test_unwritable_cache_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(CorpusError, match=r"data\.cache=.*file.* cannot be written"):
         embedded_corpus(DataConfig(cache=str(tmp_path / "file")), max_files=10)
-
-
-def test_a_path_is_opened_as_it_is(corpus: Corpus) -> None:
-    opened = open_corpus(DataConfig(corpus=str(corpus.path)))
-    assert opened.fingerprint == corpus.fingerprint

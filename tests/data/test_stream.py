@@ -13,15 +13,22 @@ from data.batches import Batch, BatchSchedule
 from data.config import PrepareConfig
 from data.corpus import Corpus
 from data.errors import CorpusError
+from data.loader import Loader, heldout_batches
 from data.prepare import prepare
-from data.stream import Loader, TokenStream, heldout_batches, permutation
+from data.readers import PreparedReader
+from data.stream import TokenStream, permutation
 
 SEQ = 16
 
 
+def stream_of(corpus: Corpus, split: str, seq_length: int, seed: int, shuffle: bool = True) -> TokenStream:
+    reader = PreparedReader(corpus, split)
+    return TokenStream(reader, reader.known(), seq_length, seed, shuffle)
+
+
 @pytest.fixture
 def stream(corpus: Corpus) -> TokenStream:
-    return TokenStream(corpus, "train", SEQ, seed=5)
+    return stream_of(corpus, "train", SEQ, seed=5)
 
 
 def epoch_tokens(stream: TokenStream, epoch: int) -> np.ndarray:
@@ -62,13 +69,13 @@ def test_a_window_deals_out_its_samples_in_another_order(stream: TokenStream, mo
 
 def test_an_epoch_holds_every_document_once(stream: TokenStream, monkeypatch) -> None:
     monkeypatch.setattr("data.stream.WINDOW_SAMPLES", 1)  # samples in the order of their tokens
-    assert stream.corpus.num_shards("train") > 3
+    assert stream.reader.num_units > 3
     for epoch in (0, 1):
         tokens = epoch_tokens(stream, epoch)
-        texts = np.split(tokens, np.flatnonzero(tokens == stream.corpus.eod_id) + 1)
-        whole = sorted(tuple(document) for document in stream.corpus.documents("train"))
+        texts = np.split(tokens, np.flatnonzero(tokens == stream.reader.corpus.eod_id) + 1)
+        whole = sorted(tuple(document) for document in stream.reader.corpus.documents("train"))
         # The remainder that fills no sample cuts the last document and may drop a few more whole.
-        dropped = stream.corpus.totals("train").tokens - len(tokens)
+        dropped = stream.sizes.num_tokens - len(tokens)
         assert dropped < SEQ
         found = {tuple(text) for text in texts[:-1]}
         assert len(found) == len(texts) - 1
@@ -81,34 +88,34 @@ def test_document_numbers_change_exactly_after_the_end_of_a_document(stream: Tok
     for index in range(stream.samples_per_epoch):
         tokens, documents = stream.sample(index)
         assert documents[0] == 0
-        np.testing.assert_array_equal(np.diff(documents), tokens[:-1] == stream.corpus.eod_id)
+        np.testing.assert_array_equal(np.diff(documents), tokens[:-1] == stream.reader.corpus.eod_id)
         crossings += int(documents[-1])
     assert crossings > 0
 
 
 def test_each_epoch_and_seed_has_an_order_of_its_own(corpus: Corpus, stream: TokenStream) -> None:
     first, second = epoch_tokens(stream, 0), epoch_tokens(stream, 1)
-    other_seed = epoch_tokens(TokenStream(corpus, "train", SEQ, seed=6), 0)
-    again = epoch_tokens(TokenStream(corpus, "train", SEQ, seed=5), 0)
+    other_seed = epoch_tokens(stream_of(corpus, "train", SEQ, seed=6), 0)
+    again = epoch_tokens(stream_of(corpus, "train", SEQ, seed=5), 0)
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, second)
     assert not np.array_equal(first, other_seed)
 
 
 def test_documents_of_one_shard_come_in_another_order_each_epoch(make_corpus: Callable[..., Corpus]) -> None:
-    stream = TokenStream(make_corpus("one-shard", shard_tokens=10**6), "train", SEQ, seed=5)
-    assert stream.corpus.num_shards("train") == 1
+    stream = stream_of(make_corpus("one-shard", shard_tokens=10**6), "train", SEQ, seed=5)
+    assert stream.reader.num_units == 1
     assert not np.array_equal(epoch_tokens(stream, 0), epoch_tokens(stream, 1))
 
 
 def test_shards_too_come_in_another_order_each_epoch(stream: TokenStream) -> None:
-    orders = [tuple(stream._shard_layout(epoch)[0]) for epoch in range(8)]
+    orders = [tuple(stream._unit_layout(epoch)[0]) for epoch in range(8)]
     assert len(set(orders)) > 1
-    assert all(sorted(order) == list(range(stream.corpus.num_shards("train"))) for order in orders)
+    assert all(sorted(order) == list(range(stream.reader.num_units)) for order in orders)
 
 
 def test_unshuffled_stream_is_the_corpus_as_it_lies(corpus: Corpus) -> None:
-    stream = TokenStream(corpus, "heldout", SEQ, seed=0, shuffle=False)
+    stream = stream_of(corpus, "heldout", SEQ, seed=0, shuffle=False)
     laid = np.concatenate(list(corpus.documents("heldout")))
     np.testing.assert_array_equal(epoch_tokens(stream, 0), laid[: stream.samples_per_epoch * SEQ + 1])
     np.testing.assert_array_equal(epoch_tokens(stream, 1), epoch_tokens(stream, 0))
@@ -117,8 +124,8 @@ def test_unshuffled_stream_is_the_corpus_as_it_lies(corpus: Corpus) -> None:
 def test_seeking_reads_only_the_shards_it_needs(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[int] = []
     shard = Corpus.shard
-    monkeypatch.setattr(Corpus, "shard", lambda self, split, i: opened.append(i) or shard(self, split, i))
-    far = TokenStream(corpus, "train", SEQ, seed=5)
+    monkeypatch.setattr(Corpus, "shard", lambda self, *a: opened.append(a[1]) or shard(self, *a))
+    far = stream_of(corpus, "train", SEQ, seed=5)
     index = 1000 * far.samples_per_epoch + far.samples_per_epoch // 2
     far.sample(index)
     # 17 tokens lie in one shard or in two neighbours.
@@ -128,20 +135,6 @@ def test_seeking_reads_only_the_shards_it_needs(corpus: Corpus, monkeypatch: pyt
 def test_order_does_not_change_between_releases() -> None:
     # Written down once: a change here breaks the resuming of runs, and needs a new ORDER_VERSION.
     assert permutation(8, 1, 2, 3).tolist() == [1, 3, 7, 5, 2, 0, 4, 6]
-
-
-def test_fingerprint_tells_streams_apart(make_corpus: Callable[..., Corpus], corpus: Corpus) -> None:
-    other = make_corpus("other", num_documents=100)
-    fingerprints = {
-        TokenStream(c, split, seq, seed, shuffle).fingerprint
-        for c in (corpus, other)
-        for split in ("train", "heldout")
-        for seq in (SEQ, SEQ + 1)
-        for seed in (0, 1)
-        for shuffle in (True, False)
-    }
-    assert len(fingerprints) == 32
-    assert TokenStream(corpus, "train", SEQ, 0).fingerprint == TokenStream(corpus, "train", SEQ, 0).fingerprint
 
 
 @pytest.mark.parametrize("step", [0, 3, 40])
@@ -169,7 +162,7 @@ def test_resuming_at_a_step_equals_going_on(stream: TokenStream, corpus: Corpus)
     with Loader(stream, BatchSchedule.constant(8), 2, rank=1, world=2) as loader:
         steps = list(islice(loader, 10))
         assert loader.step == 10
-    fresh = TokenStream(corpus, "train", SEQ, seed=5)
+    fresh = stream_of(corpus, "train", SEQ, seed=5)
     with Loader(fresh, BatchSchedule.constant(8), 2, rank=1, world=2, start_step=6) as loader:
         for expected in steps[6:]:
             assert_equal_batches(next(loader), expected)
@@ -229,7 +222,7 @@ def test_reading_error_reaches_the_consumer(corpus: Corpus) -> None:
     for shard in corpus.path.glob("train-*.parquet"):
         shard.write_bytes(b"x" * shard.stat().st_size)
     before = set(threading.enumerate())
-    with Loader(TokenStream(corpus, "train", SEQ, 0), BatchSchedule.constant(4), 2, rank=0, world=1) as loader:
+    with Loader(stream_of(corpus, "train", SEQ, 0), BatchSchedule.constant(4), 2, rank=0, world=1) as loader:
         with pytest.raises(CorpusError, match=r"train-\d+\.parquet is corrupt"):
             next(loader)
         # Asking again must not wait for a thread that is gone.
@@ -247,19 +240,19 @@ def test_batch_that_does_not_divide_is_refused(stream: TokenStream, global_batch
 def test_too_little_text_names_the_setting(corpus: Corpus) -> None:
     tokens = corpus.totals("heldout").tokens
     with pytest.raises(CorpusError, match=rf"data\.seq_length={tokens} .* heldout"):
-        TokenStream(corpus, "heldout", tokens, 0)
-    assert TokenStream(corpus, "heldout", tokens - 1, 0).samples_per_epoch == 1
+        stream_of(corpus, "heldout", tokens, 0)
+    assert stream_of(corpus, "heldout", tokens - 1, 0).samples_per_epoch == 1
 
 
 def test_negative_seed_is_refused(corpus: Corpus) -> None:
     with pytest.raises(CorpusError, match="seed=-1"):
-        TokenStream(corpus, "train", SEQ, -1)
+        stream_of(corpus, "train", SEQ, -1)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("max_samples", [None, 1, 7, 10_000])
 def test_held_out_pass_gives_each_sample_to_one_rank(corpus: Corpus, world: int, max_samples: int | None) -> None:
-    stream = TokenStream(corpus, "heldout", SEQ, 0, shuffle=False)
+    stream = stream_of(corpus, "heldout", SEQ, 0, shuffle=False)
     total = stream.samples_per_epoch
     count = total if max_samples is None else min(total, max_samples)
     shares = [list(heldout_batches(stream, 3, rank, world, max_samples)) for rank in range(world)]
@@ -275,7 +268,7 @@ def test_held_out_pass_gives_each_sample_to_one_rank(corpus: Corpus, world: int,
 
 
 def test_fewer_held_out_samples_are_spread_over_the_split(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = TokenStream(corpus, "heldout", SEQ, 0, shuffle=False)
+    stream = stream_of(corpus, "heldout", SEQ, 0, shuffle=False)
     read: list[int] = []
     sample = TokenStream.sample
     monkeypatch.setattr(TokenStream, "sample", lambda self, index: read.append(index) or sample(self, index))
@@ -289,7 +282,7 @@ def test_fewer_held_out_samples_are_spread_over_the_split(corpus: Corpus, monkey
 
 def test_held_out_pass_refuses_a_shuffled_stream(corpus: Corpus) -> None:
     with pytest.raises(ValueError, match="shuffle=False"):
-        next(heldout_batches(TokenStream(corpus, "heldout", SEQ, 0), 1, 0, 1))
+        next(heldout_batches(stream_of(corpus, "heldout", SEQ, 0), 1, 0, 1))
 
 
 def test_corpus_without_held_out_text_cannot_be_evaluated(tmp_path: Path, tokenizer_file: Path) -> None:
@@ -302,5 +295,5 @@ def test_corpus_without_held_out_text_cannot_be_evaluated(tmp_path: Path, tokeni
     )
     corpus = Corpus.open(prepare(config))
     assert corpus.totals("heldout").tokens == 0
-    with pytest.raises(CorpusError, match=r"heldout split .* \(0 tokens"):
-        TokenStream(corpus, "heldout", SEQ, 0)
+    with pytest.raises(CorpusError, match=r"heldout split of .* \(0 tokens"):
+        stream_of(corpus, "heldout", SEQ, 0)

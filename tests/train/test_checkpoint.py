@@ -30,10 +30,11 @@ from train.checkpoint import load, load_model, save
 from train.config import BatchConfig, RunConfig
 from train.loop import step_metrics, train_step
 from train.metrics import GRAD_NORM
-from train.runs import checkpoint_path, last_checkpoint, read_state
+from train.runs import checkpoint_path, last_checkpoint, read_state, require_same_data
 from train.settings import ConfigError
 
 HALF, STEPS, ROWS, MICRO_BATCHES = 3, 6, 4, 2
+DATA = {"identity": {"seed": 1, "data.seq_length": 64}, "samples": HALF * ROWS, "sources": {}}
 # Name -> layout and model. bfloat16 also has float32 parameters, whose optimizer state lies apart.
 CASES: dict[str, tuple[ParallelConfig, ModelConfig]] = {
     "EP2": (ParallelConfig(expert=2), MODEL),
@@ -93,7 +94,7 @@ def _straight_and_save(runs: Path) -> dict:
         engine = start_engine(job)
         _train(job, engine, 1, HALF)
         for _ in range(2):  # the second replaces the first
-            save(job, engine, HALF, "fingerprint")
+            save(job, engine, HALF, DATA)
     return found
 
 
@@ -104,7 +105,7 @@ def _resume(runs: Path) -> dict:
     for name in CASES:
         job = _job(name, runs)
         engine = start_engine(job)
-        load(engine, checkpoint_path(job.config.run.path, HALF), "fingerprint")
+        load(engine, checkpoint_path(job.config.run.path, HALF))
         predictions = _predictions(job)
         found[name] = _train(job, engine, HALF + 1, STEPS), _weights(job), predictions
     return found | {"settings": _settings_after_loading(runs)}
@@ -115,7 +116,7 @@ def _settings_after_loading(runs: Path) -> set[tuple]:
     job = _job("EP2", runs)
     optim = replace(job.config.optim, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.3)
     engine = start_engine(replace(job, config=replace(job.config, optim=optim)))
-    load(engine, checkpoint_path(job.config.run.path, HALF), "fingerprint")
+    load(engine, checkpoint_path(job.config.run.path, HALF))
     return {(group["weight_decay"], group["betas"], group["eps"]) for group in engine.optimizer.param_groups}
 
 
@@ -193,10 +194,20 @@ def test_the_directory_of_a_checkpoint(straight, runs):
         "virtual": 1,
         "expert_tensor": 1,
     }
-    assert read_state(path) == {"step": HALF, "fingerprint": "fingerprint", "layout": layout}
+    assert read_state(path) == {"step": HALF, "data": DATA, "layout": layout}
 
 
 def test_a_checkpoint_of_other_data_is_refused(tmp_path):
-    (tmp_path / "state.json").write_text(json.dumps({"step": 3, "fingerprint": "theirs", "layout": {}}))
-    with pytest.raises(ConfigError, match=r"was trained on another corpus, data.seq_length or seed"):
-        load(None, tmp_path, "ours")
+    (tmp_path / "state.json").write_text(json.dumps({"step": HALF, "data": DATA, "layout": {}}))
+    require_same_data(tmp_path, {"seed": 1, "data.seq_length": 64}, on_change="stop")
+    for changed, name in (
+        ({"seed": 1, "data.seq_length": 32}, r"data\.seq_length \(was 64, is 32\): set"),
+        ({"seed": 2, "data.seq_length": 64}, r"seed \(was 1, is 2\): set"),
+        (
+            {"seed": 1, "data.seq_length": 64, "data.corpus": "a" * 64},
+            r"data\.corpus \(was unset, is aaaaaaaaaaaa\.\.\.\)",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=name + r".*data\.on_change=continue"):
+            require_same_data(tmp_path, changed, on_change="stop")
+        require_same_data(tmp_path, changed, on_change="continue")

@@ -1,0 +1,129 @@
+"""The sizes of a source's units, from which the order of samples is computed.
+
+Which document a sample begins with depends on the number of tokens in everything before it. So that sample 10^9 is
+found at once and alike on every rank, these numbers must be there before the first step. Mostly they are: a prepared
+corpus has them in its manifest, Megatron files in their index, and parquet in its footers (a list column's chunk says
+how many values it holds). Where they are not - text that is tokenized here, JSON lines, a subset of the documents,
+best-fit packing, which asks for the length of each document - every unit is read once, by several processes, and the
+result is kept in `data.cache`: one line a unit, so that a killed pass goes on where it was. The alternative, to count
+while training, would make every rank read what all ranks read since the start, or tie a run to its number of ranks.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from hashlib import sha256
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from data import pool
+from data.errors import CorpusError
+from data.faults import BrokenUnit, Faults
+from data.packing import BEST_FIT, best_fit
+from data.progress import count_bar
+from data.readers import Reader, digest_of
+from data.units import Sizes
+
+VERSION = 1
+MIN_PARALLEL_BYTES = 2**26  # below, starting processes takes longer than reading
+
+
+def measure(reader: Reader, packing: str, seq_length: int, cache: Path, skips: bool = False) -> Sizes:
+    """The sizes of a reader's units, with their numbers of samples for best-fit packing.
+
+    Args:
+        cache: directory that keeps what had to be counted.
+        skips: leave broken units out (they hold nothing then) rather than stop at the first.
+    Raises:
+        BrokenUnit: a unit cannot be read.
+    """
+    sizes = reader.known()
+    if sizes is not None and packing != BEST_FIT:
+        return sizes
+    key = digest_of([VERSION, reader.identity, seq_length if packing == BEST_FIT else 0])
+    journal = cache / "sizes" / f"{key[:32]}.jsonl"
+    entries = _read_journal(journal)
+    missing = [unit for unit in range(reader.num_units) if unit not in entries]
+    broken: list[str] = []
+    if missing:
+        _open_journal(journal)
+        with journal.open("a", encoding="utf-8") as file, count_bar(f"counting {reader.path}", len(missing)) as bar:
+            for unit, entry in _scan_all(reader, missing, seq_length if packing == BEST_FIT else None):
+                bar.update()
+                if isinstance(entry, BrokenUnit):
+                    if not skips:
+                        raise entry
+                    broken.append(str(entry))
+                    continue
+                entries[unit] = entry
+                file.write(json.dumps([unit, *entry]) + "\n")
+                file.flush()
+    return _sizes(reader, entries, packing, broken)
+
+
+def _sizes(reader: Reader, entries: dict[int, list], packing: str, broken: list[str]) -> Sizes:
+    nothing = [0, 0, 0, 0, ""]
+    columns = list(zip(*(entries.get(unit, nothing) for unit in range(reader.num_units)), strict=True))
+    documents, tokens, samples = (np.array(column, dtype=np.int64) for column in columns[:3])
+    digest = sha256("".join(columns[4]).encode()).hexdigest()
+    sizes = Sizes(documents, tokens, digest, empty=sum(columns[3]), broken=tuple(broken))
+    return replace(sizes, samples=samples) if packing == BEST_FIT else sizes
+
+
+def _scan(reader: Reader, unit: int, seq_length: int | None) -> list | BrokenUnit:
+    """[documents, tokens, samples, empty documents, hash of all tokens] of a unit."""
+    try:
+        if reader.known() is not None:  # only samples are missing: lengths will do
+            lengths, empty, digest = reader.lengths(unit, Faults()), 0, reader.known().digest
+        else:
+            documents = reader.read(unit, Faults())
+            lengths, empty = documents.lengths, documents.empty
+            hashed = xxhash.xxh3_64()
+            for number in range(documents.num_documents):
+                hashed.update(np.ascontiguousarray(documents.document(number), dtype=np.int32))
+            digest = hashed.hexdigest()
+    except BrokenUnit as error:
+        return error
+    samples = 0 if seq_length is None else len(best_fit(lengths, seq_length).ends)
+    return [len(lengths), int(lengths.sum()), samples, empty, digest]
+
+
+def _scan_here(task: tuple[int, int | None]) -> list | BrokenUnit:
+    unit, seq_length = task
+    return _scan(pool.reader(0), unit, seq_length)
+
+
+def _scan_all(reader: Reader, units: list[int], seq_length: int | None) -> Iterator[tuple[int, list | BrokenUnit]]:
+    processes = min(os.cpu_count() or 1, len(units))
+    if reader.num_bytes < MIN_PARALLEL_BYTES or processes < 2 or reader.in_process:
+        for unit in units:
+            yield unit, _scan(reader, unit, seq_length)
+        return
+    with ProcessPoolExecutor(
+        processes, mp_context=get_context("spawn"), initializer=pool.start_worker, initargs=([reader],)
+    ) as workers:
+        yield from zip(units, workers.map(_scan_here, [(unit, seq_length) for unit in units]), strict=True)
+
+
+def _read_journal(journal: Path) -> dict[int, list]:
+    """What earlier passes counted; a line torn off by a crash is left out."""
+    if not journal.is_file():
+        return {}
+    lines = journal.read_text(encoding="utf-8").splitlines(keepends=True)
+    found = [json.loads(line) for line in lines if line.endswith("\n")]
+    return {unit: entry for unit, *entry in found}
+
+
+def _open_journal(journal: Path) -> None:
+    try:
+        journal.parent.mkdir(parents=True, exist_ok=True)
+        if journal.is_file() and not journal.read_bytes().endswith(b"\n"):
+            whole = journal.read_bytes().rpartition(b"\n")
+            journal.write_bytes(whole[0] + whole[1])
+    except OSError as error:
+        raise CorpusError(f"data.cache={journal.parent.parent} cannot be written: {error.strerror}") from error

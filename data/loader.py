@@ -1,0 +1,139 @@
+"""Batches of samples by step, read ahead; each rank takes its slice."""
+
+import queue
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from data.batches import Batch, BatchSchedule
+from data.errors import CorpusError
+from data.faults import Faults
+from data.mixture import MixedStream
+from data.packing import PADDING, Sample
+from data.stream import TokenStream
+
+PREFETCH_STEPS = 2
+
+type Stream = TokenStream | MixedStream
+
+
+def collate(samples: list[Sample]) -> Batch:
+    return Batch(
+        tokens=torch.from_numpy(np.stack([sample.tokens for sample in samples])),
+        documents=torch.from_numpy(np.stack([sample.documents for sample in samples])),
+    )
+
+
+class Loader:
+    """Steps of training: each a list of this rank's microbatches, read ahead by one thread.
+
+    Step n holds the samples `schedule.samples(n)` in every layout; microbatch m of a rank has `micro_batch` of
+    them, from the first + (m * world + rank) * micro_batch on. `rank` and `world` count
+    data-parallel ranks. The state is `step`, the number of the next step. Close it when done (it is a context
+    manager); the stream belongs to it until then. A reading error is raised where its step is asked for.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        schedule: BatchSchedule,
+        micro_batch: int,
+        rank: int,
+        world: int,
+        start_step: int = 0,
+    ) -> None:
+        for _, size in schedule.sizes:
+            if size <= 0 or micro_batch <= 0 or size % (micro_batch * world):
+                raise CorpusError(
+                    f"batch.global={size} must be a multiple of batch.micro={micro_batch} times "
+                    f"{world} data-parallel ranks"
+                )
+        self.step = start_step
+        self._stream = stream
+        self._schedule = schedule
+        self._micro_batch = micro_batch
+        self._rank = rank
+        self._world = world
+        self._queue: queue.Queue[list[Batch] | Exception] = queue.Queue(maxsize=PREFETCH_STEPS)
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __iter__(self) -> "Loader":
+        return self
+
+    def __next__(self) -> list[Batch]:
+        if self._stop.is_set():
+            raise StopIteration
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._read_ahead, args=(self.step,), name="loader", daemon=True)
+            self._thread.start()
+        item = self._queue.get()
+        if isinstance(item, Exception):
+            self.close()
+            raise item
+        self.step += 1
+        return item
+
+    @property
+    def faults(self) -> Faults:
+        """What this process's reading has met and overcome so far."""
+        return self._stream.cache.faults
+
+    def close(self) -> None:
+        """Ends the thread and the stream. Steps read ahead are dropped; iteration is over."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        self._stream.close()
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _read_ahead(self, step: int) -> None:
+        try:
+            while not self._stop.is_set():
+                self._put(self._read(step))
+                step += 1
+        except Exception as error:  # whatever it is, it belongs to the thread that waits for the step
+            self._put(error)
+
+    def _put(self, item: list[Batch] | Exception) -> None:
+        while not self._stop.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def _read(self, step: int) -> list[Batch]:
+        microbatches, numbers = [], self._schedule.samples(step)
+        length = self._schedule.length(step)
+        for first in numbers[self._rank * self._micro_batch :: self._world * self._micro_batch]:
+            batch = collate([self._stream.sample(index) for index in range(first, first + self._micro_batch)])
+            microbatches.append(batch if length is None else batch.cut(length))
+        return microbatches
+
+
+def heldout_batches(
+    stream: TokenStream, micro: int, rank: int, world: int, max_samples: int | None = None
+) -> Iterator[Batch]:
+    """This rank's share of one pass over an unshuffled stream, or of `max_samples` spread evenly through it.
+
+    Every rank gets the same number of microbatches; `Batch.num_samples` tells how many rows of each are real.
+    """
+    if stream.shuffle:
+        raise ValueError("held-out samples come from a stream with shuffle=False")
+    total = stream.samples_per_epoch
+    count = total if max_samples is None else min(total, max_samples)
+    padding = Sample(
+        tokens=np.zeros(stream.seq_length + 1, dtype=np.int64),
+        documents=np.full(stream.seq_length + 1, PADDING, dtype=np.int32),
+    )
+    for first in range(rank * micro, -(-count // (micro * world)) * micro * world, micro * world):
+        numbers = range(first, first + micro)
+        yield collate([stream.sample(n * total // count) if n < count else padding for n in numbers])

@@ -1,0 +1,117 @@
+"""Megatron's `.bin` and `.idx` files, through megatron-core's own reader: the only file of `data` that imports it."""
+
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.errors import CorpusError, one_line
+from data.faults import BrokenUnit, Faults, retrying
+from data.readers import Reader, digest_of
+from data.tokenizer import Tokenizer
+from data.units import Sizes, Unit, ended
+
+UNIT_TOKENS = 2**22  # tokens after which a new unit begins: a window of memory-mapped documents
+
+
+def megatron_prefix(path: str) -> Path | None:
+    """The common name of a pair of files, given that name or one of the two; None where there is no such pair."""
+    prefix = Path(path).expanduser()
+    if prefix.suffix in (".bin", ".idx"):
+        prefix = prefix.with_suffix("")
+    pair = [Path(f"{prefix}{ending}") for ending in (".bin", ".idx")]
+    return prefix if all(file.is_file() for file in pair) else None
+
+
+class MegatronReader(Reader):
+    """A unit is a run of documents of UNIT_TOKENS or more. The index holds all lengths, so nothing is ever scanned."""
+
+    in_process = True
+
+    def __init__(self, path: str, prefix: Path, tokenizer: Tokenizer) -> None:
+        self.path, self.vocab_size = path, tokenizer.vocab_size
+        self._prefix, self._eod_id, self._tokenizer = prefix, tokenizer.eod_id, tokenizer.sha256
+        lengths = self._document_lengths
+        filled = np.flatnonzero(lengths)
+        if not len(filled):
+            raise CorpusError(f"data.corpus={path} holds no token")
+        self._appends = self._tokens(int(filled[0]), int(filled[0]) + 1, Faults())[-1] != self._eod_id
+        number = (np.cumsum(lengths) - lengths) // UNIT_TOKENS
+        self._firsts = np.flatnonzero(np.diff(number, prepend=-1))
+
+    @cached_property
+    def _dataset(self) -> Any:
+        # Here: megatron-core takes seconds to import, and only these files need it.
+        from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+        try:
+            return IndexedDataset(str(self._prefix), mmap=True)
+        except (AssertionError, OSError, ValueError, RuntimeError) as error:
+            raise BrokenUnit(f"{self._prefix}.idx is corrupt: {one_line(error)}") from error
+
+    @cached_property
+    def _sequence_ends(self) -> np.ndarray:
+        """int64 [sequences]: tokens before the end of each sequence."""
+        return np.cumsum(self._dataset.sequence_lengths, dtype=np.int64)
+
+    @cached_property
+    def _document_lengths(self) -> np.ndarray:
+        """int64 [documents]: tokens of each; a document is one sequence or several."""
+        borders = self._dataset.document_indices
+        return np.diff(np.concatenate([[0], self._sequence_ends])[borders])
+
+    @property
+    def num_units(self) -> int:
+        return len(self._firsts)
+
+    @property
+    def num_bytes(self) -> int:
+        return Path(f"{self._prefix}.bin").stat().st_size
+
+    @property
+    def identity(self) -> list:
+        stats = [Path(f"{self._prefix}{ending}").stat() for ending in (".bin", ".idx")]
+        return ["megatron", str(self._prefix), self._tokenizer, [[s.st_size, s.st_mtime_ns] for s in stats]]
+
+    def label(self, unit: int) -> str:
+        return f"{self._prefix}.bin (from document {self._firsts[unit]})"
+
+    def lengths(self, unit: int, faults: Faults) -> np.ndarray:
+        first, last = self._documents(unit)
+        lengths = self._document_lengths[first:last]
+        return lengths[lengths > 0] + self._appends
+
+    def read(self, unit: int, faults: Faults) -> Unit:
+        first, last = self._documents(unit)
+        tokens, label = self._tokens(first, last, faults), self.label(unit)
+        lengths = self._document_lengths[first:last]
+        empty, lengths = int((lengths == 0).sum()), lengths[lengths > 0]
+        return ended(tokens, lengths, self._appends, self._eod_id, self.vocab_size, label, empty)
+
+    def known(self) -> Sizes:
+        firsts = self._firsts
+        documents = np.add.reduceat(self._document_lengths > 0, firsts, dtype=np.int64)
+        tokens = np.add.reduceat(self._document_lengths, firsts) + (documents if self._appends else 0)
+        digest = digest_of([sha256(Path(f"{self._prefix}.idx").read_bytes()).hexdigest(), self.num_bytes])
+        return Sizes(documents, tokens, digest, empty=int((self._document_lengths == 0).sum()))
+
+    def _documents(self, unit: int) -> tuple[int, int]:
+        last = self._firsts[unit + 1] if unit + 1 < self.num_units else len(self._document_lengths)
+        return int(self._firsts[unit]), int(last)
+
+    def _tokens(self, first: int, last: int, faults: Faults) -> np.ndarray:
+        """Tokens of the documents [first, last), which lie end to end in the file."""
+        dataset = self._dataset
+        begin, end = (int(dataset.document_indices[document]) for document in (first, last))
+        count = int(self._sequence_ends[end - 1] - (self._sequence_ends[begin - 1] if begin else 0))
+        start = int(dataset.index.sequence_pointers[begin])
+
+        def read() -> np.ndarray:
+            return dataset.bin_reader.read(dtype=dataset.index.dtype, count=count, offset=start)
+
+        try:
+            return retrying(f"{self._prefix}.bin", read, faults)
+        except ValueError as error:
+            raise BrokenUnit(f"{self._prefix}.bin is shorter than its index says: {one_line(error)}") from error

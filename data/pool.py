@@ -1,0 +1,193 @@
+"""Units in memory: read ahead by worker processes, kept while they are needed, and never more than a budget of them.
+
+A worker is asked for a unit by number and remembers nothing, so one that dies takes nothing along: its units are asked
+for again. The order of samples is made by those who ask, in one place, whatever the number of workers.
+"""
+
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from typing import Any
+
+from data.errors import CorpusError
+from data.faults import BrokenUnit, Faults
+from data.readers import Reader
+from data.units import Sizes, Unit
+
+# Three windows of samples (stream.WINDOW_TOKENS): the one being read, the next, and what units reach beyond both.
+KEPT_TOKENS = 3 * 2**24
+KEPT_UNITS = 4  # at least, however large they are
+MAX_RESTARTS = 5  # without a unit read in between
+STOP, SKIP = ON_CORRUPT = ("stop", "skip")
+
+type Key = tuple[int, int]  # source, unit
+
+
+class UnitCache:
+    """The units of several sources by (source, unit). For one thread at a time. Close it when done."""
+
+    def __init__(self, sources: Sequence[tuple[Reader, Sizes]], workers: int = 0, on_corrupt: str = STOP) -> None:
+        self.faults = Faults()
+        self._sources = list(sources)
+        self._skips = on_corrupt == SKIP
+        self._kept: OrderedDict[Key, Unit | None] = OrderedDict()
+        self._kept_tokens = 0
+        self._coming: dict[Key, Future] = {}
+        # Workers are spared what is read in this process: it would only be copied and imported there.
+        readers = [None if reader.in_process else reader for reader, _ in sources]
+        self._workers = Workers(readers, workers) if workers and any(readers) else None
+
+    def expect(self, keys: Iterable[Key]) -> None:
+        """Units that will be asked for soon: workers begin to read them."""
+        if self._workers is None:
+            return
+        for key in keys:
+            if key not in self._kept and key not in self._coming and not self._sources[key[0]][0].in_process:
+                self._coming[key] = self._workers.submit(key)
+
+    def get(self, key: Key) -> Unit | None:
+        """A unit, or None for a broken one that is skipped.
+
+        Raises:
+            BrokenUnit: it is broken, and data.on_corrupt=stop.
+        """
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        try:
+            unit = self._checked(key, self._read(key))
+        except BrokenUnit as error:
+            if not self._skips:
+                raise
+            unit = None
+            self.faults.skipped.append(str(error))
+        self._keep(key, unit)
+        return unit
+
+    def close(self) -> None:
+        if self._workers is not None:
+            self._workers.close()
+        self._coming.clear()
+        self._kept.clear()
+        self._kept_tokens = 0
+
+    def _read(self, key: Key) -> Unit:
+        source, number = key
+        reader = self._sources[source][0]
+        if self._workers is None or reader.in_process:
+            return reader.read(number, self.faults)
+        self.expect([key])
+        while True:
+            try:
+                unit, faults = self._coming[key].result()
+            except BrokenProcessPool:
+                self.faults.restarts += 1
+                self._workers.restart(reader.label(number))
+                self._coming = {other: self._workers.submit(other) for other in self._coming}
+                continue
+            del self._coming[key]
+            self._workers.succeeded()
+            self.faults.add(faults)
+            if isinstance(unit, BrokenUnit):
+                raise unit
+            return unit
+
+    def _checked(self, key: Key, unit: Unit) -> Unit:
+        reader, sizes = self._sources[key[0]]
+        found, expected = (unit.num_documents, unit.num_tokens), (sizes.documents[key[1]], sizes.tokens[key[1]])
+        if found != expected:
+            raise BrokenUnit(
+                f"{reader.label(key[1])} holds {found[0]} documents of {found[1]} tokens, and {expected[0]} of "
+                f"{expected[1]} were counted: it has changed"
+            )
+        return unit
+
+    def _keep(self, key: Key, unit: Unit | None) -> None:
+        self._kept[key] = unit
+        self._kept_tokens += _tokens(unit)
+        while len(self._kept) > KEPT_UNITS and self._kept_tokens > KEPT_TOKENS * len(self._sources):
+            _, dropped = self._kept.popitem(last=False)
+            self._kept_tokens -= _tokens(dropped)
+
+
+class Workers:
+    """Processes that read units. They end with the process that started them, even if that is killed."""
+
+    def __init__(self, readers: Sequence[Reader | None], count: int) -> None:
+        self._readers, self._count = list(readers), count
+        self._restarts = 0
+        self._pool = self._start()
+
+    def submit(self, key: Key) -> Future:
+        try:
+            return self._pool.submit(_read_unit, key)
+        except BrokenProcessPool as error:
+            broken: Future = Future()
+            broken.set_exception(error)
+            return broken
+
+    def restart(self, label: str) -> None:
+        """New processes in place of a pool that lost one.
+
+        Raises:
+            CorpusError: they keep dying.
+        """
+        self._restarts += 1
+        if self._restarts > MAX_RESTARTS:
+            raise CorpusError(
+                f"data.workers={self._count}: the workers were killed {self._restarts} times while {label} was read: "
+                f"give them more memory, or choose fewer"
+            )
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._pool = self._start()
+
+    def succeeded(self) -> None:
+        self._restarts = 0
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _start(self) -> ProcessPoolExecutor:
+        # A fork would copy threads and devices of a training process.
+        return ProcessPoolExecutor(
+            self._count, mp_context=get_context("spawn"), initializer=start_worker, initargs=(self._readers,)
+        )
+
+
+_readers: list[Reader | None] = []  # of this worker process
+
+
+def start_worker(readers: list[Reader | None]) -> None:
+    """First call in a worker process."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _readers[:] = readers
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def reader(source: int) -> Reader:
+    """A source of this worker process."""
+    return _readers[source]
+
+
+def _read_unit(key: Key) -> tuple[Any, Faults]:
+    """A unit or what is wrong with it, and the faults met on the way."""
+    faults = Faults()
+    try:
+        return _readers[key[0]].read(key[1], faults), faults
+    except BrokenUnit as error:
+        return error, faults
+
+
+def _end_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _tokens(unit: Unit | None) -> int:
+    return 0 if unit is None else len(unit.tokens)

@@ -1,0 +1,224 @@
+"""Readers: the documents of one source, unit by unit, whatever they are stored in."""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from hashlib import sha256
+
+import numpy as np
+import xxhash
+
+from data.corpus import Corpus
+from data.faults import Faults
+from data.units import Sizes, Unit
+
+
+class Reader(ABC):
+    """Documents in units that are read whole. Picklable: worker processes get a copy.
+
+    Attributes:
+        path: what the user calls the source, for messages.
+        vocab_size: every token is below it.
+        in_process: reading costs next to nothing (a memory map), so no worker process is asked for it.
+    """
+
+    path: str
+    vocab_size: int
+    in_process = False
+
+    @property
+    @abstractmethod
+    def num_units(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """What reading all units would move, roughly: decides whether measuring them is worth processes."""
+
+    @property
+    @abstractmethod
+    def identity(self) -> list:
+        """Of JSON: changes whenever the documents may have changed. Costs no reading."""
+
+    @abstractmethod
+    def label(self, unit: int) -> str:
+        """A unit's file and place, for messages."""
+
+    @abstractmethod
+    def read(self, unit: int, faults: Faults) -> Unit:
+        """A unit's documents, each with its end-of-document token last; counts what it overcame in `faults`.
+
+        Raises:
+            BrokenUnit: the unit is gone, damaged or holds what cannot be trained on.
+        """
+
+    def known(self) -> Sizes | None:
+        """The units' sizes where they stand somewhere and need no reading of documents."""
+        return None
+
+    def lengths(self, unit: int, faults: Faults) -> np.ndarray:
+        """int64 [documents] of a unit."""
+        return self.read(unit, faults).lengths
+
+
+class PreparedReader(Reader):
+    """A split of a corpus made by prepare; a unit is a shard."""
+
+    def __init__(self, corpus: Corpus, split: str) -> None:
+        self.corpus, self.split = corpus, split
+        self.path, self.vocab_size = f"the {split} split of {corpus.path}", corpus.vocab_size
+        self._shards = corpus.manifest.splits[split]
+
+    @property
+    def num_units(self) -> int:
+        return len(self._shards)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(shard.size for shard in self._shards)
+
+    @property
+    def identity(self) -> list:
+        return ["prepared", self.corpus.fingerprint, self.split]
+
+    def label(self, unit: int) -> str:
+        return str(self.corpus.path / self._shards[unit].file)
+
+    def read(self, unit: int, faults: Faults) -> Unit:
+        return self.corpus.shard(self.split, unit, faults)
+
+    def known(self) -> Sizes:
+        counts = [(shard.documents, shard.tokens) for shard in self._shards]
+        documents, tokens = np.array(counts, dtype=np.int64).reshape(-1, 2).T
+        return Sizes(documents, tokens, self.corpus.fingerprint)
+
+
+class Wrapped(Reader):
+    """A reader that passes another one's units on."""
+
+    def __init__(self, base: Reader) -> None:
+        self._base = base
+        self.path, self.vocab_size, self.in_process = base.path, base.vocab_size, base.in_process
+
+    @property
+    def num_units(self) -> int:
+        return self._base.num_units
+
+    @property
+    def num_bytes(self) -> int:
+        return self._base.num_bytes
+
+    def label(self, unit: int) -> str:
+        return self._base.label(unit)
+
+
+class ChosenUnits(Wrapped):
+    """Some units of another reader, in the given order."""
+
+    def __init__(self, base: Reader, units: Sequence[int]) -> None:
+        super().__init__(base)
+        self._units = [int(unit) for unit in units]
+
+    @property
+    def num_units(self) -> int:
+        return len(self._units)
+
+    @property
+    def num_bytes(self) -> int:
+        return self._base.num_bytes * self.num_units // max(1, self._base.num_units)
+
+    @property
+    def identity(self) -> list:
+        return [*self._base.identity, "units", digest_of(self._units)]
+
+    def label(self, unit: int) -> str:
+        return self._base.label(self._units[unit])
+
+    def read(self, unit: int, faults: Faults) -> Unit:
+        return self._base.read(self._units[unit], faults)
+
+    def lengths(self, unit: int, faults: Faults) -> np.ndarray:
+        return self._base.lengths(self._units[unit], faults)
+
+    def known(self) -> Sizes | None:
+        sizes = self._base.known()
+        if sizes is None:
+            return None
+        documents, tokens = sizes.documents[self._units], sizes.tokens[self._units]
+        return Sizes(documents, tokens, digest_of([sizes.digest, self._units]))
+
+
+class Subset(Wrapped):
+    """A uniform sample of another reader's documents.
+
+    A document stays if the seeded hash of its tokens lies below `fraction` of all hashes. So a smaller fraction is
+    part of a larger one, copies of a document stay or go together, and neither its place nor the format it is
+    stored in matters.
+    """
+
+    def __init__(self, base: Reader, fraction: float, seed: int) -> None:
+        super().__init__(base)
+        self._limit, self._seed = int(fraction * 2**64), seed
+
+    @property
+    def identity(self) -> list:
+        return [*self._base.identity, "subset", self._limit, self._seed]
+
+    def read(self, unit: int, faults: Faults) -> Unit:
+        documents = self._base.read(unit, faults)
+        numbers = range(documents.num_documents)
+        kept = [document_hash(documents.document(number), self._seed) < self._limit for number in numbers]
+        return documents.keep(np.array(kept, dtype=bool))
+
+
+class Joined(Reader):
+    """The units of several readers, one reader after the other."""
+
+    def __init__(self, readers: Sequence[Reader]) -> None:
+        self._readers = list(readers)
+        self._places = [(reader, unit) for reader in readers for unit in range(reader.num_units)]
+        self.path = " + ".join(reader.path for reader in readers)
+        self.vocab_size = readers[0].vocab_size
+        self.in_process = all(reader.in_process for reader in readers)
+
+    @property
+    def num_units(self) -> int:
+        return len(self._places)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(reader.num_bytes for reader in self._readers)
+
+    @property
+    def identity(self) -> list:
+        return [reader.identity for reader in self._readers]
+
+    def label(self, unit: int) -> str:
+        reader, own = self._places[unit]
+        return reader.label(own)
+
+    def read(self, unit: int, faults: Faults) -> Unit:
+        reader, own = self._places[unit]
+        return reader.read(own, faults)
+
+    def lengths(self, unit: int, faults: Faults) -> np.ndarray:
+        reader, own = self._places[unit]
+        return reader.lengths(own, faults)
+
+    def known(self) -> Sizes | None:
+        parts = [reader.known() for reader in self._readers]
+        if None in parts:
+            return None
+        documents = np.concatenate([part.documents for part in parts])
+        tokens = np.concatenate([part.tokens for part in parts])
+        return Sizes(documents, tokens, digest_of([part.digest for part in parts]))
+
+
+def digest_of(values: list) -> str:
+    """SHA-256 of a list of JSON."""
+    return sha256(json.dumps(values).encode()).hexdigest()
+
+
+def document_hash(tokens: np.ndarray, seed: int) -> int:
+    """64 bits from a document's tokens, the same for every width that its integers are stored in."""
+    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(tokens, dtype=np.int32), seed)
