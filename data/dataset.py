@@ -151,8 +151,8 @@ class Dataset:
             if self.config.packing == BEST_FIT:
                 places = int(sizes.samples.sum()) * (self.config.seq_length + 1)
                 line += f"; best-fit packing fills {sizes.num_tokens / places:.2%} of all places"
-            if sizes.empty:
-                line += f"; {sizes.empty:,} empty documents left out"
+            if sizes.empty.any():
+                line += f"; {sizes.empty.sum():,} empty documents left out"
             lines.append(line)
             lines += [f"left out: {reason}" for reason in sizes.broken]
         return lines

@@ -69,9 +69,9 @@ def measure(reader: Reader, packing: str, seq_length: int, cache: Path, skips: b
 def _sizes(reader: Reader, entries: dict[int, list], packing: str, broken: list[str]) -> Sizes:
     nothing = [0, 0, 0, 0, ""]
     columns = list(zip(*(entries.get(unit, nothing) for unit in range(reader.num_units)), strict=True))
-    documents, tokens, samples = (np.array(column, dtype=np.int64) for column in columns[:3])
+    documents, tokens, samples, empty = (np.array(column, dtype=np.int64) for column in columns[:4])
     digest = sha256("".join(columns[4]).encode()).hexdigest()
-    sizes = Sizes(documents, tokens, digest, empty=sum(columns[3]), broken=tuple(broken))
+    sizes = Sizes(documents, tokens, empty, digest, broken=tuple(broken))
     return replace(sizes, samples=samples) if packing == BEST_FIT else sizes
 
 

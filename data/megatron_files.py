@@ -93,9 +93,10 @@ class MegatronReader(Reader):
     def known(self) -> Sizes:
         firsts = self._firsts
         documents = np.add.reduceat(self._document_lengths > 0, firsts, dtype=np.int64)
+        empty = np.add.reduceat(self._document_lengths == 0, firsts, dtype=np.int64)
         tokens = np.add.reduceat(self._document_lengths, firsts) + (documents if self._appends else 0)
         digest = digest_of([sha256(Path(f"{self._prefix}.idx").read_bytes()).hexdigest(), self.num_bytes])
-        return Sizes(documents, tokens, digest, empty=int((self._document_lengths == 0).sum()))
+        return Sizes(documents, tokens, empty, digest)
 
     def _documents(self, unit: int) -> tuple[int, int]:
         last = self._firsts[unit + 1] if unit + 1 < self.num_units else len(self._document_lengths)

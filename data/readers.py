@@ -90,7 +90,7 @@ class PreparedReader(Reader):
     def known(self) -> Sizes:
         counts = [(shard.documents, shard.tokens) for shard in self._shards]
         documents, tokens = np.array(counts, dtype=np.int64).reshape(-1, 2).T
-        return Sizes(documents, tokens, self.corpus.fingerprint)
+        return Sizes(documents, tokens, np.zeros_like(tokens), self.corpus.fingerprint)
 
 
 class Wrapped(Reader):
@@ -144,8 +144,8 @@ class ChosenUnits(Wrapped):
         sizes = self._base.known()
         if sizes is None:
             return None
-        documents, tokens = sizes.documents[self._units], sizes.tokens[self._units]
-        return Sizes(documents, tokens, digest_of([sizes.digest, self._units]))
+        counts = (column[self._units] for column in (sizes.documents, sizes.tokens, sizes.empty))
+        return Sizes(*counts, digest_of([sizes.digest, self._units]))
 
 
 class Subset(Wrapped):
@@ -209,9 +209,8 @@ class Joined(Reader):
         parts = [reader.known() for reader in self._readers]
         if None in parts:
             return None
-        documents = np.concatenate([part.documents for part in parts])
-        tokens = np.concatenate([part.tokens for part in parts])
-        return Sizes(documents, tokens, digest_of([part.digest for part in parts]))
+        columns = zip(*((part.documents, part.tokens, part.empty) for part in parts), strict=True)
+        return Sizes(*map(np.concatenate, columns), digest_of([part.digest for part in parts]))
 
 
 def digest_of(values: list) -> str:

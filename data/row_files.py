@@ -78,7 +78,7 @@ class ParquetReader(RowReader):
         # A list that is missing or empty counts as one value, which is null.
         documents = rows - nulls
         tokens = values - nulls + (documents if self.appends_eod else 0)
-        return Sizes(documents, tokens, self._digest, empty=int(nulls.sum()))
+        return Sizes(documents, tokens, nulls, self._digest)
 
 
 class JsonlReader(RowReader):

@@ -45,15 +45,15 @@ class Unit:
 class Sizes:
     """How much each unit holds: all that the order of samples needs to know of a source.
 
-    `samples` is there for best-fit packing alone. `empty` counts documents left out because they hold no token (0
-    where nobody looked). `digest` is equal for equal documents in equal units.
+    `empty` counts documents left out because they hold no token. `samples` is there for best-fit packing alone.
+    `digest` is equal for equal documents in equal units; `broken` says which units hold nothing because they are.
     """
 
     documents: np.ndarray  # int64 [units]
     tokens: np.ndarray  # int64 [units]
+    empty: np.ndarray  # int64 [units]
     digest: str
     samples: np.ndarray | None = None  # int64 [units]
-    empty: int = 0
     broken: tuple[str, ...] = ()
 
     @property
