@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.packing import Sample, num_samples, overlaps, pack, sample_span
+from data.packing import Sample, best_fit, num_samples, overlaps, pack, pad, sample_span
 
 
 def pack_all(documents: list[np.ndarray], seq_length: int) -> list[Sample]:
@@ -47,3 +47,46 @@ def test_a_sample_that_ends_with_a_document_shares_its_first_next_token() -> Non
 
 def test_too_few_tokens_make_no_sample() -> None:
     assert [num_samples(tokens, 4) for tokens in (0, 1, 4, 5, 8, 9)] == [0, 0, 0, 1, 1, 2]
+
+
+@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=60), seq_length=st.integers(1, 25))
+def test_best_fit_puts_every_token_somewhere_and_cuts_only_what_is_too_long(lengths, seq_length: int) -> None:
+    bins = best_fit(np.array(lengths), seq_length)
+    pieces: dict[int, list[tuple[int, int]]] = {}
+    for index in range(len(bins.ends)):
+        own = list(bins.pieces(index))
+        assert 0 < sum(stop - start for _, start, stop in own) <= seq_length + 1
+        for document, start, stop in own:
+            pieces.setdefault(document, []).append((start, stop))
+    assert sorted(pieces) == list(range(len(lengths)))
+    for document, length in enumerate(lengths):
+        found = sorted(pieces[document])
+        if length <= seq_length + 1:
+            assert found == [(0, length)]
+        # Neighbours share a token, so that each of the length - 1 targets belongs to exactly one piece.
+        assert found[0][0] == 0 and found[-1][1] == length
+        assert all(one[1] - 1 == other[0] for one, other in zip(found, found[1:], strict=False))
+
+
+@given(lengths=st.lists(st.integers(1, 17), min_size=1, max_size=40))
+def test_best_fit_against_its_slow_twin(lengths: list[int]) -> None:
+    """Best-fit decreasing as it is told: look at every sample, take the fullest that has room."""
+    samples: list[list[int]] = []
+    for document in sorted(range(len(lengths)), key=lambda d: -lengths[d]):
+        room = [17 - sum(lengths[d] for d in sample) for sample in samples]
+        fitting = [index for index in range(len(samples)) if room[index] >= lengths[document]]
+        if fitting:
+            samples[min(fitting, key=lambda index: room[index])].append(document)
+        else:
+            samples.append([document])
+    bins = best_fit(np.array(lengths), seq_length=16)
+    assert len(bins.ends) == len(samples)
+    filled = sorted(sum(stop - start for _, start, stop in bins.pieces(index)) for index in range(len(bins.ends)))
+    assert filled == sorted(sum(lengths[d] for d in sample) for sample in samples)
+
+
+def test_padding_belongs_to_no_document() -> None:
+    sample = pad(pack([np.array([4, 5]), np.array([6])]), 5, token=0)
+    assert sample.tokens.tolist() == [4, 5, 6, 0, 0]
+    assert sample.documents.tolist() == [0, 0, 1, -1, -1]
+    assert sample.tokens.dtype == np.int64 and sample.documents.dtype == np.int32
