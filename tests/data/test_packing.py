@@ -1,5 +1,7 @@
 """Packing loses nothing, repeats only the shared token, and keeps every boundary."""
 
+from itertools import pairwise
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -65,7 +67,7 @@ def test_best_fit_puts_every_token_somewhere_and_cuts_only_what_is_too_long(leng
             assert found == [(0, length)]
         # Neighbours share a token, so that each of the length - 1 targets belongs to exactly one piece.
         assert found[0][0] == 0 and found[-1][1] == length
-        assert all(one[1] - 1 == other[0] for one, other in zip(found, found[1:], strict=False))
+        assert all(one[1] - 1 == other[0] for one, other in pairwise(found))
 
 
 @given(lengths=st.lists(st.integers(1, 17), min_size=1, max_size=40))
