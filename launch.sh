@@ -3,7 +3,7 @@
 # constraints.txt change, and hands over to Python, which decides everything else.
 set -euo pipefail
 
-readonly COMMANDS="train test estimate prepare evaluate generate"
+readonly COMMANDS="train test estimate prepare evaluate generate export import"
 readonly STATE=.venv/launch-state # of a complete set-up: root, extras, checksum; of one under way: "installing"
 
 usage() {
@@ -18,6 +18,8 @@ usage: ./launch.sh COMMAND [options] [key=value ...]
   prepare    turn raw text into tokenized shards
   evaluate   measure a run's held-out loss
   generate   write text with a run's checkpoint
+  export     write a run's weights as a Hugging Face checkpoint
+  import     make a run of a Hugging Face checkpoint
 
 examples:
   ./launch.sh train                                    the default recipe, on what this machine has

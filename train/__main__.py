@@ -20,22 +20,26 @@ from parallel.quiet import quiet_upstream
 from parallel.topology import resolve
 from train import front, usage
 from train.config import (
+    CONFIG_FILE,
     USER_ERRORS,
     Config,
     EvaluateConfig,
     GenerateConfig,
+    RunConfig,
+    RunReference,
     check,
     check_evaluate,
     check_generate,
     check_plan,
     load_config,
 )
+from train.convert import ExportConfig, ImportConfig, check_export, check_import
 from train.estimate import PEERS, EstimateConfig, check_budget
 from train.estimate import estimate as estimate_text
 from train.footprint import planned_vocab
 from train.propose import proposals
 from train.runs import last_checkpoint, require_checkpoint, require_same_data, steps_done
-from train.settings import MISSING, ConfigError, from_dict, from_text, hint, settings, takes_text
+from train.settings import MISSING, ConfigError, from_dict, from_text, hint, settings, takes_text, to_dict
 from train.trackers import check_login
 
 DEFAULT_RECIPE = "tiny"
@@ -52,9 +56,9 @@ def compose(arguments: list[str], planned: bool = False) -> Config:
     """
     recipe, overrides = _split_recipe(arguments)
     try:
-        with initialize_config_dir(str(usage.RECIPES.resolve()), version_base=None):
-            composed = hydra_compose(recipe, [_checked(override) for override in overrides])
-        values = OmegaConf.to_container(composed, resolve=True)
+        values = _composed(recipe, overrides)
+        if values.get("run", {}).get("init") not in (None, MISSING):
+            values = _composed(recipe, [*_origin_model(values["run"], recipe), *overrides])
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         asked = " ".join(["-cn", recipe, *overrides])
         raise ConfigError(f"{asked} cannot be composed: {' '.join(str(error).split())}") from error
@@ -62,6 +66,20 @@ def compose(arguments: list[str], planned: bool = False) -> Config:
         values["data"]["corpus"] = ""
     config = from_dict(Config, values)
     return replace(config, run=replace(config.run, name=config.run.name or recipe))
+
+
+def _composed(recipe: str, overrides: list[str]) -> dict:
+    with initialize_config_dir(str(usage.RECIPES.resolve()), version_base=None):
+        composed = hydra_compose(recipe, [_checked(override) for override in overrides])
+    return OmegaConf.to_container(composed, resolve=True)
+
+
+def _origin_model(run: dict, recipe: str) -> list[str]:
+    """The model of the run that `run.init` names, as overrides; of the run itself once it has begun."""
+    config = RunConfig(**{key: run[key] for key in ("name", "dir", "init") if run.get(key)})
+    begun = RunReference(config.name or recipe, config.dir)
+    source = load_config(begun if (begun.path / CONFIG_FILE).is_file() else config.origin)
+    return [f"model.{key}={'null' if value is None else value}" for key, value in to_dict(source.model).items()]
 
 
 def _split_recipe(arguments: list[str]) -> tuple[str, list[str]]:
@@ -194,7 +212,37 @@ def estimate(arguments: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"train": train, "estimate": estimate, "prepare": prepare, "evaluate": evaluate, "generate": generate}
+def export(arguments: list[str]) -> int:
+    """Writes a run's weights as a Hugging Face checkpoint."""
+    config = from_text(ExportConfig, _named(arguments))
+    run, checkpoint = check_export(config)
+    from train.hf_convert import export as export_run
+
+    export_run(config, run, checkpoint)
+    print(f"{checkpoint} is now in {config.out}, for transformers, vLLM and SGLang")
+    return 0
+
+
+def import_(arguments: list[str]) -> int:
+    """Makes a run of a Hugging Face checkpoint."""
+    config = from_text(ImportConfig, _named(arguments))
+    run = check_import(config)
+    from train.hf_convert import import_run
+
+    path = import_run(config, run)
+    print(f"{config.hf} is now {path}: ./launch.sh train run.init={config.run.name} run.name=... data.corpus=...")
+    return 0
+
+
+COMMANDS = {
+    "train": train,
+    "estimate": estimate,
+    "prepare": prepare,
+    "evaluate": evaluate,
+    "generate": generate,
+    "export": export,
+    "import": import_,
+}
 
 
 def run(arguments: list[str]) -> int:

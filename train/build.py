@@ -131,8 +131,8 @@ def build_job(config: Config) -> Job:
     return Job(config, topology, groups, device, dataset, chunks)
 
 
-def build_engine(job: Job) -> MegatronEngine:
-    """Draws the model's parameters and wraps it for training.
+def draw_weights(job: Job) -> None:
+    """Draws the model's parameters.
 
     Raises:
         RuntimeError: parameters with suspicious values after initialisation.
@@ -142,4 +142,8 @@ def build_engine(job: Job) -> MegatronEngine:
         found = suspicious(chunk)
         if found:
             raise RuntimeError("the initialisation went wrong: " + "; ".join(found))
+
+
+def build_engine(job: Job) -> MegatronEngine:
+    """Wraps the model, whose parameters are filled, for training."""
     return MegatronEngine(job.chunks, job.groups, adamw(job.config.optim), job.device, decays)

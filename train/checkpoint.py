@@ -5,9 +5,11 @@ import shutil
 from pathlib import Path
 
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
 
 from parallel.collectives import wait_for_all
 from parallel.engine_megatron import MegatronEngine, load_weights, sharded_weights
+from parallel.stored import StoredTensors
 from train.build import Job
 from train.runs import STATE_FILE, checkpoint_path
 
@@ -40,5 +42,24 @@ def load(engine: MegatronEngine, path: Path) -> None:
 
 
 def load_model(job: Job, path: Path) -> None:
-    """Puts only a checkpoint's weights into the model, on any layout."""
-    load_weights(job.chunks, dist_checkpointing.load(sharded_weights(job.chunks), str(path)))
+    """Puts only a checkpoint's weights into the model, on any layout.
+
+    Raises:
+        ConfigError: they are not those of this model.
+    """
+    wanted = sharded_weights(job.chunks)
+    numbers = {
+        part: {name: x for name, x in entries.items() if isinstance(x, ShardedTensor)}
+        for part, entries in wanted.items()
+    }
+    stored = StoredTensors(path).shapes
+    for entry in (x for entries in numbers.values() for x in entries.values()):
+        if stored.get(entry.key) != entry.global_shape:
+            raise ConfigError(
+                f"{path} does not hold the weights of this model: {entry.key} is {stored.get(entry.key, 'missing')}, "
+                f"not {entry.global_shape}: set model.* and mtp.steps as they were"
+            )
+    # What modules keep beside their weights (FP8 scales, say) is not of use to another model, and may not be there.
+    beside = {part: dict.fromkeys(entries) for part, entries in wanted.items()}
+    loaded = dist_checkpointing.load(numbers, str(path))
+    load_weights(job.chunks, {part: beside[part] | loaded[part] for part in wanted})

@@ -27,6 +27,10 @@ class RunConfig:
 
     name: str = _setting("", "the run and its directory; empty takes the recipe's; an old name resumes")
     dir: str = _setting("runs", "directory that holds the runs")
+    init: str | None = _setting(
+        None,
+        "run (its name, or its directory) whose last weights, and model settings, a new run starts from",
+    )
     steps: int = _setting(300, "optimizer steps of the whole run")
     save_every: int = _setting(0, "steps between checkpoints; 0 saves only at the end")
     eval_every: int = _setting(0, "steps between held-out evaluations; 0 evaluates only at the end")
@@ -39,6 +43,12 @@ class RunConfig:
     def path(self) -> Path:
         """The run's directory."""
         return Path(self.dir) / self.name
+
+    @property
+    def origin(self) -> "RunReference":
+        """The run that `init` names."""
+        path = Path(self.init) if "/" in self.init else Path(self.dir) / self.init
+        return RunReference(path.name, str(path.parent))
 
 
 @dataclass(frozen=True)
@@ -207,9 +217,9 @@ def describe(config: Config, topology: Topology) -> list[str]:
     return lines
 
 
-def save_config(config: Config) -> Path:
-    """Writes the resolved configuration into the run's directory."""
-    path = config.run.path / CONFIG_FILE
+def save_config(config: Config, directory: Path | None = None) -> Path:
+    """Writes the resolved configuration into the run's directory, or into another one."""
+    path = (directory or config.run.path) / CONFIG_FILE
     path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
     return path
 

@@ -13,10 +13,10 @@ from model.network import Losses
 from parallel.collectives import max_over_all, sum_over, sum_over_all
 from parallel.engine_megatron import MegatronEngine
 from train import checkpoint, metrics
-from train.build import Job, build_engine, build_job
+from train.build import Job, build_engine, build_job, draw_weights
 from train.config import Config, batch_schedule, describe, save_config
 from train.evaluate import heldout_metrics, microbatch, report
-from train.runs import last_checkpoint, require_same_data, steps_done
+from train.runs import last_checkpoint, require_checkpoint, require_same_data, steps_done
 from train.schedule import learning_rate
 from train.settings import ConfigError
 from train.speed import Speedometer
@@ -127,9 +127,13 @@ def fit(
 def run_training(config: Config) -> int:
     """The train command, in each of its processes; returns the exit code."""
     job = build_job(config)
+    start = steps_done(config, job.topology)
+    if config.run.init and not start:
+        checkpoint.load_model(job, require_checkpoint(config.run.origin))
+    else:
+        draw_weights(job)
     engine = build_engine(job)
     stream, identity = job.dataset.train_stream(config.seed), job.dataset.identity(config.seed)
-    start = steps_done(config, job.topology)
     if start >= config.run.steps:
         name, steps = config.run.name, config.run.steps
         raise ConfigError(f"run.steps={steps} but run.name={name} has done {start}: raise run.steps")

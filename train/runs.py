@@ -15,6 +15,25 @@ from train.config import CONFIG_FILE, Config, RunReference, load_config
 from train.settings import ConfigError, leaves, to_dict
 
 STATE_FILE = "state.json"
+# Settings of a model that its weights' shapes follow from.
+SHAPES = (
+    "layers",
+    "hidden_size",
+    "vocab_size",
+    "attention_heads",
+    "key_value_heads",
+    "head_dim",
+    "attention_gate",
+    "linear_key_heads",
+    "linear_value_heads",
+    "linear_key_dim",
+    "linear_value_dim",
+    "conv_kernel",
+    "experts",
+    "expert_size",
+    "shared_expert_size",
+    "dense_size",
+)
 # What a resumed run may not change: the checkpoint or the meaning of its step depends on it.
 FIXED = (
     "batch.global",
@@ -60,6 +79,28 @@ def require_checkpoint(run: RunReference) -> Path:
     return path
 
 
+def check_origin(config: Config) -> None:
+    """Refuses a new run whose model cannot take the weights of the run that `run.init` names.
+
+    Raises:
+        ConfigError: no such run, no checkpoint in it, or a model of other shapes.
+    """
+    origin = load_config(config.run.origin)
+    require_checkpoint(config.run.origin)
+    for name in SHAPES:
+        ours, theirs = getattr(config.model, name), getattr(origin.model, name)
+        if ours != theirs and None not in (ours, theirs):
+            setting = "pattern" if name == "layers" else name
+            raise ConfigError(
+                f"model.{setting} gives {ours}, but run.init={config.run.init} has {theirs}: leave model.{setting} out"
+            )
+    if config.mtp.steps and not origin.mtp.steps:
+        raise ConfigError(
+            f"mtp.steps={config.mtp.steps}, but run.init={config.run.init} has no multi-token-prediction layer: "
+            f"set mtp.steps=0"
+        )
+
+
 def require_same_data(checkpoint: Path, identity: dict, on_change: str) -> None:
     """Refuses to go on with data that put other tokens into the samples to come.
 
@@ -95,9 +136,16 @@ def steps_done(config: Config, topology: Topology) -> int:
     """
     path = last_checkpoint(config.run.path)
     if path is None:
+        if config.run.init:
+            check_origin(config)
         return 0
     state = read_state(path)
     name = config.run.name
+    if state["layout"] is None:
+        raise ConfigError(
+            f"run.name={name} holds imported weights, which stay as they are: train from them with run.init={name} "
+            f"and another run.name"
+        )
     if (config.run.path / CONFIG_FILE).is_file():
         before = dict(leaves(to_dict(load_config(RunReference(name, config.run.dir)))))
         changed = [

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from data.config import PrepareConfig
 from train.config import Config, EvaluateConfig, GenerateConfig
+from train.convert import ExportConfig, ImportConfig
 from train.estimate import EstimateConfig
 from train.settings import MISSING, Setting, settings
 
@@ -20,6 +21,8 @@ SUMMARIES = {
     "prepare": "Turns raw text into a corpus: tokenized shards, a tokenizer and a manifest.",
     "evaluate": "Measures a run's last checkpoint on held-out text.",
     "generate": "Writes text with a run's last checkpoint.",
+    "export": "Writes a run's weights as a Hugging Face checkpoint, for transformers, vLLM and SGLang.",
+    "import": "Makes a run of a Hugging Face checkpoint, for others to start from: train run.init=NAME.",
 }
 EXAMPLES = {
     "train": (
@@ -41,6 +44,14 @@ EXAMPLES = {
         ("generate run=mine prompt='def main('", "the likeliest continuation"),
         ("generate run=mine temperature=0.8 seed=2", "a sampled one"),
     ),
+    "export": (
+        ("export run=mine out=models/mine", "the last checkpoint, weights in the type they were trained in"),
+        ("export run=mine out=models/mine dtype=bfloat16", "in half the room"),
+    ),
+    "import": (
+        ("import hf=models/theirs run=theirs", "as runs/theirs"),
+        ("train run.init=theirs run.name=further data.corpus=corpora/mine", "trains on from its weights"),
+    ),
 }
 CONFIGS = {
     "train": Config,
@@ -48,6 +59,8 @@ CONFIGS = {
     "prepare": PrepareConfig,
     "evaluate": EvaluateConfig,
     "generate": GenerateConfig,
+    "export": ExportConfig,
+    "import": ImportConfig,
 }
 
 
@@ -90,7 +103,7 @@ def command_help(command: str) -> str:
             lines += _entry(group, ", ".join(choices), width)
     if command == "estimate":
         lines += ["", "Every setting of train may be given too (train --help lists them); no corpus is needed."]
-    elif command != "prepare":
+    elif command in ("train", "evaluate", "generate"):
         lines += ["", "NPROC=n sets the processes on this machine; else one a GPU, or 2 on CPU; generate: 1."]
     where = ", used where the recipe says nothing" if command == "train" else ""
     lines += ["", f"settings with their defaults{where}:", ""]

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
 from transformers.models.qwen3_next import modeling_qwen3_next as theirs
 
 from model.attention import GatedAttention, GatedAttentionSubmodules, rotary_table
@@ -16,9 +15,10 @@ from model.deltanet import GatedDeltaNet, GatedDeltaNetSubmodules
 from model.dense import SwiGLUSubmodules
 from model.documents import Documents
 from model.experts import MixtureOfExperts
+from model.hf import ATTENTION, DELTA_NET, MIXTURE
 from model.norm import GatedRMSNorm, ZeroCentredRMSNorm
 from model.stack import hybrid_config
-from tests.model import hf
+from tests.model import hf as as_theirs
 from tests.model.helpers import ids_from_starts, randomise
 
 TOKENS, VOCAB = 130, 64
@@ -45,10 +45,6 @@ def hidden_states() -> torch.Tensor:
     return torch.randn(TOKENS, SHAPE.hidden_size, generator=torch.Generator().manual_seed(0))
 
 
-def parameters(module: nn.Module) -> hf.Weights:
-    return dict(module.named_parameters())
-
-
 def assert_parity(ours: torch.Tensor, expected: torch.Tensor) -> None:
     assert ours.shape == expected.shape
     assert expected.std() > 0.1, "a small output would agree too easily"
@@ -63,8 +59,11 @@ def test_gated_delta_net(groups, ratio: int) -> None:
     layer = GatedDeltaNet(hybrid_config(shape, MtpConfig()), submodules, 1, groups)
     randomise(layer)
     layer.out_proj.weight.mul_(0.25)
-    config = hf.hf_config(shape, VOCAB)
-    other = hf.load(theirs.Qwen3NextGatedDeltaNet(config, 0), hf.delta_net_weights(parameters(layer), shape))
+    config = as_theirs.config(shape)
+    other = as_theirs.load(
+        theirs.Qwen3NextGatedDeltaNet(config, 0),
+        as_theirs.layer_weights(layer, DELTA_NET, shape, "self_attention.", "linear_attn."),
+    )
     hidden = hidden_states()
     documents = Documents.from_ids(ids_from_starts(TOKENS, []))
     assert_parity(layer(hidden[:, None], packed_seq_params=documents)[0][:, 0], other(hidden[None])[0])
@@ -74,7 +73,7 @@ def test_gated_delta_net(groups, ratio: int) -> None:
 def test_rotary_angles(factor: float, length: int | None) -> None:
     shape = replace(SHAPE, head_dim=256, rope_base=1e7, yarn_factor=factor, yarn_original_length=length)
     position = torch.cat([torch.arange(300), torch.arange(0, 2**20, 9973)])[None]
-    cos, sin = theirs.Qwen3NextRotaryEmbedding(hf.hf_config(shape, VOCAB))(torch.zeros(1), position)
+    cos, sin = theirs.Qwen3NextRotaryEmbedding(as_theirs.config(shape))(torch.zeros(1), position)
     # A frequency that is rounded otherwise by 2^-24 turns position 2^20 by 2^-4 more: compared relative to that.
     tolerance = 1e-6 + 2 * position[0, :, None] * 2.0**-24
     for ours, expected in zip(rotary_table(position, shape), (cos[0], sin[0]), strict=True):
@@ -89,8 +88,11 @@ def test_gated_attention(groups, ratio: int, yarn: float) -> None:
     submodules = GatedAttentionSubmodules(column_linear, row_linear, ZeroCentredRMSNorm)
     layer = GatedAttention(hybrid_config(shape, MtpConfig()), submodules, 1, groups)
     randomise(layer)
-    config = hf.hf_config(shape, VOCAB)
-    other = hf.load(theirs.Qwen3NextAttention(config, 0), hf.attention_weights(parameters(layer), shape))
+    config = as_theirs.config(shape)
+    other = as_theirs.load(
+        theirs.Qwen3NextAttention(config, 0),
+        as_theirs.layer_weights(layer, ATTENTION, shape, "self_attention.", "self_attn."),
+    )
     hidden = hidden_states()
     documents = Documents.from_ids(ids_from_starts(TOKENS, []))
     table = rotary_table(documents.position_RL, shape)
@@ -104,8 +106,8 @@ def test_gated_attention(groups, ratio: int, yarn: float) -> None:
 def test_mixture_of_experts(groups) -> None:
     mixture = MixtureOfExperts(hybrid_config(SHAPE, MtpConfig()), SwiGLUSubmodules(column_linear, row_linear), groups)
     randomise(mixture)
-    other = theirs.Qwen3NextSparseMoeBlock(hf.hf_config(SHAPE, VOCAB))
-    hf.load(other, hf.mixture_weights(parameters(mixture)))
+    other = theirs.Qwen3NextSparseMoeBlock(as_theirs.config(SHAPE))
+    as_theirs.load(other, as_theirs.layer_weights(mixture, MIXTURE, SHAPE, "mlp.", "mlp."))
     hidden = hidden_states()
     weights, experts = mixture.router(hidden, None)
     _, their_weights, their_experts = other.gate(hidden)
@@ -119,7 +121,7 @@ def test_mixture_of_experts(groups) -> None:
 def test_logits_of_the_whole_trunk(build: Callable, pattern: str) -> None:
     shape = replace(SHAPE, pattern=pattern)
     network = build(shape, MtpConfig(steps=0), VOCAB)
-    other = hf.causal_lm(parameters(network), shape, VOCAB)
+    other = as_theirs.causal_lm(network, shape, VOCAB)
     tokens = torch.randint(VOCAB, (2, TOKENS + 1), generator=torch.Generator().manual_seed(0))
     ids = torch.zeros_like(tokens)
     (state,) = network.predictions(MicroBatch.build(tokens, ids, count_targets(ids, 0)))

@@ -1,0 +1,149 @@
+"""Settings of `export` and `import`, and the checks that come before any work; no torch.
+
+An imported run is a directory like any other, whose only checkpoint holds weights alone, before the first step:
+
+runs/NAME/config.yaml  runs/NAME/checkpoints/step_00000000/  runs/NAME/tokenizer/
+"""
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from data.config import DataConfig
+from model.config import BalanceConfig, MtpConfig, check_model
+from model.hf_config import check_exportable, from_hf
+from train.config import Config, RunConfig, RunReference, load_config
+from train.runs import checkpoint_path, require_checkpoint
+from train.settings import ConfigError
+
+HF_CONFIG = "config.json"
+TOKENIZER_DIR = "tokenizer"  # of an imported run: the files that came with the model
+EXPERTS = ("separate", "stacked")
+DTYPES = ("bfloat16", "float32")
+
+
+def _setting(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """A run as a Hugging Face checkpoint."""
+
+    out: str = field(metadata={"help": "directory to make; must not exist yet"})
+    run: RunReference = field(default_factory=RunReference)
+    step: int | None = _setting(None, "which checkpoint, by its step; null takes the last")
+    dtype: str | None = _setting(
+        None,
+        "bfloat16 or float32; null takes the model's. Norms, routers, A_log and dt_bias stay float32, as in training",
+    )
+    experts: str = _setting(
+        "separate",
+        "routed experts one by one (separate: vLLM, SGLang, transformers), or stacked, all of a layer as one",
+    )
+    shard_size: float = _setting(4.0, "GB of a file, at most (but a tensor is never cut)")
+    max_length: int | None = _setting(
+        None, "longest text in tokens, max_position_embeddings; null: data.seq_length, or what YaRN stretches to"
+    )
+
+
+@dataclass(frozen=True)
+class NewRun:
+    """The run that an import makes."""
+
+    name: str = _setting("imported", "the new run and its directory; must not exist yet")
+    dir: str = _setting("runs", "directory that holds the runs")
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """A Hugging Face checkpoint as a run."""
+
+    hf: str = field(metadata={"help": "directory of a qwen3_next checkpoint: config.json and safetensors files"})
+    run: NewRun = field(default_factory=NewRun)
+    dtype: str | None = _setting(None, "type to train in, bfloat16 or float32; null takes config.json's")
+    mtp: bool = _setting(True, "takes the multi-token-prediction layer, if there is one; false leaves it out")
+    corpus: str = _setting("", "corpus that evaluate and generate of the new run read, prepared with its tokenizer")
+    seq_length: int = _setting(4096, "tokens of a sample when the new run is evaluated")
+
+
+def check_export(config: ExportConfig) -> tuple[Config, Path]:
+    """The run and its checkpoint, once every check has passed.
+
+    Raises:
+        ConfigError: a setting that cannot be used. ModelError: a model that the format cannot hold.
+    """
+    run = load_config(config.run)
+    _check_choice("experts", config.experts, EXPERTS)
+    if config.dtype is not None:
+        _check_choice("dtype", config.dtype, DTYPES)
+    for name in ("shard_size", "max_length"):
+        value = getattr(config, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise ConfigError(f"{name}={value} must be above 0")
+    if not config.out or Path(config.out).exists():
+        why = "exists already" if config.out else "names no directory"
+        raise ConfigError(f"out={config.out} {why}: choose a new directory, which appears once the export is complete")
+    check_exportable(run.model)
+    path = require_checkpoint(config.run)
+    if config.step is not None:
+        path = checkpoint_path(config.run.path, config.step)
+        if not path.is_dir():
+            known = sorted(int(x.name.removeprefix("step_")) for x in path.parent.glob("step_*[0-9]"))
+            raise ConfigError(f"step={config.step} was not saved: choose one of {', '.join(map(str, known))}")
+    return run, path
+
+
+def max_length(config: ExportConfig, run: Config) -> int:
+    """The longest text that the exported model says it takes."""
+    stretched = int(run.model.yarn_factor * (run.model.yarn_original_length or 0)) if run.model.yarn_factor > 1 else 0
+    return config.max_length or stretched or run.data.seq_length
+
+
+def check_import(config: ImportConfig) -> Config:
+    """The settings of the new run, once every check that needs no weights has passed.
+
+    Raises:
+        ConfigError: a setting that cannot be used. ModelError: a model that ours cannot be.
+    """
+    directory = Path(config.hf)
+    if not directory.is_dir():
+        raise ConfigError(f"hf={config.hf} is not a directory: name a downloaded checkpoint")
+    path = Path(config.run.dir) / config.run.name
+    if not config.run.name or "/" in config.run.name or config.run.name.startswith((".", "-")):
+        raise ConfigError(f"run.name={config.run.name!r} cannot name a directory in {config.run.dir}")
+    if path.exists():
+        raise ConfigError(f"run.name={config.run.name} exists in {config.run.dir}: choose another name for the import")
+    if config.dtype is not None:
+        _check_choice("dtype", config.dtype, DTYPES)
+    imported = from_hf(read_json(directory / HF_CONFIG))
+    model = replace(imported.model, dtype=config.dtype or imported.model.dtype)
+    mtp = MtpConfig(steps=int(imported.mtp and config.mtp))
+    check_model(model, mtp)
+    return Config(
+        run=RunConfig(name=config.run.name, dir=config.run.dir),
+        data=DataConfig(corpus=config.corpus, seq_length=config.seq_length),
+        model=model,
+        mtp=mtp,
+        balance=BalanceConfig(weight=imported.balance_weight),
+    )
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} cannot be read: it holds {type(values).__name__}, not an object")
+    return values
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name}={value!r} is not known: choose {' or '.join(choices)}")
