@@ -5,6 +5,12 @@ import signal
 import pytest
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What the tests of serving need that no test can make for itself."""
+    parser.addoption("--vllm", metavar="PYTHON", help="python of an environment with vLLM, for tests/serving")
+    parser.addoption("--served-run", metavar="DIR", help="run that tests/serving serves; else they train tiny first")
+
+
 def pytest_configure() -> None:
     """Lets Ctrl-C through to the commands under test where pytest itself was started in a shell's background.
 

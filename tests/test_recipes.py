@@ -12,7 +12,12 @@ from train.config import Config
 
 # Arguments that a recipe cannot do without, the processes that it is made for, and over how many its experts go.
 CORPUS = ["data.corpus=corpora/mine"]
-NEEDS = {"qwen3_next_80b_a3b": (CORPUS, 64, 64), "qwen3_30b_a3b": (CORPUS, 64, 64), "qwen3_32b": (CORPUS, 64, 1)}
+NEEDS = {
+    "qwen3_next_80b_a3b": (CORPUS, 64, 64),
+    "qwen3_next_80b_a3b_256k": ([*CORPUS, "run.dry_run=true"], 64, 64),
+    "qwen3_30b_a3b": (CORPUS, 64, 64),
+    "qwen3_32b": (CORPUS, 64, 1),
+}
 RECIPE_FILES = sorted(usage.RECIPES.rglob("*.yaml"))
 
 

@@ -62,8 +62,10 @@ def compose(arguments: list[str], planned: bool = False) -> Config:
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         asked = " ".join(["-cn", recipe, *overrides])
         raise ConfigError(f"{asked} cannot be composed: {' '.join(str(error).split())}") from error
-    if (planned or values.get("run", {}).get("dry_run")) and values["data"]["corpus"] == MISSING:
-        values["data"]["corpus"] = ""
+    if planned or values.get("run", {}).get("dry_run"):
+        for section, key, nothing in (("data", "corpus", ""), ("run", "init", None)):
+            if values[section].get(key) == MISSING:
+                values[section][key] = nothing
     config = from_dict(Config, values)
     return replace(config, run=replace(config.run, name=config.run.name or recipe))
 

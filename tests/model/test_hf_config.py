@@ -1,0 +1,120 @@
+"""config.json of Hugging Face's Qwen3-Next, from our settings and back, and as transformers reads and writes it."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from transformers import Qwen3NextConfig
+
+from model import hf_config
+from model.config import ModelConfig, ModelError
+
+SHAPE = ModelConfig(vocab_size=96, rope_base=5e5, rotary_fraction=0.5, norm_eps=1e-5, init_std=0.01, dtype="bfloat16")
+MODELS = {
+    "3:1": SHAPE,
+    "3:1, twelve times": replace(SHAPE, repeats=12),
+    "attention first": replace(SHAPE, pattern="*EGE", repeats=2),
+    "attention alone": replace(SHAPE, pattern="*E"),
+    "Gated DeltaNet alone": replace(SHAPE, pattern="GE", repeats=3, dtype="float32"),
+    "no interval says it": replace(SHAPE, pattern="GE*E*EGE*E"),
+    "YaRN": replace(SHAPE, yarn_factor=4.0, yarn_original_length=262144),
+}
+
+
+def exported(model: ModelConfig, mtp: bool = True) -> dict:
+    return json.loads(json.dumps(hf_config.to_hf(model, mtp, 0.002, 1024, model.dtype, 7)))
+
+
+def same(ours: ModelConfig, other: ModelConfig) -> bool:
+    """But for how the layers are spelled."""
+    return replace(ours, pattern="", repeats=1) == replace(other, pattern="", repeats=1) and ours.layers == other.layers
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_settings_come_back(model: ModelConfig) -> None:
+    imported = hf_config.from_hf(exported(model))
+    assert same(imported.model, model)
+    assert (imported.balance_weight, imported.mtp) == (0.002, True)
+    assert not hf_config.from_hf(exported(model, mtp=False)).mtp
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_transformers_reads_and_writes_the_same(model: ModelConfig, tmp_path) -> None:
+    theirs = Qwen3NextConfig(**exported(model))
+    assert len(theirs.layer_types) == theirs.num_hidden_layers == len(model.layers) // 2
+    assert (theirs.rope_parameters["rope_theta"], theirs.rope_parameters["partial_rotary_factor"]) == (5e5, 0.5)
+    assert theirs.rope_parameters.get("factor", 1.0) == model.yarn_factor
+    theirs.save_pretrained(tmp_path)
+    imported = hf_config.from_hf(json.loads((tmp_path / "config.json").read_text()))
+    assert same(imported.model, model)
+    assert (imported.balance_weight, imported.mtp) == (0.002, True)
+
+
+def test_what_is_left_out_is_what_transformers_takes() -> None:
+    theirs = Qwen3NextConfig()
+    imported = hf_config.from_hf({"model_type": "qwen3_next"})
+    for ours, name, default in hf_config.FIELDS:
+        assert getattr(theirs, name) == default == getattr(imported.model, ours)
+    assert {name: getattr(theirs, name) for name in hf_config.ALWAYS} == hf_config.ALWAYS
+    assert imported.model.layers == "GEGEGE*E" * (theirs.num_hidden_layers // 4)
+    assert imported.balance_weight == theirs.router_aux_loss_coef
+    rope = theirs.rope_parameters
+    assert (imported.model.rope_base, imported.model.rotary_fraction) == (
+        rope["rope_theta"],
+        rope["partial_rotary_factor"],
+    )
+
+
+def test_the_older_spelling_of_rope() -> None:
+    """config.json of Qwen3-Next-80B-A3B-Instruct, with the YaRN that its model card recommends for 1M tokens."""
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 262144}
+    older = {"model_type": "qwen3_next", "rope_theta": 1e7, "partial_rotary_factor": 0.25, "rope_scaling": scaling}
+    model = hf_config.from_hf(older).model
+    assert (model.rope_base, model.rotary_fraction) == (1e7, 0.25)
+    assert (model.yarn_factor, model.yarn_original_length) == (4.0, 262144)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "llama"}, "config.json's model_type='llama' cannot be imported: only qwen3_next"),
+        ({"hidden_act": "gelu"}, "config.json's hidden_act='gelu' cannot be imported"),
+        ({"tie_word_embeddings": True}, "config.json's tie_word_embeddings=True cannot"),
+        ({"mlp_only_layers": [0]}, "config.json's mlp_only_layers=[0] cannot"),
+        ({"norm_topk_prob": False}, "config.json's norm_topk_prob=False cannot"),
+        ({"quantization_config": {}}, "config.json's quantization_config='...' cannot be imported: import the weights"),
+        ({"num_nextn_predict_layers": 2}, "config.json's num_nextn_predict_layers=2 cannot"),
+        (
+            {"layer_types": ["full_attention"]},
+            "config.json's layer_types=['full_attention'] cannot be imported: it",
+        ),
+        ({"dtype": "float16"}, "config.json's dtype='float16' cannot"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "config.json's rope_scaling={'rope_type': 'linear'"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 64}},
+            "config.json's rope_scaling={'rope_type': 'yarn', 'factor': 2.0, 'beta_fast': 64} cannot",
+        ),
+    ],
+)
+def test_what_our_layers_cannot_be_is_refused(changes: dict, message: str) -> None:
+    with pytest.raises(ModelError) as refusal:
+        hf_config.from_hf({"model_type": "qwen3_next", **changes})
+    assert str(refusal.value).startswith(message) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pattern": "*-"}, "model.pattern='*-' has no counterpart in a Hugging Face qwen3_next checkpoint: each of"),
+        ({"pattern": "GE*"}, "model.pattern='GE*' has"),
+        ({"pattern": "EG"}, "model.pattern='EG' has"),
+        ({"pattern": "GGEE"}, "model.pattern='GGEE' has"),
+        ({"attention_gate": False}, "model.attention_gate=false has"),
+        ({"shared_expert_size": 0}, "model.shared_expert_size=0 has"),
+    ],
+)
+def test_what_their_layers_cannot_be_is_refused(changes: dict, message: str) -> None:
+    with pytest.raises(ModelError) as refusal:
+        hf_config.check_exportable(replace(SHAPE, **changes))
+    assert str(refusal.value).startswith(message) and "\n" not in str(refusal.value)
+    hf_config.check_exportable(replace(SHAPE, pattern="GE|*E"))
