@@ -26,8 +26,6 @@ class Corpus:
     @classmethod
     def open(cls, path: str | Path) -> "Corpus":
         """Reads the manifest and checks each file's size; a hash waits until its file is read."""
-        if not str(path):
-            raise CorpusError("data.corpus is empty: set it to a directory made by prepare, or to embedded")
         directory = Path(path).expanduser()
         if not directory.is_dir():
             what = "is not a directory" if directory.exists() else "does not exist"

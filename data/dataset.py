@@ -49,6 +49,8 @@ class Dataset:
     def __init__(self, config: DataConfig) -> None:
         self.config = config
         paths = [path for path, _ in source_paths(config)]
+        if "" in paths:
+            raise CorpusError("data.corpus is empty: set it to a directory made by prepare, or to embedded")
         corpora = {path: Corpus.open(_prepared(path, config)) for path in paths if _prepared(path, config)}
         self.corpora = list(corpora.values())
         self.tokenizer = _tokenizer(config, corpora)

@@ -12,6 +12,7 @@ from parallel.engine_megatron import MegatronEngine, load_weights, sharded_weigh
 from parallel.stored import StoredTensors
 from train.build import Job
 from train.runs import STATE_FILE, checkpoint_path
+from train.settings import ConfigError
 
 
 def save(job: Job, engine: MegatronEngine, step: int, data: dict) -> Path:

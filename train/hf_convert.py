@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data.dataset import Dataset
 from data.hub_files import TOKENIZER_CONFIG_FILE, TOKENIZER_FILES, write_tokenizer
-from data.prepare import open_corpus
 from data.progress import byte_bar
 from data.tokenizer import TOKENIZER_FILE, Tokenizer
 from model import hf, hf_config
@@ -143,7 +143,7 @@ def _tokenizer(run: Config) -> Tokenizer:
     """The tokenizer of a run: the one that an imported model came with, else its corpus's."""
     imported = run.run.path / TOKENIZER_DIR
     if not imported.is_dir():
-        return open_corpus(run.data).tokenizer()
+        return Dataset(run.data).tokenizer
     return Tokenizer.from_path(imported / TOKENIZER_FILE, _end_token(imported))
 
 

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import torch
 
-from data.prepare import open_corpus
+from data.corpus import Corpus
+from data.prepare import embedded_corpus
 from model.config import ModelConfig
 from tests.dist import run_ranks
 from tests.serving.ours import answer, checkpoint_of
@@ -74,7 +75,7 @@ def exported(run: Config, place: Path) -> Path:
 @pytest.fixture(scope="module")
 def documents(run: Config) -> list[list[int]]:
     """The beginnings of held-out documents."""
-    found = open_corpus(run.data).documents("heldout")
+    found = Corpus.open(embedded_corpus(run.data)).documents("heldout")
     return [x[:TEXT_TOKENS].tolist() for x in islice((x for x in found if len(x) > TEXT_TOKENS), PROMPTS)]
 
 
