@@ -44,10 +44,10 @@ def _attention(shape: ModelConfig, seq_length: int, element: int, recompute: fro
 
 def _mixture(shape: ModelConfig, element: int, recompute: frozenset[str], expert_tensor: int) -> float:
     shared = shape.shared_expert_size
-    # A token's rows as experts read them - all holders of an expert's parts do - and as the mixture reads them.
-    routed = (expert_tensor + 1) * element * shape.hidden_size
+    # A token's rows as experts read them: all holders of an expert's parts do.
+    routed = expert_tensor * element * shape.hidden_size
     if "experts" not in recompute:
-        routed += 4 * element * shape.expert_size
+        routed += 5 * element * shape.expert_size
     scores = 2 * FLOAT32_BYTES * shape.experts + FLOAT32_BYTES * shape.hidden_size
     return (
         scores + routed * shape.experts_per_token + (element * shape.hidden_size + 4 * element * shared) * (shared > 0)

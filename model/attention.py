@@ -12,6 +12,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn import functional as F
 
+from model.backends import accelerated
 from model.config import ModelConfig
 from model.documents import Documents
 from model.norm import at_least_float32
@@ -71,11 +72,34 @@ def apply_rotary(x_TND: Tensor, table: Tensor) -> Tensor:
     return torch.cat([turned * cos + torch.cat([-right, left], dim=-1) * sin, kept], dim=-1)
 
 
-def packed_attention(q_TND: Tensor, k_SMD: Tensor, v_SMD: Tensor, documents: Documents) -> Tensor:
-    """Causal attention inside each document; N query heads share M <= N key heads in order. Returns [T, N, D].
+@accelerated("model.kernel_attention")
+def prepare_heads(mixed_TGSD: Tensor, q_norm, k_norm, table: Tensor, each: int, gates: int) -> tuple[Tensor, ...]:
+    """Query [T, N, D] and key [T, M, D], normed and rotated, value [T, M, D] and gate [T, N, D] (or [T, 0, D]).
 
-    Queries may be a part of each row (``documents.whole`` is set) whose keys and values are whole: S >= T.
+    Args:
+        mixed_TGSD: for each key/value head its ``each`` query heads, their ``gates``, the key and the value.
+        q_norm, k_norm: norms over a head. table: that of `rotary_table`.
     """
+    query, gate, key, value = mixed_TGSD.split([each, gates, 1, 1], dim=2)
+    query = apply_rotary(q_norm(query.flatten(1, 2)), table)
+    key = apply_rotary(k_norm(key.flatten(1, 2)), table)
+    return query, key, value.flatten(1, 2), gate.flatten(1, 2)
+
+
+@accelerated("model.kernel_attention")
+def gate_heads(x_TND: Tensor, gate_TND: Tensor) -> Tensor:
+    """x * sigmoid(gate). The gate saturates: its sigmoid is taken in float32, as in megatron-core."""
+    return x_TND * at_least_float32(gate_TND).sigmoid().to(x_TND.dtype)
+
+
+@accelerated("model.kernel_attention")
+def packed_attention(q_TND: Tensor, k_TMD: Tensor, v_TMD: Tensor, documents: Documents) -> Tensor:
+    """Causal attention inside each document; N query heads share M <= N key heads in order. Returns [T, N, D]."""
+    return attention_of_part(q_TND, k_TMD, v_TMD, documents)
+
+
+def attention_of_part(q_TND: Tensor, k_SMD: Tensor, v_SMD: Tensor, documents: Documents) -> Tensor:
+    """`packed_attention` whose queries may be a part of each row (``documents.whole`` is set) of S >= T keys."""
     rows, length = documents.ids_RL.shape
     keys = documents if k_SMD.shape[0] == q_TND.shape[0] else documents.whole
     q = q_TND.view(rows, length, *q_TND.shape[1:]).transpose(1, 2)
@@ -102,7 +126,7 @@ def context_attention(q_TND: Tensor, k_TMD: Tensor, v_TMD: Tensor, documents: Do
         return sequence_to_heads(out.unflatten(0, (rows, -1)), group).flatten(0, 1)
     # [parts, R, L, M, D] -> rows put together again.
     k, v = (gather_parts(x, group).transpose(0, 1).flatten(0, 2) for x in parts[1:])
-    return packed_attention(q_TND, k, v, documents)
+    return attention_of_part(q_TND, k, v, documents)
 
 
 class GatedAttention(MegatronModule):
@@ -137,10 +161,7 @@ class GatedAttention(MegatronModule):
         mixed, _ = self.linear_qkv(hidden_T1H)
         each, gates = self.queries_per_group, self.gates_per_group
         mixed = mixed.view(-1, self.groups, each + gates + 2, self.head_dim)
-        query, gate, key, value = mixed.split([each, gates, 1, 1], dim=2)
-        query = apply_rotary(self.q_layernorm(query.flatten(1, 2)), rotary)
-        key = apply_rotary(self.k_layernorm(key.flatten(1, 2)), rotary)
-        return query, key, value.flatten(1, 2), gate.flatten(1, 2)
+        return prepare_heads(mixed, self.q_layernorm, self.k_layernorm, rotary, each, gates)
 
     @recomputable("attention")
     def attend(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
@@ -156,6 +177,5 @@ class GatedAttention(MegatronModule):
         query, key, value, gate = self.project(hidden_states, rotary_pos_emb)
         mixed = self.attend(query, key, value, packed_seq_params)
         if self.gates_per_group:
-            # The gate saturates: its sigmoid is taken in float32 (megatron-core and the paper's code do the same).
-            mixed = mixed * at_least_float32(gate).sigmoid().to(mixed.dtype)
+            mixed = gate_heads(mixed, gate)
         return self.linear_proj(mixed.flatten(1)[:, None])

@@ -1,9 +1,40 @@
-"""Implementations of the parts that the modules are made of: megatron-core's own parallel linears, in plain torch."""
+"""Implementations of the parts that the modules are made of: megatron-core's own parallel linears, and the choice
+between a plain function and its GPU kernel, which is made here and nowhere else.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from importlib import import_module
 
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+def on_kernels(x: Tensor) -> bool:
+    """Whether work on this tensor runs on GPU kernels: bfloat16 on a GPU. All else is plain torch."""
+    return x.is_cuda and x.dtype == torch.bfloat16
+
+
+def accelerated(module: str, applies: Callable[[Tensor], bool] = on_kernels) -> Callable:
+    """Marks a plain function that has a kernel of the same name and arguments in ``module``.
+
+    The kernel runs where ``applies`` to the first argument. Its module is imported then, so that machines without a
+    GPU need none of its libraries. The plain function, ``__wrapped__``, is the twin of ``kernel()`` in tests and
+    preflight.
+    """
+
+    def mark(plain: Callable) -> Callable:
+        @wraps(plain)
+        def run(x: Tensor, *args, **others):
+            return (run.kernel() if applies(x) else plain)(x, *args, **others)
+
+        run.kernel = lambda: vars(import_module(module))[plain.__name__]
+
+        return run
+
+    return mark
 
 
 def column_linear(rows_in: int, rows_out: int, config, tp_group) -> ColumnParallelLinear:

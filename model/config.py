@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 LAYER_SYMBOLS = "G*E-"
 MTP_PATTERN = "*E"  # the layers of the multi-token-prediction layer
 HEAD_CHUNK = 1024  # tokens whose logits exist at once
+KERNEL_HEAD_CHUNK = 8192  # the same on GPU kernels: as few sums of the head's gradient as memory allows
 LAYER = "layer"  # to recompute: a whole layer
 DELTA_CHUNK = 64  # tokens that the delta rule solves together
 

@@ -5,8 +5,8 @@ Per value head, with state S [dk, dv], decay alpha_t = exp(g_t) and write streng
 
     S_t = alpha_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T        o_t = S_t^T q_t / sqrt(dk)
 
-Shape suffixes: R rows, L length, C chunk length (channels in the convolution), V value heads, D dimension of a head,
-W taps of the convolution.
+Shape suffixes: R rows, L length, C chunk length (channels in the convolution), K key heads, V value heads,
+D dimension of a head, W taps of the convolution.
 """
 
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from model.backends import accelerated
 from model.config import DELTA_CHUNK
 from model.documents import Documents
 from model.norm import at_least_float32
@@ -59,8 +60,8 @@ class Chunks:
 
 
 def prepare_chunks(
-    q_RLVD: Tensor,
-    k_RLVD: Tensor,
+    q_RLKD: Tensor,
+    k_RLKD: Tensor,
     v_RLVD: Tensor,
     g_RLV: Tensor,
     beta_RLV: Tensor,
@@ -69,7 +70,10 @@ def prepare_chunks(
 ) -> Chunks:
     """Solves the inside of every chunk; arguments as of `chunk_gated_delta_rule`."""
     ids_RL = documents.ids_RL
-    pad = -q_RLVD.shape[1] % chunk
+    pad = -q_RLKD.shape[1] % chunk
+    # Each key head serves as many consecutive value heads.
+    ratio = v_RLVD.shape[2] // k_RLKD.shape[2]
+    q_RLVD, k_RLVD = (x.repeat_interleave(ratio, dim=2) for x in (q_RLKD, k_RLKD))
     # [R, L, V, D] -> [R, V, n, C, D] with zero keys and strengths in the padding, which therefore writes nothing.
     q, k, v = (
         F.pad(at_least_float32(x), (0, 0, 0, 0, 0, pad)).unflatten(1, (-1, chunk)).permute(0, 3, 1, 2, 4)
@@ -131,8 +135,8 @@ def incoming_state(chunks: Chunks, group) -> Tensor:
 
 
 def chunk_gated_delta_rule(
-    q_RLVD: Tensor,
-    k_RLVD: Tensor,
+    q_RLKD: Tensor,
+    k_RLKD: Tensor,
     v_RLVD: Tensor,
     g_RLV: Tensor,
     beta_RLV: Tensor,
@@ -147,7 +151,7 @@ def chunk_gated_delta_rule(
     of a chunk reaches the outgoing state.
 
     Args:
-        q_RLVD, k_RLVD: queries and keys, L2-normalised, one per value head; v_RLVD: values.
+        q_RLKD, k_RLKD: queries and keys, L2-normalised; v_RLVD: values, as many consecutive heads for each key head.
         g_RLV: log of the decay, <= 0; beta_RLV: write strength in (0, 1).
         documents: boundaries of the rows.
         group: the processes that hold the parts of each row, in order; None: the rows are whole.
@@ -155,10 +159,18 @@ def chunk_gated_delta_rule(
     Returns:
         [R, L, V, Dv], of v's type; computed in float32 (float64 for float64 inputs).
     """
-    chunks = prepare_chunks(q_RLVD, k_RLVD, v_RLVD, g_RLV, beta_RLV, documents, chunk)
+    chunks = prepare_chunks(q_RLKD, k_RLKD, v_RLVD, g_RLV, beta_RLV, documents, chunk)
     if group is None:
-        state = chunks.value.new_zeros(*chunks.value.shape[:2], k_RLVD.shape[-1], v_RLVD.shape[-1])
+        state = chunks.value.new_zeros(*chunks.value.shape[:2], k_RLKD.shape[-1], v_RLVD.shape[-1])
     else:
         state = incoming_state(chunks, group)
     out = scan_chunks(chunks, state)
     return out[:, :, : v_RLVD.shape[1]].transpose(1, 2).to(v_RLVD.dtype)
+
+
+@accelerated("model.kernel_deltanet")
+def gated_delta_rule(
+    q_RLKD: Tensor, k_RLKD: Tensor, v_RLVD: Tensor, g_RLV: Tensor, beta_RLV: Tensor, documents: Documents
+) -> Tensor:
+    """The gated delta rule over whole rows: `chunk_gated_delta_rule`, or the kernels of a library."""
+    return chunk_gated_delta_rule(q_RLKD, k_RLKD, v_RLVD, g_RLV, beta_RLV, documents)

@@ -12,12 +12,57 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model.backends import accelerated
 from model.cost import passes_states
-from model.delta_rule import causal_conv, chunk_gated_delta_rule, l2_normalise
+from model.delta_rule import causal_conv, chunk_gated_delta_rule, gated_delta_rule, l2_normalise
 from model.documents import Documents
 from model.norm import at_least_float32
 from model.recompute import recomputable
 from parallel.collectives import earlier_parts, heads_to_sequence, sequence_to_heads
+
+
+def prepare_part(
+    mixed_RLKP: Tensor,
+    conv_CW: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    documents: Documents,
+    ratio: int,
+    key_dim: int,
+    value_dim: int,
+    before_RWC: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """What the delta rule reads, from the projection of some key heads: the arguments of `prepare_delta`, with the
+    inputs before the first where the rows begin within a sequence."""
+    value_width = ratio * value_dim
+    qkv, z, b, a = mixed_RLKP.split([2 * key_dim + value_width, value_width, ratio, ratio], dim=-1)
+    qkv = F.silu(causal_conv(qkv.flatten(2), conv_CW, documents, before_RWC)).view(qkv.shape)
+    q, k, v = qkv.split([key_dim, key_dim, value_width], dim=-1)
+    q, k = (l2_normalise(at_least_float32(x)) for x in (q, k))
+    v, z = (x.unflatten(-1, (ratio, value_dim)).flatten(2, 3) for x in (v, z))
+    beta = at_least_float32(b.flatten(2)).sigmoid()
+    g = -A_log.exp() * F.softplus(at_least_float32(a.flatten(2)) + dt_bias)
+    return q, k, v, z, g, beta
+
+
+@accelerated("model.kernel_deltanet")
+def prepare_delta(
+    mixed_RLKP: Tensor,
+    conv_CW: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    documents: Documents,
+    ratio: int,
+    key_dim: int,
+    value_dim: int,
+) -> tuple[Tensor, ...]:
+    """What the delta rule reads of whole rows: q, k [R, L, K, D] (normalised), v, z [R, L, V, D], g, beta [R, L, V].
+
+    Args:
+        mixed_RLKP: for each key head its query, its key, its ``ratio`` values and their gates z, b and a.
+        conv_CW: taps of the channels of q, k and v, head by head.
+    """
+    return prepare_part(mixed_RLKP, conv_CW, A_log, dt_bias, documents, ratio, key_dim, value_dim, None)
 
 
 @dataclass
@@ -94,19 +139,14 @@ class GatedDeltaNet(MegatronModule):
         Args:
             heads: which of this process's key heads these are. group: see `chunk_gated_delta_rule`.
         """
-        value_width = self.ratio * self.value_dim
-        qkv, z, b, a = mixed.split([self.conv_channels, value_width, self.ratio, self.ratio], dim=-1)
         conv_weight = self.conv_weight.unflatten(0, (self.key_heads, -1))[heads].flatten(0, 1)
         A_log, dt_bias = (x.unflatten(0, (self.key_heads, -1))[heads].flatten() for x in (self.A_log, self.dt_bias))
-        before = None
-        if group is not None:
-            before = earlier_parts(qkv.flatten(2)[:, 1 - conv_weight.shape[1] :], group)[-1]
-        qkv = F.silu(causal_conv(qkv.flatten(2), conv_weight, documents, before)).view(qkv.shape)
-        q, k, v = qkv.split([self.key_dim, self.key_dim, value_width], dim=-1)
-        q, k = (l2_normalise(at_least_float32(x)).repeat_interleave(self.ratio, dim=2) for x in (q, k))
-        v, z = (x.unflatten(-1, (self.ratio, self.value_dim)).flatten(2, 3) for x in (v, z))
-        beta = at_least_float32(b.flatten(2)).sigmoid()
-        g = -A_log.exp() * F.softplus(at_least_float32(a.flatten(2)) + dt_bias)
+        common = (mixed, conv_weight, A_log, dt_bias, documents, self.ratio, self.key_dim, self.value_dim)
+        if group is None:
+            q, k, v, z, g, beta = prepare_delta(*common)
+            return self.out_norm(gated_delta_rule(q, k, v, g, beta, documents), z)
+        convolved = mixed[:, 1 - conv_weight.shape[1] :, :, : self.conv_channels].flatten(2)
+        q, k, v, z, g, beta = prepare_part(*common, earlier_parts(convolved, group)[-1])
         return self.out_norm(chunk_gated_delta_rule(q, k, v, g, beta, documents, group), z)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets=(), metadata=None):

@@ -7,6 +7,15 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn import functional as F
 
+from model.backends import accelerated
+
+
+@accelerated("model.kernel_experts")
+def swiglu_pairs(mixed: Tensor) -> Tensor:
+    """SiLU(gate) * up, where the last dimension holds unit by unit a gate and an up value: [..., 2F] -> [..., F]."""
+    gate, up = mixed.unflatten(-1, (-1, 2)).unbind(-1)
+    return F.silu(gate) * up
+
 
 @dataclass
 class SwiGLUSubmodules:
@@ -32,8 +41,7 @@ class SwiGLU(MegatronModule):
     def forward(self, hidden_T1H: Tensor) -> Tensor:
         """[T, 1, H] -> [T, 1, H]."""
         mixed, _ = self.linear_fc1(hidden_T1H)
-        gate, up = mixed.unflatten(-1, (-1, 2)).unbind(-1)
-        out, _ = self.linear_fc2(F.silu(gate) * up)
+        out, _ = self.linear_fc2(swiglu_pairs(mixed))
         return out
 
 

@@ -1,7 +1,8 @@
-"""The mixture of experts: route, send rows to their experts, two grouped matrix products, send back, mix.
+"""The mixture of experts: route, send rows to their experts, two grouped matrix products, send back, add up.
 
 Rows are moved by gathers only, forwards and backwards (a scatter-add would be slower and, on a GPU, not
-reproducible): sorting T*K assignments by expert is a permutation, and the inverse of a permutation is a gather.
+reproducible): sorting T*K assignments by expert is a permutation, and the inverse of a permutation is a gather. Each
+row meets its share in its token's mixture between the two products, where it is narrowest.
 
 Shape suffixes: T tokens, K experts per token, N = T*K rows, E local experts, H hidden, F local width of an expert.
 """
@@ -14,6 +15,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model.backends import accelerated
 from model.dense import SwiGLU, SwiGLUSubmodules
 from model.norm import at_least_float32
 from model.recompute import recomputable
@@ -55,6 +57,12 @@ def grouped_linear(x_NI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor
     return _LoopedLinear.apply(x_NI, weight_EOI, counts_E.tolist())
 
 
+def count_sorted(ordered_N: Tensor, values: int) -> Tensor:
+    """How often each of 0 to values - 1 stands in a sorted list; on a GPU nothing waits for the answer."""
+    borders = torch.arange(values + 1, dtype=ordered_N.dtype, device=ordered_N.device)
+    return torch.searchsorted(ordered_N, borders).diff()
+
+
 class _GatherRows(torch.autograd.Function):
     """x[index] where index repeats every row of x exactly K times; inverse [T, K] says where each row's copies went."""
 
@@ -94,6 +102,25 @@ def add_parts(x: Tensor, sizes: list[int], copies: int) -> Tensor:
     return torch.cat([part.view(copies, size, -1).sum(dim=0) for part, size in zip(parts, sizes, strict=True)])
 
 
+@accelerated("model.kernel_experts")
+def gather_rows(x_TH: Tensor, order_N: Tensor, inverse_TK: Tensor) -> Tensor:
+    """K copies of each token's row, sorted: out[n] = x[order[n] // K]; ``inverse`` is that of the permutation order."""
+    return _GatherRows.apply(x_TH, order_N // inverse_TK.shape[1], inverse_TK)
+
+
+@accelerated("model.kernel_experts")
+def combine_rows(y_NH: Tensor, order_N: Tensor, inverse_TK: Tensor) -> Tensor:
+    """The sum of each token's K rows, the way back of `gather_rows`: out[t] = sum_k y[inverse[t, k]]."""
+    return permute(y_NH, inverse_TK.flatten(), order_N).view(*inverse_TK.shape, -1).sum(dim=1)
+
+
+@accelerated("model.kernel_experts")
+def expert_rows(x_NH: Tensor, weight1_E2FH: Tensor, weight2_EHF: Tensor, share_N: Tensor, counts_E: Tensor) -> Tensor:
+    """SwiGLU of each row by its expert, times the row's share; ``counts`` rows for each expert, sorted."""
+    gate, up = grouped_linear(x_NH, weight1_E2FH.flatten(1, 2), counts_E).chunk(2, dim=-1)
+    return grouped_linear(F.silu(gate) * up * share_N[:, None].to(x_NH.dtype), weight2_EHF, counts_E)
+
+
 class Experts(MegatronModule):
     """This rank's part of the routed experts as two stacked weights: gate and up [E, 2, F, H], down [E, H, F].
 
@@ -116,10 +143,10 @@ class Experts(MegatronModule):
             weight.tensor_model_parallel, weight.partition_dim, weight.partition_stride = True, WIDTH_DIM, 1
 
     @recomputable("experts")
-    def forward(self, x_NH: Tensor, counts_E: Tensor) -> Tensor:
-        """SwiGLU of each row by its expert; rows sorted by expert. An addend where the width is spread."""
-        gate, up = grouped_linear(x_NH, self.weight1.flatten(1, 2), counts_E).chunk(2, dim=-1)
-        return grouped_linear(F.silu(gate) * up, self.weight2, counts_E)
+    def forward(self, x_NH: Tensor, share_N: Tensor, counts_E: Tensor) -> Tensor:
+        """SwiGLU of each row by its expert, times its share; rows sorted by expert. An addend where the width is
+        spread."""
+        return expert_rows(x_NH, self.weight1, self.weight2, share_N, counts_E)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets=(), metadata=None):
         """One tensor of all experts, cut along the experts and along their width."""
@@ -133,6 +160,12 @@ class Experts(MegatronModule):
         }
 
 
+@accelerated("model.kernel_experts")
+def gate_rows(x: Tensor, score: Tensor) -> Tensor:
+    """x [..., H] times the sigmoid of a score [..., 1] for each row, which is taken in at least float32."""
+    return x * at_least_float32(score).sigmoid().to(x.dtype)
+
+
 class SharedExpert(SwiGLU):
     """The expert that every token uses: SwiGLU, times the sigmoid of one learned score a token."""
 
@@ -143,8 +176,7 @@ class SharedExpert(SwiGLU):
 
     def forward(self, hidden_T1H: Tensor) -> Tensor:
         out = super().forward(hidden_T1H)
-        score = F.linear(hidden_T1H, self.gate_weight)
-        return out * at_least_float32(score).sigmoid().to(out.dtype)
+        return gate_rows(out, F.linear(hidden_T1H, self.gate_weight))
 
 
 class MixtureOfExperts(MegatronModule):
@@ -173,16 +205,16 @@ class MixtureOfExperts(MegatronModule):
         """
         flat = hidden_states.flatten(0, 1)
         weights, experts = self.router(flat, padding_mask)
-        order = experts.flatten().argsort(stable=True)
+        ordered, order = experts.flatten().int().sort(stable=True)
         inverse = invert(order).view(experts.shape)
-        counts = torch.bincount(experts.flatten(), minlength=self.router.num_experts)
-        rows = _GatherRows.apply(flat, order // experts.shape[1], inverse)
-        out = self.experts_over_group(rows, counts) if self.owner_group.size() > 1 else self.experts(rows, counts)
-        copies = permute(out, inverse.flatten(), order).view(*experts.shape, -1)
-        mixed = (copies * weights.to(copies.dtype)[..., None]).sum(dim=1).view_as(hidden_states)
+        counts = count_sorted(ordered, self.router.num_experts)
+        rows = gather_rows(flat, order, inverse)
+        share = permute(weights.flatten(), order, inverse.flatten())
+        compute = self.experts_over_group if self.owner_group.size() > 1 else self.experts
+        mixed = combine_rows(compute(rows, share, counts), order, inverse).view_as(hidden_states)
         return (mixed + self.shared_expert(hidden_states) if self.shared_expert else mixed), None
 
-    def experts_over_group(self, rows: Tensor, counts: Tensor) -> Tensor:
+    def experts_over_group(self, rows: Tensor, share: Tensor, counts: Tensor) -> Tensor:
         """Sends rows (sorted by global expert) to the ranks that hold their experts, and the results back.
 
         Where several hold parts of an expert, each gets its rows and returns addends: as much traffic as a gather and
@@ -194,10 +226,10 @@ class MixtureOfExperts(MegatronModule):
         sizes = torch.cat([sent.sum(1), received.sum(1)]).tolist()
         parts, receive = sizes[: len(sent)], sizes[len(sent) :]
         send = [size for size in parts for _ in range(copies)]
-        arrived = exchange_rows(repeat_parts(rows, parts, copies), send, receive, group)
+        arrived, share = (exchange_rows(repeat_parts(x, parts, copies), send, receive, group) for x in (rows, share))
         # Rows arrive ordered by (source, expert); the grouped products want them by expert.
         expert = torch.arange(local, device=rows.device).repeat(group.size()).repeat_interleave(received.flatten())
         order = expert.argsort(stable=True)
         inverse = invert(order)
-        out = self.experts(permute(arrived, order, inverse), received.sum(0))
+        out = self.experts(permute(arrived, order, inverse), permute(share, order, inverse), received.sum(0))
         return add_parts(exchange_rows(permute(out, inverse, order), receive, send, group), parts, copies)

@@ -10,7 +10,9 @@ Shape suffixes: T tokens, H hidden, V this rank's rows of the vocabulary, C a ch
 import torch
 from torch import Tensor
 
-from model.config import HEAD_CHUNK
+from model.backends import accelerated, on_kernels
+from model.config import HEAD_CHUNK, KERNEL_HEAD_CHUNK
+from model.norm import at_least_float32
 from parallel.collectives import max_over, sum_over
 
 
@@ -29,24 +31,49 @@ def _chunk_losses(logits_CV: Tensor, target_C: Tensor, group) -> tuple[Tensor, T
     return sums[0].log() - sums[1], logits_CV, torch.where(here, column[:, 0], -1)
 
 
+@accelerated("model.kernel_loss")
+def softmax_gradient(
+    logits_CV: Tensor, target_C: Tensor, weight_C: Tensor | None, group
+) -> tuple[Tensor, Tensor | None]:
+    """Cross-entropy of a chunk [C], and the gradient [C, V] of its weighted sum, of the logits' type.
+
+    Args:
+        logits_CV: this rank's part of the vocabulary; may be overwritten. weight_C: None: no gradient is wanted.
+    """
+    dtype = logits_CV.dtype
+    losses, probability, column = _chunk_losses(at_least_float32(logits_CV), target_C, group)
+    if weight_C is None:
+        return losses, None
+    rows = (column >= 0).nonzero()[:, 0]
+    probability[rows, column[rows]] -= 1
+    return losses, (probability * weight_C[:, None]).to(dtype)
+
+
+@accelerated("model.kernel_loss")
+def add_product(left: Tensor, right: Tensor, total: Tensor | None) -> Tensor:
+    """total + left @ right in at least float32, in place of the total; None counts as zero."""
+    product = at_least_float32(left @ right)
+    return product if total is None else total.add_(product)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_TH: Tensor, head_VH: Tensor, target_T: Tensor, weight_T: Tensor, group, train: bool):
         dtype = torch.promote_types(hidden_TH.dtype, torch.float32)
         losses = torch.empty(target_T.shape, dtype=dtype, device=hidden_TH.device)
         grad_hidden = torch.empty_like(hidden_TH) if train else None
-        grad_head = torch.zeros(head_VH.shape, dtype=losses.dtype, device=head_VH.device) if train else None
-        for start in range(0, target_T.numel(), HEAD_CHUNK):
-            part = slice(start, start + HEAD_CHUNK)
-            logits = (hidden_TH[part] @ head_VH.t()).to(losses.dtype)
-            losses[part], probability, column = _chunk_losses(logits, target_T[part], group)
-            if not train:
-                continue
-            rows = (column >= 0).nonzero()[:, 0]
-            probability[rows, column[rows]] -= 1
-            grad = (probability * weight_T[part, None]).to(hidden_TH.dtype)
-            torch.mm(grad, head_VH, out=grad_hidden[part])
-            grad_head += grad.t() @ hidden_TH[part]
+        grad_head = None
+        chunk = KERNEL_HEAD_CHUNK if on_kernels(hidden_TH) else HEAD_CHUNK
+        for start in range(0, target_T.numel(), chunk):
+            part = slice(start, start + chunk)
+            weight = weight_T[part] if train else None
+            losses[part], grad = softmax_gradient(hidden_TH[part] @ head_VH.t(), target_T[part], weight, group)
+            if train:
+                torch.mm(grad, head_VH, out=grad_hidden[part])
+                # A single product is rounded once, several are summed in float32.
+                once = target_T.numel() <= chunk
+                left, right = grad.t(), hidden_TH[part]
+                grad_head = left @ right if once else add_product(left, right, grad_head)
         if train:
             ctx.save_for_backward(grad_hidden, grad_head.to(head_VH.dtype))
         ctx.mark_non_differentiable(losses)

@@ -13,10 +13,18 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model.backends import accelerated
 from model.norm import at_least_float32
 from parallel.collectives import attach_loss, sum_over
 
 
+@accelerated("model.kernel_router")
+def router_logits(hidden_TH: Tensor, weight_EH: Tensor) -> Tensor:
+    """hidden W^T in at least float32, the type of the weight: [T, E]."""
+    return F.linear(at_least_float32(hidden_TH), weight_EH)
+
+
+@accelerated("model.kernel_router", lambda logits_TE: logits_TE.is_cuda and logits_TE.dtype == torch.float32)
 def route(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Top-k routing. Returns scores [T, E] (softmax), weights [T, K] (renormalised) and experts [T, K] (indices)."""
     scores = logits_TE.softmax(dim=-1)
@@ -60,7 +68,7 @@ class Router(MegatronModule):
         Args:
             token_weight_T: each token's share of the global batch's mean, 0 for padding; None: no balance loss.
         """
-        logits = F.linear(at_least_float32(hidden_TH), self.weight)
+        logits = router_logits(hidden_TH, self.weight)
         scores, weights, experts = route(logits, self.k)
         if token_weight_T is not None and torch.is_grad_enabled():
             balance, z = self.balance_loss(scores, experts, token_weight_T), z_loss(logits, token_weight_T)

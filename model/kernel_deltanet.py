@@ -1,0 +1,234 @@
+"""Kernels of `model.deltanet`: Triton for what lies between its projection and the delta rule, fla's for the rule.
+
+    c_t = sum_j w[W-1-j] x_{t-j} over the j that stay in t's document      s = c sigmoid(c)
+    q, k = s / |s|      v = s      beta = sigmoid(b)      g = -exp(A_log) softplus(a + dt_bias)
+
+Forwards one pass over the projection; backwards a pass to dc (and dw), and one to the gradient of the projection.
+
+Shape suffixes as in `model.deltanet`. A head's columns in the projection: q, k, its values, their gates, b, a.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from model.documents import Documents
+
+TOKENS = 32  # of a program's tile
+EPS = 1e-6  # of the L2 norm
+PROGRAMS = 66  # that share the tokens of a head's segment in the backward pass
+
+
+@triton.jit
+def _softplus(x):
+    u = tl.exp(-tl.abs(x))
+    # log(1 + u) without the rounding of 1 + u (Goldberg, 1991, theorem 4).
+    log = tl.where(1 + u == 1, u, tl.log(1 + u) * u / tl.where(1 + u == 1, 1.0, (1 + u) - 1))
+    return tl.maximum(x, 0.0) + log
+
+
+@triton.jit
+def _segment(segment, KEY: tl.constexpr, VALUE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The first column of a head's segment (q, k, a value, a gate), and its width."""
+    first = tl.where(segment < 2, segment * KEY, 2 * KEY + (segment - 2) * VALUE)
+    return tl.multiple_of(first, ALIGNED), tl.where(segment < 2, KEY, VALUE)
+
+
+@triton.jit
+def _convolve(x, conv, position, token, column, inside, width, STRIDE: tl.constexpr, TAPS: tl.constexpr):
+    total = tl.zeros(inside.shape, tl.float32)
+    for j in tl.static_range(TAPS):
+        x_j = tl.load(x + (token - j) * STRIDE + column, inside & (position >= j), 0.0).to(tl.float32)
+        total += x_j * tl.load(conv + column * TAPS + TAPS - 1 - j, column < width, 0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
+def _prepare(mixed, conv, A_log, dt_bias, position, q, k, v, z, g, beta, tokens, eps, HEADS: tl.constexpr,
+             RATIO: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, TAPS: tl.constexpr, TOKENS: tl.constexpr,
+             COLUMNS: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
+    CONV: tl.constexpr = 2 * KEY + RATIO * VALUE
+    EACH: tl.constexpr = CONV + RATIO * VALUE + 2 * RATIO
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    head, segment = tl.program_id(1), tl.program_id(2)
+    first, width = _segment(segment, KEY, VALUE, ALIGNED)
+    column = tl.arange(0, COLUMNS)[None, :]
+    inside = (token < tokens) & (column < width)
+    x = mixed + head * EACH + first
+    if segment < 2 + RATIO:
+        there = tl.load(position + token, token < tokens, 0)
+        own = conv + (head * CONV + first) * TAPS
+        c = _convolve(x, own, there, token, column, inside, width, HEADS * EACH, TAPS)
+        y = c / (1 + tl.exp(-c))
+        if segment < 2:
+            y *= 1 / tl.sqrt(tl.sum(y * y, 1, keep_dims=True) + eps)
+            out = q
+            if segment == 1:
+                out = k
+            tl.store(out + (token * HEADS + head) * KEY + column, y, inside)
+        else:
+            tl.store(v + ((token * HEADS + head) * RATIO + segment - 2) * VALUE + column, y, inside)
+    else:
+        place = ((token * HEADS + head) * RATIO + segment - 2 - RATIO) * VALUE + column
+        tl.store(z + place, tl.load(x + token * (HEADS * EACH) + column, inside, 0.0), inside)
+    if segment == 0:
+        for i in tl.static_range(RATIO):
+            own = mixed + token * (HEADS * EACH) + head * EACH + CONV + RATIO * VALUE + i
+            b = tl.load(own, token < tokens, 0.0).to(tl.float32)
+            a = tl.load(own + RATIO, token < tokens, 0.0).to(tl.float32) + tl.load(dt_bias + head * RATIO + i)
+            place = (token * HEADS + head) * RATIO + i
+            tl.store(beta + place, 1 / (1 + tl.exp(-b)), token < tokens)
+            tl.store(g + place, -tl.exp(tl.load(A_log + head * RATIO + i)) * _softplus(a), token < tokens)
+
+
+@triton.jit
+def _conv_backward(mixed, conv, position, d_q, d_k, d_v, d_c, d_conv, tokens, eps, HEADS: tl.constexpr,
+                   RATIO: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, TAPS: tl.constexpr,
+                   TOKENS: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
+    CONV: tl.constexpr = 2 * KEY + RATIO * VALUE
+    EACH: tl.constexpr = CONV + RATIO * VALUE + 2 * RATIO
+    head, segment = tl.program_id(1), tl.program_id(2)
+    first, width = _segment(segment, KEY, VALUE, ALIGNED)
+    column = tl.arange(0, COLUMNS)[None, :]
+    x, own = mixed + head * EACH + first, conv + (head * CONV + first) * TAPS
+    tap = tl.arange(0, TAPS)[:, None]
+    total = tl.zeros([TAPS, COLUMNS], tl.float32)
+    for block in range(tl.program_id(0), tl.cdiv(tokens, TOKENS), tl.num_programs(0)):
+        token = (block * TOKENS + tl.arange(0, TOKENS)[:, None]).to(tl.int64)
+        inside = (token < tokens) & (column < width)
+        there = tl.load(position + token, token < tokens, 0)
+        c = _convolve(x, own, there, token, column, inside, width, HEADS * EACH, TAPS)
+        sigmoid = 1 / (1 + tl.exp(-c))
+        source = d_q + (token * HEADS + head) * KEY
+        if segment == 1:
+            source = d_k + (token * HEADS + head) * KEY
+        if segment >= 2:
+            source = d_v + ((token * HEADS + head) * RATIO + segment - 2) * VALUE
+        dy = tl.load(source + column, inside, 0.0).to(tl.float32)
+        if segment < 2:
+            y = c * sigmoid
+            scale = 1 / tl.sqrt(tl.sum(y * y, 1, keep_dims=True) + eps)
+            dy = scale * (dy - y * scale * scale * tl.sum(dy * y, 1, keep_dims=True))
+        dc = tl.where(inside, dy * sigmoid * (1 + c * (1 - sigmoid)), 0.0)
+        tl.store(d_c + (token * HEADS + head) * CONV + first + column, dc, inside)
+        for j in tl.static_range(TAPS):
+            x_j = tl.load(x + (token - j) * (HEADS * EACH) + column, inside & (there >= j), 0.0).to(tl.float32)
+            total += tl.where(tap == TAPS - 1 - j, tl.sum(dc * x_j, 0)[None, :], 0.0)
+    place = ((tl.program_id(0) * HEADS + head) * CONV + first + column) * TAPS + tap
+    tl.store(d_conv + place, total, (column < width) & (tap < TAPS))
+
+
+@triton.jit
+def _input_backward(mixed, conv, A_log, dt_bias, position, d_c, d_z, d_g, d_beta, d_mixed, d_heads, tokens,
+                    HEADS: tl.constexpr, RATIO: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
+                    TAPS: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+                    ALIGNED: tl.constexpr):  # fmt: skip
+    CONV: tl.constexpr = 2 * KEY + RATIO * VALUE
+    EACH: tl.constexpr = CONV + RATIO * VALUE + 2 * RATIO
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    head, segment = tl.program_id(1), tl.program_id(2)
+    first, width = _segment(segment, KEY, VALUE, ALIGNED)
+    column = tl.arange(0, COLUMNS)[None, :]
+    inside = (token < tokens) & (column < width)
+    out = d_mixed + token * (HEADS * EACH) + head * EACH
+    if segment < 2 + RATIO:
+        dx = tl.zeros([TOKENS, COLUMNS], tl.float32)
+        for j in tl.static_range(TAPS):
+            reached = tl.load(position + token + j, token + j < tokens, -1) >= j
+            dc = tl.load(d_c + ((token + j) * HEADS + head) * CONV + first + column, inside & reached, 0.0)
+            w = tl.load(conv + (head * CONV + first + column) * TAPS + TAPS - 1 - j, column < width, 0.0)
+            dx += dc.to(tl.float32) * w.to(tl.float32)
+        tl.store(out + first + column, dx, inside)
+    else:
+        place = ((token * HEADS + head) * RATIO + segment - 2 - RATIO) * VALUE + column
+        tl.store(out + first + column, tl.load(d_z + place, inside, 0.0), inside)
+    if segment == 0:
+        for i in tl.static_range(RATIO):
+            last = CONV + RATIO * VALUE + i
+            own = mixed + token * (HEADS * EACH) + head * EACH + last
+            beta = 1 / (1 + tl.exp(-tl.load(own, token < tokens, 0.0).to(tl.float32)))
+            a = tl.load(own + RATIO, token < tokens, 0.0).to(tl.float32) + tl.load(dt_bias + head * RATIO + i)
+            decay = -tl.exp(tl.load(A_log + head * RATIO + i))
+            place = (token * HEADS + head) * RATIO + i
+            dg = tl.load(d_g + place, token < tokens, 0.0).to(tl.float32)
+            db = tl.load(d_beta + place, token < tokens, 0.0).to(tl.float32) * beta * (1 - beta)
+            da = dg * decay / (1 + tl.exp(-a))
+            tl.store(out + last, db, token < tokens)
+            tl.store(out + last + RATIO, da, token < tokens)
+            sums = d_heads + (tl.program_id(0) * HEADS + head) * (2 * RATIO) + i
+            tl.store(sums, tl.sum(dg * decay * _softplus(a)))
+            tl.store(sums + RATIO, tl.sum(da))
+
+
+class _PrepareDelta(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, mixed, conv, A_log, dt_bias, position, ratio: int, key_dim: int, value_dim: int, eps: float):
+        *places, heads, _ = mixed.shape
+        tokens = position.numel()
+        taps = conv.shape[1]
+        if taps & (taps - 1):
+            raise ValueError(f"model.conv_kernel={taps} is no power of two, which the GPU kernel needs: choose 2 or 4")
+        columns, aligned = triton.next_power_of_2(max(key_dim, value_dim)), math.gcd(key_dim, value_dim, 16)
+        ctx.sizes = (heads, ratio, key_dim, value_dim, taps, TOKENS, columns, aligned)
+        ctx.eps = eps
+        q, k = (mixed.new_empty(*places, heads, key_dim) for _ in range(2))
+        v, z = (mixed.new_empty(*places, heads * ratio, value_dim) for _ in range(2))
+        g, beta = (mixed.new_empty(*places, heads * ratio, dtype=torch.float32) for _ in range(2))
+        grid = (triton.cdiv(tokens, TOKENS), heads, 2 + 2 * ratio)
+        _prepare[grid](mixed, conv, A_log, dt_bias, position, q, k, v, z, g, beta, tokens, eps, *ctx.sizes)
+        ctx.save_for_backward(mixed, conv, A_log, dt_bias, position)
+        return q, k, v, z, g, beta
+
+    @staticmethod
+    def backward(ctx, d_q, d_k, d_v, d_z, d_g, d_beta):
+        mixed, conv, A_log, dt_bias, position = ctx.saved_tensors
+        heads, ratio, key_dim, value_dim = ctx.sizes[:4]
+        tokens, blocks = position.numel(), triton.cdiv(position.numel(), TOKENS)
+        programs = min(PROGRAMS, blocks)
+        d_q, d_k, d_v, d_z, d_g, d_beta = (grad.contiguous() for grad in (d_q, d_k, d_v, d_z, d_g, d_beta))
+        d_c = mixed.new_empty(tokens, heads * (2 * key_dim + ratio * value_dim))
+        d_conv = torch.empty(programs, *conv.shape, dtype=torch.float32, device=mixed.device)
+        _conv_backward[(programs, heads, 2 + ratio)](
+            mixed, conv, position, d_q, d_k, d_v, d_c, d_conv, tokens, ctx.eps, *ctx.sizes
+        )
+        d_mixed = torch.empty_like(mixed)
+        d_heads = torch.empty(blocks, heads, 2, ratio, dtype=torch.float32, device=mixed.device)
+        _input_backward[(blocks, heads, 2 + 2 * ratio)](
+            mixed, conv, A_log, dt_bias, position, d_c, d_z, d_g, d_beta, d_mixed, d_heads, tokens, *ctx.sizes
+        )
+        d_A_log, d_dt_bias = d_heads.sum(0).movedim(1, 0).flatten(1)
+        return d_mixed, d_conv.sum(0).to(conv.dtype), d_A_log, d_dt_bias, None, None, None, None, None
+
+
+def prepare_delta(
+    mixed_RLKP: Tensor,
+    conv_CW: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    documents: Documents,
+    ratio: int,
+    key_dim: int,
+    value_dim: int,
+) -> tuple[Tensor, ...]:
+    """See `model.deltanet.prepare_delta`."""
+    position_RL = documents.position_RL.contiguous()
+    return _PrepareDelta.apply(
+        mixed_RLKP.contiguous(), conv_CW.contiguous(), A_log, dt_bias, position_RL, ratio, key_dim, value_dim, EPS
+    )
+
+
+def gated_delta_rule(
+    q_RLKD: Tensor, k_RLKD: Tensor, v_RLVD: Tensor, g_RLV: Tensor, beta_RLV: Tensor, documents: Documents
+) -> Tensor:
+    """See `model.delta_rule.gated_delta_rule`; fla's, which takes FlashQLA's kernels where they apply."""
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+    rows = (q_RLKD, k_RLKD, v_RLVD, g_RLV, beta_RLV)
+    if documents.single:
+        return chunk_gated_delta_rule(*rows)[0]
+    # Packed documents: one row of all, and where each begins.
+    out, _ = chunk_gated_delta_rule(*(x.flatten(0, 1)[None] for x in rows), cu_seqlens=documents.cu_seqlens_q)
+    return out.view(v_RLVD.shape)

@@ -1,0 +1,227 @@
+"""Triton kernels of `model.experts` and `model.dense`: rows moved by gathers alone, and SwiGLU in one pass.
+
+    combine: out_t = sum_k y[inverse[t, k]]       its gradient is a gather, as combine is a gather's
+    swiglu:  a = silu(g) u w                      w is a row's share in its token's mixture
+
+Shape suffixes as in `model.experts`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 1024
+
+
+@triton.jit
+def _sum_rows(x, index, out, WIDTH: tl.constexpr, COPIES: tl.constexpr, COLUMNS: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros([COLUMNS], tl.float32)
+    for copy in tl.static_range(COPIES):
+        row = tl.load(index + token * COPIES + copy).to(tl.int64)
+        total += tl.load(x + row * WIDTH + column, column < WIDTH, 0.0).to(tl.float32)
+    tl.store(out + token * WIDTH + column, total, column < WIDTH)
+
+
+def sum_rows(x_NH: Tensor, index_TK: Tensor) -> Tensor:
+    """out[t] = sum_k x[index[t, k]], summed in float32."""
+    x_NH = x_NH.contiguous()
+    (tokens, copies), width = index_TK.shape, x_NH.shape[1]
+    out_TH = x_NH.new_empty(tokens, width)
+    columns = min(BLOCK, triton.next_power_of_2(width))
+    if tokens:
+        _sum_rows[(tokens, triton.cdiv(width, columns))](x_NH, index_TK, out_TH, width, copies, columns)
+    return out_TH
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TH: Tensor, order_N: Tensor, inverse_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse_TK)
+        return x_TH.index_select(0, order_N // inverse_TK.shape[1])
+
+    @staticmethod
+    def backward(ctx, grad_NH: Tensor):
+        return sum_rows(grad_NH, *ctx.saved_tensors), None, None
+
+
+def gather_rows(x_TH: Tensor, order_N: Tensor, inverse_TK: Tensor) -> Tensor:
+    """See `model.experts.gather_rows`."""
+    return _GatherRows.apply(x_TH, order_N, inverse_TK)
+
+
+class _CombineRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y_NH: Tensor, order_N: Tensor, inverse_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(order_N)
+        ctx.copies = inverse_TK.shape[1]
+        return sum_rows(y_NH, inverse_TK)
+
+    @staticmethod
+    def backward(ctx, grad_TH: Tensor):
+        (order_N,) = ctx.saved_tensors
+        return grad_TH.index_select(0, order_N // ctx.copies), None, None
+
+
+def combine_rows(y_NH: Tensor, order_N: Tensor, inverse_TK: Tensor) -> Tensor:
+    """See `model.experts.combine_rows`."""
+    return _CombineRows.apply(y_NH, order_N, inverse_TK)
+
+
+@triton.jit
+def _swiglu(x, weight, out, WIDTH: tl.constexpr, UNIT: tl.constexpr, UP: tl.constexpr, WEIGHTED: tl.constexpr,
+            COLUMNS: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < WIDTH
+    gate = tl.load(x + row * 2 * WIDTH + column * UNIT, inside, 0.0).to(tl.float32)
+    up = tl.load(x + row * 2 * WIDTH + column * UNIT + UP, inside, 0.0).to(tl.float32)
+    y = gate / (1 + tl.exp(-gate)) * up
+    if WEIGHTED:
+        y *= tl.load(weight + row)
+    tl.store(out + row * WIDTH + column, y, inside)
+
+
+@triton.jit
+def _swiglu_backward(x, weight, grad, grad_x, grad_weight, out, WIDTH: tl.constexpr, UNIT: tl.constexpr,
+                     UP: tl.constexpr, WEIGHTED: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    share = tl.load(weight + row) if WEIGHTED else 1.0
+    dot = tl.zeros([COLUMNS], tl.float32)
+    for first in tl.static_range(0, WIDTH, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        inside = column < WIDTH
+        place = row * 2 * WIDTH + column * UNIT
+        gate = tl.load(x + place, inside, 0.0).to(tl.float32)
+        up = tl.load(x + place + UP, inside, 0.0).to(tl.float32)
+        dy = tl.load(grad + row * WIDTH + column, inside, 0.0).to(tl.float32)
+        sigmoid = 1 / (1 + tl.exp(-gate))
+        y = gate * sigmoid * up
+        if WEIGHTED:
+            dot += dy * y
+            tl.store(out + row * WIDTH + column, y * share, inside)
+        dy *= share
+        tl.store(grad_x + place, dy * up * sigmoid * (1 + gate * (1 - sigmoid)), inside)
+        tl.store(grad_x + place + UP, dy * gate * sigmoid, inside)
+    if WEIGHTED:
+        tl.store(grad_weight + row, tl.sum(dot, 0))
+
+
+def _columns(width: int) -> int:
+    return min(BLOCK, triton.next_power_of_2(width))
+
+
+def _swiglu_forward(x: Tensor, weight_N: Tensor | None, interleaved: bool) -> Tensor:
+    """silu(gate) * up (* weight) of rows [N, 2F]: gate and up in halves, or unit by unit."""
+    rows, width = x.shape[0], x.shape[1] // 2
+    out = x.new_empty(rows, width)
+    layout = (2, 1) if interleaved else (1, width)
+    if rows:
+        grid = (rows, triton.cdiv(width, _columns(width)))
+        _swiglu[grid](x, weight_N, out, width, *layout, weight_N is not None, _columns(width))
+    return out
+
+
+def swiglu_backward(x: Tensor, weight_N: Tensor | None, grad: Tensor, interleaved: bool):
+    """Gradients of x and of the weights, and the output again where there are weights."""
+    rows, width = x.shape[0], x.shape[1] // 2
+    grad_x, grad_weight = torch.empty_like(x), None if weight_N is None else torch.empty_like(weight_N)
+    out = None if weight_N is None else x.new_empty(rows, width)
+    layout = (2, 1) if interleaved else (1, width)
+    if rows:
+        _swiglu_backward[(rows,)](
+            x, weight_N, grad.contiguous(), grad_x, grad_weight, out, width, *layout, weight_N is not None,
+            _columns(width),
+        )  # fmt: skip
+    return grad_x, grad_weight, out
+
+
+class _SwiGLUPairs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, mixed: Tensor) -> Tensor:
+        ctx.save_for_backward(mixed)
+        return _swiglu_forward(mixed.flatten(0, -2), None, interleaved=True).view(*mixed.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (mixed,) = ctx.saved_tensors
+        grad_x, _, _ = swiglu_backward(mixed.flatten(0, -2), None, grad.flatten(0, -2), interleaved=True)
+        return grad_x.view_as(mixed)
+
+
+def swiglu_pairs(mixed: Tensor) -> Tensor:
+    """See `model.dense.swiglu_pairs`."""
+    return _SwiGLUPairs.apply(mixed.contiguous())
+
+
+class _ExpertRows(torch.autograd.Function):
+    """Both grouped products and SwiGLU between them, so that only the first product's output is kept."""
+
+    @staticmethod
+    def forward(ctx, x_NH, weight1_E2FH, weight2_EHF, share_N, counts_E):
+        offsets_E = counts_E.cumsum(0).int()
+        first = weight1_E2FH.flatten(1, 2)
+        inner_NG = torch.nn.functional.grouped_mm(x_NH, first.transpose(1, 2), offs=offsets_E)
+        active_NF = _swiglu_forward(inner_NG, share_N, interleaved=False)
+        ctx.save_for_backward(x_NH, inner_NG, weight1_E2FH, weight2_EHF, share_N, offsets_E)
+        return torch.nn.functional.grouped_mm(active_NF, weight2_EHF.transpose(1, 2), offs=offsets_E)
+
+    @staticmethod
+    def backward(ctx, grad_NH: Tensor):
+        x_NH, inner_NG, weight1_E2FH, weight2_EHF, share_N, offsets_E = ctx.saved_tensors
+        grad_NH = grad_NH.contiguous()
+        product = torch.nn.functional.grouped_mm
+        grad_active_NF = product(grad_NH, weight2_EHF, offs=offsets_E)
+        grad_inner_NG, grad_share_N, active_NF = swiglu_backward(inner_NG, share_N, grad_active_NF, interleaved=False)
+        grad_weight2 = product(grad_NH.t(), active_NF, offs=offsets_E)
+        del grad_NH, grad_active_NF, active_NF
+        grad_weight1 = product(grad_inner_NG.t(), x_NH, offs=offsets_E).view_as(weight1_E2FH)
+        grad_x_NH = product(grad_inner_NG, weight1_E2FH.flatten(1, 2), offs=offsets_E)
+        return grad_x_NH, grad_weight1, grad_weight2, grad_share_N, None
+
+
+def expert_rows(x_NH: Tensor, weight1_E2FH: Tensor, weight2_EHF: Tensor, share_N: Tensor, counts_E: Tensor) -> Tensor:
+    """See `model.experts.expert_rows`."""
+    return _ExpertRows.apply(x_NH.contiguous(), weight1_E2FH, weight2_EHF, share_N.float(), counts_E)
+
+
+@triton.jit
+def _gate_rows(x, score, out, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, COLUMNS)
+    share = 1 / (1 + tl.exp(-tl.load(score + row).to(tl.float32)))
+    y = tl.load(x + row * WIDTH + column, column < WIDTH, 0.0).to(tl.float32) * share
+    tl.store(out + row * WIDTH + column, y, column < WIDTH)
+
+
+@triton.jit
+def _gate_rows_backward(x, score, grad, grad_x, grad_score, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, COLUMNS)
+    share = 1 / (1 + tl.exp(-tl.load(score + row).to(tl.float32)))
+    dy = tl.load(grad + row * WIDTH + column, column < WIDTH, 0.0).to(tl.float32)
+    y = tl.load(x + row * WIDTH + column, column < WIDTH, 0.0).to(tl.float32)
+    tl.store(grad_x + row * WIDTH + column, dy * share, column < WIDTH)
+    tl.store(grad_score + row, tl.sum(dy * y, 0) * share * (1 - share))
+
+
+class _GateRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, score: Tensor) -> Tensor:
+        out, width = torch.empty_like(x), x.shape[-1]
+        _gate_rows[(score.numel(),)](x, score, out, width, triton.next_power_of_2(width))
+        ctx.save_for_backward(x, score)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, score = ctx.saved_tensors
+        grad_x, grad_score, width = torch.empty_like(x), torch.empty_like(score), x.shape[-1]
+        columns = triton.next_power_of_2(width)
+        _gate_rows_backward[(score.numel(),)](x, score, grad.contiguous(), grad_x, grad_score, width, columns)
+        return grad_x, grad_score
+
+
+def gate_rows(x: Tensor, score: Tensor) -> Tensor:
+    """See `model.experts.gate_rows`."""
+    return _GateRows.apply(x.contiguous(), score.contiguous())

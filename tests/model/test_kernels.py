@@ -1,0 +1,40 @@
+"""The choice between a plain function and its kernel, and the Triton kernels in Triton's interpreter."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import preflight
+from model.backends import on_kernels
+from model.config import ModelConfig
+from tests.model.helpers import SMALL
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_triton_kernels_in_the_interpreter() -> None:
+    pytest.importorskip("triton", reason="this torch comes without Triton")
+    command = [sys.executable, "-m", "pytest", "-q", "tests/model/interpreted_kernels.py"]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert "3 passed" in run.stdout
+
+
+def test_the_cpu_never_runs_kernels() -> None:
+    assert not on_kernels(torch.zeros(1, dtype=torch.bfloat16))
+    cases = preflight.cases(SMALL, torch.device("cpu"), torch.float64)
+    assert {case.name: preflight.error(case) for case in cases} == {case.name: 0.0 for case in cases}
+
+
+def test_a_model_is_checked_for_what_it_has() -> None:
+    def names(pattern: str) -> set[str]:
+        return {case.name for case in preflight.cases(ModelConfig(pattern=pattern), torch.device("cpu"))}
+
+    assert "delta rule, whole rows" in names("G") - names("*-")
+    assert "attention, packed documents" in names("*-") - names("GE")
+    assert "grouped products" in names("GE") - names("*-")
