@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from model import preflight
 from model.batch import MicroBatch, count_targets
 from model.config import ModelConfig, MtpConfig
 from model.experts import grouped_linear
@@ -41,6 +42,18 @@ def a_batch() -> MicroBatch:
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double().cpu() - expected.double().cpu()).norm() / expected.double().cpu().norm())
+
+
+QWEN3_NEXT = ModelConfig(
+    hidden_size=2048, attention_heads=16, key_value_heads=2, head_dim=256, linear_key_heads=16, linear_value_heads=32,
+    linear_key_dim=128, linear_value_dim=128, experts=512, experts_per_token=10, expert_size=512,
+    shared_expert_size=512,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [SHAPE, QWEN3_NEXT], ids=["tiny", "Qwen3-Next"])
+def test_every_kernel_equals_its_twin(shape: ModelConfig) -> None:
+    assert preflight.wrong_kernels(shape, torch.device("cuda")) == {}
 
 
 def test_grouped_linear_in_bfloat16_equals_a_loop_in_float64():

@@ -27,8 +27,9 @@ def test_triton_kernels_in_the_interpreter() -> None:
 
 def test_the_cpu_never_runs_kernels() -> None:
     assert not on_kernels(torch.zeros(1, dtype=torch.bfloat16))
-    cases = preflight.cases(SMALL, torch.device("cpu"), torch.float64)
-    assert {case.name: preflight.error(case) for case in cases} == {case.name: 0.0 for case in cases}
+    cases = preflight.cases(SMALL, torch.device("cpu"), torch.float32)
+    # Float32 against float64; what a solve inside a chunk loses is the most.
+    assert {case.name for case in cases if preflight.error(case) > 1e-5} == set()
 
 
 def test_a_model_is_checked_for_what_it_has() -> None:
