@@ -3,7 +3,7 @@
 # constraints.txt change, and hands over to Python, which decides everything else.
 set -euo pipefail
 
-readonly COMMANDS="train test estimate prepare evaluate generate export import"
+readonly COMMANDS="train test estimate prepare evaluate generate export import bench doctor"
 readonly STATE=.venv/launch-state # of a complete set-up: root, extras, checksum; of one under way: "installing"
 
 usage() {
@@ -20,6 +20,8 @@ usage: ./launch.sh COMMAND [options] [key=value ...]
   generate   write text with a run's checkpoint
   export     write a run's weights as a Hugging Face checkpoint
   import     make a run of a Hugging Face checkpoint
+  bench      time a model on this machine, and transformers beside it
+  doctor     say what this machine is, and check its kernels
 
 examples:
   ./launch.sh train                                    the default recipe, on what this machine has

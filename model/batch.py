@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.documents import Documents
+from model.documents import Documents, send
 
 
 def prediction_valid(documents_RS: Tensor, steps: int) -> Tensor:
@@ -79,4 +79,4 @@ class MicroBatch:
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch on ``device``."""
         tensors = (self.tokens_KRL, self.targets_KT, self.weights_KT, self.token_weights_KT)
-        return MicroBatch(*(x.to(device, non_blocking=True) for x in tensors), self.documents.to(device))
+        return MicroBatch(*(send(x, device) for x in tensors), self.documents.to(device))

@@ -14,6 +14,11 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """x on a device; the host does not wait until a GPU has come so far (for which its memory must be pinned)."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
+
+
 @dataclass
 class Documents(PackedSeqParams):
     """megatron-core's packing record (thd layout), with what a pure-torch module needs beside it.
@@ -71,17 +76,17 @@ class Documents(PackedSeqParams):
 
     def to(self, device: torch.device) -> "Documents":
         """The same record with its tensors on ``device``."""
-        cu_seqlens = self.cu_seqlens_q.to(device, non_blocking=True)
+        cu_seqlens = send(self.cu_seqlens_q, device)
         return Documents(
             qkv_format="thd",
             cu_seqlens_q=cu_seqlens,
             cu_seqlens_kv=cu_seqlens,
             max_seqlen_q=self.max_seqlen_q,
             max_seqlen_kv=self.max_seqlen_kv,
-            ids_RL=self.ids_RL.to(device, non_blocking=True),
-            position_RL=self.position_RL.to(device, non_blocking=True),
+            ids_RL=send(self.ids_RL, device),
+            position_RL=send(self.position_RL, device),
             single=self.single,
-            before_R=self.before_R.to(device, non_blocking=True),
+            before_R=send(self.before_R, device),
             start=self.start,
             whole=None if self.whole is None else self.whole.to(device),
         )

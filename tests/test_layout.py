@@ -78,14 +78,16 @@ def test_readme_names_every_source_and_no_other() -> None:
 
 def test_readme_speaks_of_commands_settings_and_files_that_exist() -> None:
     from train.__main__ import COMMANDS
-    from train.config import Config, EvaluateConfig, GenerateConfig
+    from train.config import BenchConfig, Config, EvaluateConfig, GenerateConfig
     from train.settings import settings
 
     text = (ROOT / "README.md").read_text()
     known = {"train", "test", *COMMANDS}
     assert set(re.findall(r"\./launch\.sh (\w+)", text)) <= known
     assert known <= set(re.findall(r"\./launch\.sh (\w+)", text))
-    paths = {setting.path for config in (Config, EvaluateConfig, GenerateConfig) for setting in settings(config)}
+    paths = {
+        setting.path for config in (Config, BenchConfig, EvaluateConfig, GenerateConfig) for setting in settings(config)
+    }
     named = set(re.findall(r"\b([a-z_]+\.[a-z_]+)=", text))
     assert named <= paths
     for link in re.findall(r"\]\(([^)#]+)\)", text):

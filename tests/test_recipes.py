@@ -17,6 +17,7 @@ NEEDS = {
     "qwen3_next_80b_a3b_256k": ([*CORPUS, "run.dry_run=true"], 64, 64),
     "qwen3_30b_a3b": (CORPUS, 64, 64),
     "qwen3_32b": (CORPUS, 64, 1),
+    "proxy": ([], 1, 1),
 }
 RECIPE_FILES = sorted(usage.RECIPES.rglob("*.yaml"))
 

@@ -16,18 +16,21 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.config import PrepareConfig
+from model.config import check_model
 from parallel.quiet import quiet_upstream
 from parallel.topology import resolve
 from train import front, usage
 from train.config import (
     CONFIG_FILE,
     USER_ERRORS,
+    BenchConfig,
     Config,
     EvaluateConfig,
     GenerateConfig,
     RunConfig,
     RunReference,
     check,
+    check_bench,
     check_evaluate,
     check_generate,
     check_plan,
@@ -236,6 +239,29 @@ def import_(arguments: list[str]) -> int:
     return 0
 
 
+def bench(arguments: list[str]) -> int:
+    """Times one process, and a peer beside it."""
+    own = [argument for argument in arguments if argument.startswith("bench.")]
+    settings = from_text(BenchConfig, own).bench
+    check_bench(settings)
+    config = compose([argument for argument in arguments if argument not in own], planned=True)
+    check_plan(config, 1)
+    if front.world_size():
+        from train.bench import run_bench
+
+        return run_bench(config, settings)
+    return front.launch(["-m", "train", "bench", *arguments], 1)
+
+
+def doctor(arguments: list[str]) -> int:
+    """Says what this machine is, and checks its kernels."""
+    config = compose(arguments, planned=True)
+    check_model(config.model, config.mtp)
+    from train.doctor import run_doctor
+
+    return run_doctor(config.model)
+
+
 COMMANDS = {
     "train": train,
     "estimate": estimate,
@@ -244,6 +270,8 @@ COMMANDS = {
     "generate": generate,
     "export": export,
     "import": import_,
+    "bench": bench,
+    "doctor": doctor,
 }
 
 

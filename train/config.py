@@ -121,6 +121,23 @@ class RunReference:
 
 
 @dataclass(frozen=True)
+class Measurement:
+    """What `bench` measures."""
+
+    sequences: tuple[int, ...] = _setting((2, 4, 8), "sequences of a step, one after the other")
+    repeats: int = _setting(7, "steps of each size; their median counts")
+    peers: bool = _setting(True, "times transformers' Qwen3-Next beside ours; patterns of GE and *E only")
+    output: str = _setting("bench.json", "where the numbers go")
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What `bench` takes beside the settings of a recipe."""
+
+    bench: Measurement = field(default_factory=Measurement)
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """What `evaluate` measures."""
 
@@ -189,6 +206,12 @@ def check_generate(config: GenerateConfig) -> None:
     """Raises ConfigError for the first setting that cannot be used."""
     _check_least("tokens", config.tokens, 1)
     _check_least("temperature", config.temperature, 0.0)
+
+
+def check_bench(bench: Measurement) -> None:
+    """Raises ConfigError for the first setting that cannot be used."""
+    _check_least("bench.repeats", bench.repeats, 1)
+    _check_least("the shortest of bench.sequences", min(bench.sequences, default=0), 1)
 
 
 def check_evaluate(config: EvaluateConfig) -> None:

@@ -15,6 +15,7 @@ from parallel.engine_megatron import MegatronEngine
 from train import checkpoint, metrics
 from train.build import Job, build_engine, build_job, draw_weights
 from train.config import Config, batch_schedule, describe, save_config
+from train.doctor import refuse_wrong_kernels
 from train.evaluate import heldout_metrics, microbatch, report
 from train.runs import last_checkpoint, require_checkpoint, require_same_data, steps_done
 from train.schedule import learning_rate
@@ -127,6 +128,7 @@ def fit(
 def run_training(config: Config) -> int:
     """The train command, in each of its processes; returns the exit code."""
     job = build_job(config)
+    refuse_wrong_kernels(config.model, job.device, job.is_first)
     start = steps_done(config, job.topology)
     if config.run.init and not start:
         checkpoint.load_model(job, require_checkpoint(config.run.origin))

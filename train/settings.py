@@ -6,6 +6,7 @@ in an underscore, which the path drops: ``BatchConfig.global_`` is ``batch.globa
 
 import dataclasses
 import difflib
+import json
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -177,5 +178,10 @@ def _parse(annotation: Any, text: str) -> Any:
             try:
                 return option(text)
             except ValueError:
+                continue
+        if typing.get_origin(option) is tuple:
+            try:
+                return json.loads(text)
+            except json.JSONDecodeError:
                 continue
     return text

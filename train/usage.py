@@ -6,7 +6,7 @@ from itertools import groupby
 from pathlib import Path
 
 from data.config import PrepareConfig
-from train.config import Config, EvaluateConfig, GenerateConfig
+from train.config import BenchConfig, Config, EvaluateConfig, GenerateConfig
 from train.convert import ExportConfig, ImportConfig
 from train.estimate import EstimateConfig
 from train.settings import MISSING, Setting, settings
@@ -23,6 +23,8 @@ SUMMARIES = {
     "generate": "Writes text with a run's last checkpoint.",
     "export": "Writes a run's weights as a Hugging Face checkpoint, for transformers, vLLM and SGLang.",
     "import": "Makes a run of a Hugging Face checkpoint, for others to start from: train run.init=NAME.",
+    "bench": "Times forward and backward passes on one device, where their time goes, and a peer's.",
+    "doctor": "Says what this machine is, and checks every kernel of a recipe's model against its twin.",
 }
 EXAMPLES = {
     "train": (
@@ -52,6 +54,15 @@ EXAMPLES = {
         ("import hf=models/theirs run=theirs", "as runs/theirs"),
         ("train run.init=theirs run.name=further data.corpus=corpora/mine", "trains on from its weights"),
     ),
+    "bench": (
+        ("bench", "the recipe tiny, in seconds on a CPU"),
+        ("bench -cn proxy", "four real-width blocks on a GPU, beside transformers"),
+        ("bench -cn proxy model.repeats=3 bench.sequences=[2] bench.peers=false", "twelve blocks"),
+    ),
+    "doctor": (
+        ("doctor", "the kernels of the recipe tiny"),
+        ("doctor -cn proxy", "those of the real widths"),
+    ),
 }
 CONFIGS = {
     "train": Config,
@@ -61,7 +72,10 @@ CONFIGS = {
     "generate": GenerateConfig,
     "export": ExportConfig,
     "import": ImportConfig,
+    "bench": BenchConfig,
+    "doctor": Config,
 }
+WITH_RECIPE = ("train", "estimate", "bench", "doctor")
 
 
 @cache
@@ -89,7 +103,7 @@ def overview() -> str:
 
 def command_help(command: str) -> str:
     """Everything that a command takes."""
-    options = "[-cn RECIPE] [key=value ...]" if command in ("train", "estimate") else "[key=value ...]"
+    options = "[-cn RECIPE] [key=value ...]" if command in WITH_RECIPE else "[key=value ...]"
     lines = [SUMMARIES[command], "", f"usage: ./launch.sh {command} {options}", "", "examples:"]
     width = max(len(example) for example, _ in EXAMPLES[command])
     lines += [f"  ./launch.sh {example:<{width}}  {text}" for example, text in EXAMPLES[command]]
@@ -101,7 +115,7 @@ def command_help(command: str) -> str:
         lines += ["", "groups (GROUP=CHOICE swaps a section; a recipe has chosen them):"]
         for group, choices in groups().items():
             lines += _entry(group, ", ".join(choices), width)
-    if command == "estimate":
+    if command in ("estimate", "bench"):
         lines += ["", "Every setting of train may be given too (train --help lists them); no corpus is needed."]
     elif command in ("train", "evaluate", "generate"):
         lines += ["", "NPROC=n sets the processes on this machine; else one a GPU, or 2 on CPU; generate: 1."]

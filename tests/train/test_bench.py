@@ -1,0 +1,77 @@
+"""The bench and doctor commands on a CPU, and what they must not call well."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from model import preflight
+from tests.model.helpers import SMALL
+from train import doctor
+from train.__main__ import run
+from train.bench import WARM_UP, Result, Timing, report, run_steps
+from train.settings import ConfigError
+
+
+def test_bench_times_ours_and_the_peer(tmp_path, capfd: pytest.CaptureFixture) -> None:
+    output = tmp_path / "deep" / "bench.json"
+    sizes = ["data.seq_length=32", "model.vocab_size=128", "model.hidden_size=32", "mtp.steps=0"]
+    arguments = ["bench", f"bench.output={output}", "bench.sequences=[1,2]", "bench.repeats=1", *sizes]
+    assert run(arguments) == 0
+    written = json.loads(output.read_text())
+    found = [(timing["name"], timing["sequences"]) for timing in written["timings"]]
+    assert found == [("tessera", 1), ("tessera", 2), ("transformers", 1), ("transformers", 2)]
+    for timing in written["timings"]:
+        assert timing["tokens_per_second"] == pytest.approx(32e3 * timing["sequences"] / timing["milliseconds"])
+    names = {part["name"] for part in written["parts"]["2"]}
+    assert names > {"Gated DeltaNet", "attention", "router", "routed experts", "shared expert", "norms"}
+    assert "CPU" in written["about"]["device"] and "CPU" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("setting", ["bench.repeats=0", "bench.sequences=[]", "bench.sequences=[0,2]", "bench.size=3"])
+def test_bench_refuses_what_it_cannot_measure(setting: str) -> None:
+    with pytest.raises(ConfigError, match="bench"):
+        run(["bench", setting])
+
+
+def test_steps_start_without_gradients_and_the_warm_up_does_not_count() -> None:
+    weight = nn.Parameter(torch.ones(1))
+
+    def step(x: torch.Tensor) -> None:
+        assert weight.grad is None
+        (weight * x).sum().backward()
+
+    times = run_steps(step, [weight], [torch.ones(1)] * (WARM_UP + 3), torch.device("cpu"))
+    assert len(times) == 3 and min(times) > 0 and weight.grad is None
+
+
+def test_the_page_names_hardware_and_what_was_left_out() -> None:
+    timing = Timing("tessera", 2, 71.9, 35.0, 114e3, 415.0, 0.53, 30.4)
+    text = report(Result({"device": "a card"}, 778.0, [timing], left_out={"transformers at 8 sequences": "no memory"}))
+    for part in ("device: a card", "114.0k tokens/s", "30.4 GB", "53% of matmul", "8 sequences: no memory"):
+        assert part in text
+
+
+def test_doctor_checks_a_recipes_kernels(capsys: pytest.CaptureFixture) -> None:
+    assert run(["doctor"]) == 0
+    text = capsys.readouterr().out
+    for part in ("torch ", "gloo", "GB free", "delta rule, packed documents", "all is well"):
+        assert part in text
+
+
+def test_doctor_fails_on_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(doctor, "error", lambda case: 0.2 if case.name == "grouped products" else 0.0)
+    assert doctor.run_doctor(SMALL) == 1
+    assert "grouped products" in capsys.readouterr().err
+
+
+def test_training_on_a_gpu_refuses_wrong_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "check_kernels", lambda *_: ["delta rule, packed documents"])
+    narrow = replace(SMALL, dtype="bfloat16")
+    with pytest.raises(RuntimeError, match="delta rule, packed documents wrongly"):
+        doctor.refuse_wrong_kernels(narrow, torch.device("cuda"), True)
+    doctor.refuse_wrong_kernels(SMALL, torch.device("cuda"), True)
+    doctor.refuse_wrong_kernels(narrow, torch.device("cpu"), True)
+    assert preflight.TOLERANCE < 0.1

@@ -1,0 +1,93 @@
+"""The doctor command: what this machine is, and whether it computes right."""
+
+import platform
+import shutil
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+import torch.distributed as dist
+
+from model.config import ModelConfig
+from model.preflight import TOLERANCE, cases, error
+from parallel.groups import local_device
+
+PACKAGES = ("torch", "triton", "megatron-core", "flash-linear-attention", "tilelang", "flash-qla", "transformers")
+LITTLE_DISK = 50  # gigabytes
+FIRST_TIME = "(the first time on a machine some are compiled, which takes minutes)"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def facts(device: torch.device) -> list[str]:
+    """Versions, GPU, collectives and disk, a line each."""
+    free = shutil.disk_usage(".").free / 1e9
+    backends = [
+        name for name, there in (("NCCL", dist.is_nccl_available()), ("gloo", dist.is_gloo_available())) if there
+    ]
+    lines = [f"Python {platform.python_version()}, {platform.platform()}"]
+    lines += [f"{package} {_version(package)}" for package in PACKAGES]
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
+        number = torch.cuda.device_count()
+        lines.append(f"{number} x {properties.name}, {properties.total_memory / 1e9:.0f} GB, driver {driver}")
+        lines.append(f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}")
+    else:
+        lines.append(f"no GPU; {torch.get_num_threads()} CPU threads")
+    lines.append(f"collectives: {', '.join(backends)}")
+    lines.append(f"disk: {free:.0f} GB free" + (", little for checkpoints" if free < LITTLE_DISK else ""))
+    return lines
+
+
+def check_kernels(shape: ModelConfig, device: torch.device, show: bool = True) -> list[str]:
+    """Compares every kernel of a model with its twin, on the screen a line each; the names of the wrong ones.
+
+    On a CPU what is checked is plain torch in float32. The first time on a machine libraries compile their kernels.
+    """
+    wrong = []
+    if show:
+        print(f"kernels against their twins in float64, forwards and backwards {FIRST_TIME}:", flush=True)
+    for case in cases(shape, device, torch.bfloat16 if device.type == "cuda" else torch.float32):
+        found = error(case)
+        if show:
+            verdict = "right" if found <= TOLERANCE else f"WRONG: more than {TOLERANCE}"
+            print(f"  {case.name:<32}error {found:.1e}  {verdict}", flush=True)
+        if found > TOLERANCE:
+            wrong.append(case.name)
+    return wrong
+
+
+def refuse_wrong_kernels(shape: ModelConfig, device: torch.device, show: bool) -> None:
+    """The check at the start of training on GPU kernels.
+
+    Raises:
+        RuntimeError: kernels of this machine are wrong.
+    """
+    if device.type != "cuda" or shape.dtype != "bfloat16":
+        return
+    wrong = check_kernels(shape, device, show)
+    if wrong:
+        raise RuntimeError(
+            f"this machine computes {', '.join(wrong)} wrongly: another version of torch, Triton or fla may mend it "
+            f"(./launch.sh doctor shows them); model.dtype=float32 needs none of these kernels"
+        )
+
+
+def run_doctor(shape: ModelConfig) -> int:
+    """The doctor command; 1 if anything is wrong."""
+    device = local_device()
+    print("\n".join(facts(device)))
+    wrong = check_kernels(shape, device)
+    if wrong:
+        print(f"WRONG on this machine: {', '.join(wrong)}", file=sys.stderr)
+        return 1
+    print("all is well")
+    return 0
