@@ -17,7 +17,7 @@ Result = subprocess.CompletedProcess[str]
 Process = subprocess.Popen[str]
 
 LAUNCH = Path(__file__).parents[1] / "launch.sh"
-COMMANDS = ["train", "test", "estimate", "prepare", "evaluate", "generate"]
+COMMANDS = ["train", "test", "estimate", "prepare", "evaluate", "generate", "export", "import", "bench", "doctor"]
 # Everything launch.sh may call besides Python; nothing else of this machine is on the PATH of a test.
 TOOLS = "awk bash cat cksum cp df dirname env find flock grep head mkdir readlink sleep sort"
 

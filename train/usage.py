@@ -47,7 +47,7 @@ EXAMPLES = {
         ("generate run=mine temperature=0.8 seed=2", "a sampled one"),
     ),
     "export": (
-        ("export run=mine out=models/mine", "the last checkpoint, weights in the type they were trained in"),
+        ("export run=mine out=models/mine", "the last checkpoint, as it was trained"),
         ("export run=mine out=models/mine dtype=bfloat16", "in half the room"),
     ),
     "import": (

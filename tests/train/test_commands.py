@@ -35,7 +35,7 @@ def refused(*arguments: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ("trian", "unknown command 'trian': did you mean train? Known: train, estimate, prepare, evaluate, generate"),
+        ("trian", "unknown command 'trian': did you mean train? Known: train, estimate, prepare, evaluate, generate, "),
         ("train -cn tinny", f"unknown recipe 'tinny': did you mean tiny? {RECIPES}"),
         ("train -cn=zzz", f"unknown recipe 'zzz': {RECIPES}"),
         ("train -cn base", f"unknown recipe 'base': {RECIPES}"),
