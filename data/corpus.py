@@ -109,6 +109,26 @@ class Corpus:
         self._proved.add(info.file)
 
 
+def check_corpus(path: str) -> str:
+    """A line about a corpus of which every hash, count, token and end of a document has been proved.
+
+    Raises:
+        CorpusError: the first file that is not as prepare left it, by name.
+    """
+    corpus = Corpus.open(path)
+    corpus.verify()
+    parts = []
+    for split in corpus.manifest.splits:
+        for index in range(corpus.num_shards(split)):
+            shard = corpus.shard(split, index)
+            if (shard.tokens[shard.starts + shard.lengths - 1] != corpus.eod_id).any():
+                file = corpus.path / corpus.manifest.splits[split][index].file
+                raise broken_file(file, f"holds a document that does not end with token {corpus.eod_id}")
+        totals = corpus.totals(split)
+        parts.append(f"{split} {totals.documents:,} documents, {totals.tokens:,} tokens")
+    return f"{corpus.path} is whole: {'; '.join(parts)}"
+
+
 def _check_size(directory: Path, info: FileInfo) -> None:
     # A manifest from elsewhere must not reach outside its directory.
     if Path(info.file).name != info.file:

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.config import PrepareConfig
+from data.corpus import check_corpus
 from model.config import check_model
 from parallel.quiet import quiet_upstream
 from parallel.topology import resolve
@@ -194,7 +195,12 @@ def generate(arguments: list[str]) -> int:
 
 
 def prepare(arguments: list[str]) -> int:
-    """Turns raw text into a corpus of tokenized shards."""
+    """Turns raw text into a corpus of tokenized shards, or proves one that is there (``--check DIR``)."""
+    if arguments[:1] == ["--check"]:
+        if len(arguments) != 2:
+            raise ConfigError("--check takes one corpus directory: prepare --check corpora/mine")
+        print(check_corpus(arguments[1]))
+        return 0
     from data.prepare import prepare as prepare_corpus
 
     path = prepare_corpus(from_text(PrepareConfig, arguments))

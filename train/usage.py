@@ -40,7 +40,10 @@ EXAMPLES = {
         ("estimate -cn qwen3_next_80b_a3b estimate.compare=true", "beside Qwen3-32B and Qwen3-30B-A3B"),
         ("estimate -cn qwen3_next_80b_a3b estimate.propose=5", "the fastest layouts for as many GPUs"),
     ),
-    "prepare": (("prepare input=texts/ output=corpora/mine", "a directory of text, JSON lines or parquet"),),
+    "prepare": (
+        ("prepare input=texts/ output=corpora/mine", "a directory of text, JSON lines or parquet"),
+        ("prepare --check corpora/mine", "proves every file, token and document of a corpus"),
+    ),
     "evaluate": (("evaluate run=mine samples=256", "more held-out text than while training"),),
     "generate": (
         ("generate run=mine prompt='def main('", "the likeliest continuation"),

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data.corpus import Corpus
+from data.corpus import Corpus, check_corpus
 from data.errors import CorpusError
 from data.faults import Faults
 from data.manifest import MANIFEST_FILE, TRAIN, ShardInfo, file_info
@@ -164,3 +164,11 @@ def test_large_vocabulary_keeps_its_ids(tmp_path: Path) -> None:
     shard = read_shard(tmp_path, info, 151_936, check_hash=True, faults=Faults())
     assert shard.tokens.dtype == np.int32
     assert shard.document(0).tolist() == ids
+
+
+def test_checking_a_corpus_proves_it_or_names_the_file(corpus: Corpus) -> None:
+    train = corpus.totals("train")
+    assert f"train {train.documents} documents, {train.tokens:,} tokens" in check_corpus(str(corpus.path))
+    flip_byte(corpus.path / "heldout-00000.parquet", 300)
+    with pytest.raises(CorpusError, match=r"heldout-00000\.parquet is corrupt"):
+        check_corpus(str(corpus.path))
