@@ -60,7 +60,7 @@ EXAMPLES = {
     "bench": (
         ("bench", "the recipe tiny, in seconds on a CPU"),
         ("bench -cn proxy", "four real-width blocks on a GPU, beside transformers"),
-        ("bench -cn proxy model.repeats=3 bench.sequences=[2] bench.peers=false", "twelve blocks"),
+        ("bench -cn proxy model.repeats=3 bench.sequences=[2]", "twelve blocks"),
     ),
     "doctor": (
         ("doctor", "the kernels of the recipe tiny"),
