@@ -39,6 +39,8 @@ class MicroBatch:
         weights_KT: float32 [1 + K, T], weight of each target in its step's mean over the whole global batch.
         token_weights_KT: float32 [1 + K, T], each position's weight in the router's mean over the global batch.
         documents: boundaries of the packed documents.
+        token_counts: [1 + K], tokens of the global batch that each step's router counts.
+        predict: whether losses are wanted; else a forward pass only routes.
     """
 
     tokens_KRL: Tensor
@@ -46,6 +48,8 @@ class MicroBatch:
     weights_KT: Tensor
     token_weights_KT: Tensor
     documents: Documents
+    token_counts: tuple[int, ...]
+    predict: bool = True
 
     @classmethod
     def build(
@@ -65,7 +69,8 @@ class MicroBatch:
             read = tokens_RS[:, step : step + length]
             shifted[step, :, : read.shape[1]] = read
         per_target = 1.0 / counts[1:].clamp(min=1).float()
-        per_token = torch.cat([counts[:1], counts[2:]]).clamp(min=1).float().reciprocal()
+        routed = torch.cat([counts[:1], counts[2:]])
+        per_token = routed.clamp(min=1).float().reciprocal()
         reads = torch.cat([(documents_RS[None, :, :-1] >= 0), valid[1:]])
         here = slice(part * length // parts, (part + 1) * length // parts)
         return cls(
@@ -74,9 +79,11 @@ class MicroBatch:
             weights_KT=(valid * per_target[:, None, None])[..., here].flatten(1),
             token_weights_KT=(reads * per_token[:, None, None])[..., here].flatten(1),
             documents=Documents.from_ids(documents_RS[:, :-1]).part(part, parts),
+            token_counts=tuple(routed.tolist()),
         )
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch on ``device``."""
         tensors = (self.tokens_KRL, self.targets_KT, self.weights_KT, self.token_weights_KT)
-        return MicroBatch(*(send(x, device) for x in tensors), self.documents.to(device))
+        moved = (send(x, device) for x in tensors)
+        return MicroBatch(*moved, self.documents.to(device), self.token_counts, self.predict)

@@ -102,7 +102,36 @@ class BalanceConfig:
     """What keeps the load of experts even."""
 
     weight: float = _setting(1e-3, "weight of the load-balancing loss; a balanced layer adds 1.0 x weight")
+    scope: str = _setting("global", "tokens whose load is evened out: global (batch), micro (-batch) or sequence")
+    micro_weight: float = _setting(0.01, "global: share of the weight that evens out each micro-batch besides")
+    mode: str = _setting("online", "global, several micro-batches: online (estimates) or exact (a pass more a step)")
     z_weight: float = _setting(0.0, "weight of the router's z-loss, the mean of logsumexp(logits)^2 per layer")
+    bias_rate: float = _setting(0.0, "step of the bias that chooses experts with too little load; 0: no bias")
+    forced: bool = _setting(False, "benchmarks only: experts in turn, perfectly balanced, whatever the token")
+
+
+BALANCE_CHOICES = {"scope": ("global", "micro", "sequence"), "mode": ("online", "exact")}
+
+
+def check_balance(balance: BalanceConfig) -> None:
+    """Raises ModelError for the first setting that cannot be used."""
+    for name, choices in BALANCE_CHOICES.items():
+        value = getattr(balance, name)
+        if value not in choices:
+            raise ModelError(f"balance.{name}={value!r} is not known: choose {', '.join(choices)}")
+    for name in ("weight", "micro_weight", "z_weight", "bias_rate"):
+        value = getattr(balance, name)
+        if not 0 <= value < float("inf"):
+            raise ModelError(f"balance.{name}={value} must be at least 0, and finite")
+    if balance.mode == "exact" and balance.scope != "global":
+        raise ModelError(
+            f"balance.mode=exact counts the global batch ahead, and balance.scope={balance.scope} does not read it: "
+            f"choose balance.scope=global or balance.mode=online"
+        )
+    if balance.forced and balance.bias_rate:
+        raise ModelError(
+            f"balance.forced=true chooses experts in turn: balance.bias_rate={balance.bias_rate} moves nothing, set 0"
+        )
 
 
 def check_model(model: ModelConfig, mtp: MtpConfig) -> None:

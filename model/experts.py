@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.backends import accelerated
+from model.balance import RoutedTokens
 from model.dense import SwiGLU, SwiGLUSubmodules
 from model.norm import at_least_float32
 from model.recompute import recomputable
@@ -197,11 +198,10 @@ class MixtureOfExperts(MegatronModule):
         """What megatron-core's layer calls to build its MLP."""
         return partial(cls, submodules=submodules)
 
-    def forward(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, None]:
+    def forward(self, hidden_states: Tensor, padding_mask: RoutedTokens | None = None) -> tuple[Tensor, None]:
         """hidden [T, 1, H] -> [T, 1, H].
 
-        megatron-core's layer hands its ``padding_mask`` through untouched; here it carries each token's weight in the
-        global batch (see `Router.forward`), which is 0 for padding.
+        megatron-core's layer hands its ``padding_mask`` through untouched; here it carries what the router counts.
         """
         flat = hidden_states.flatten(0, 1)
         weights, experts = self.router(flat, padding_mask)

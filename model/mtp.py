@@ -10,6 +10,7 @@ from megatron.core.models.hybrid.hybrid_layer_allocation import validate_segment
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from model.balance import RoutedTokens
 from model.documents import Documents
 
 
@@ -46,11 +47,11 @@ class MtpLayer(MegatronModule):
         )
 
     def forward(
-        self, hidden_T1H: Tensor, embedding_T1H: Tensor, rotary: Tensor, documents: Documents, token_weight_T: Tensor
+        self, hidden_T1H: Tensor, embedding_T1H: Tensor, rotary: Tensor, documents: Documents, routed: RoutedTokens
     ) -> Tensor:
         """The state after one more prediction step, [T, 1, H] -> [T, 1, H]."""
         mixed = self.eh_proj(torch.cat([self.enorm(embedding_T1H), self.hnorm(hidden_T1H)], dim=-1))
         mixed = self.mtp_model_layer(
-            mixed, None, rotary_pos_emb=rotary, packed_seq_params=documents, padding_mask=token_weight_T
+            mixed, None, rotary_pos_emb=rotary, packed_seq_params=documents, padding_mask=routed
         )
         return self.final_layernorm(mixed)

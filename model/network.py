@@ -8,6 +8,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 from model.attention import rotary_table
+from model.balance import Balance, RoutedTokens
 from model.batch import MicroBatch
 from model.experts import MixtureOfExperts
 from model.loss import linear_cross_entropy
@@ -20,6 +21,7 @@ class Losses:
 
     Attributes:
         total: scalar to differentiate, this micro-batch's addend of the loss of the whole global batch.
+            Zero, as all the rest is empty, if the micro-batch asks for no predictions.
         by_step: [1 + K], the addends of the next-token loss and of each MTP step's loss, unweighted.
         tokens_KT: cross-entropy of every position at every step, nats, detached.
     """
@@ -53,15 +55,22 @@ class LanguageModel(HybridModel):
             pg_collection=pg_collection,
             vp_stage=vp_stage,
         )
+        for place, balance in self.balances().items():
+            if place == config.shape.layers.count("E"):
+                balance.set_uses(config.mtp.steps)
 
     def mixtures(self) -> list[MixtureOfExperts]:
         """The mixture-of-experts layers of this stage, the MTP layer's last."""
         return [module for module in self.modules() if isinstance(module, MixtureOfExperts)]
 
-    def take_router_losses(self) -> Tensor:
-        """This rank's addends of the balance and z-losses of all layers since the last call, summed: [2]."""
-        parts = [mixture.router.take_losses() for mixture in self.mixtures()]
-        return torch.stack(parts).sum(dim=0) if parts else torch.zeros(2)
+    def balances(self) -> dict[int, Balance]:
+        """The balance of each router of this stage, by its mixture's place in the whole model, the MTP layer's last."""
+        found = {}
+        for layer in self.decoder.layers:
+            if isinstance(layer.mlp, MixtureOfExperts):
+                found[self.config.shape.layers[: layer.layer_number - 1].count("E")] = layer.mlp.router.balance
+        extra = [mixture.router.balance for mixture in self.mixtures()[len(found) :]]
+        return found | dict(enumerate(extra, self.config.shape.layers.count("E")))
 
     def embed(self, tokens_RL: Tensor) -> Tensor:
         """Embeddings of a micro-batch flattened to one row: [R, L] -> [T, 1, H]."""
@@ -69,10 +78,18 @@ class LanguageModel(HybridModel):
         # Under sequence parallelism megatron-core has already turned [1, T, H] round to scatter it.
         return embedded if self.config.sequence_parallel else embedded.transpose(0, 1)
 
-    def token_weight(self, batch: MicroBatch, step: int) -> Tensor:
-        """Router weights of the tokens that this rank routes: its slice of the sequence under sequence parallelism."""
-        weight = batch.token_weights_KT[step]
-        return weight.chunk(self.tp_group.size())[self.tp_group.rank()] if self.config.sequence_parallel else weight
+    def routed_tokens(self, batch: MicroBatch, step: int) -> RoutedTokens:
+        """The tokens that this rank routes at a prediction step: its slice of them under sequence parallelism.
+
+        The MTP layer is used once a step, so its balance loss is the mean over the steps.
+        """
+        weight = batch.token_weights_KT[step] / (self.config.mtp.steps if step else 1)
+        rows, length = batch.tokens_KRL.shape[1:]
+        rank, first = self.tp_group.rank(), 0
+        if self.config.sequence_parallel:
+            weight = weight.chunk(self.tp_group.size())[rank]
+            first = rank * weight.numel()
+        return RoutedTokens(weight, batch.token_counts[step], first, length, rows, use=max(0, step - 1))
 
     def trunk(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """This stage's layers: the states [T, 1, H] (after the final norm on the last stage), and the rotary table."""
@@ -82,7 +99,7 @@ class LanguageModel(HybridModel):
             attention_mask=None,
             rotary_pos_emb=rotary,
             packed_seq_params=batch.documents,
-            padding_mask=self.token_weight(batch, 0),
+            padding_mask=self.routed_tokens(batch, 0),
         )
         return hidden, rotary
 
@@ -91,10 +108,8 @@ class LanguageModel(HybridModel):
         hidden, rotary = self.trunk(batch)
         states = [hidden]
         for step in range(1, 1 + self.config.mtp.steps):
-            # The layer is used once a step, so its balance loss is the mean over the steps.
-            weight = self.token_weight(batch, step) / self.config.mtp.steps
-            embedding = self.embed(batch.tokens_KRL[step])
-            states.append(self.mtp.layers[0](states[-1], embedding, rotary, batch.documents, weight))
+            embedding, routed = self.embed(batch.tokens_KRL[step]), self.routed_tokens(batch, step)
+            states.append(self.mtp.layers[0](states[-1], embedding, rotary, batch.documents, routed))
         return states
 
     def logits(self, hidden_T1H: Tensor) -> Tensor:
@@ -107,6 +122,9 @@ class LanguageModel(HybridModel):
         if not self.post_process:
             return self.trunk(batch)[0]
         states = self.predictions(batch)
+        if not batch.predict:
+            none = torch.zeros(len(states), 0, device=states[0].device)
+            return Losses(none.sum(), none.sum(dim=1), none)
         if self.config.sequence_parallel:
             states = [gather_from_sequence_parallel_region(x, group=self.tp_group) for x in states]
         results = [

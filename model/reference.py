@@ -225,17 +225,22 @@ def shared_expert(x_TH: Tensor, weights: Weights) -> Tensor:
     return torch.sigmoid(x_TH @ weights["gate_weight"].T) * dense(x_TH, weights)
 
 
-def balance_loss(scores_TE: Tensor, chosen: list[list[int]], token_weight_T: Tensor) -> Tensor:
+def balance_loss(
+    scores_TE: Tensor, chosen: list[list[int]], token_weight_T: Tensor, units: list[int] | None = None
+) -> Tensor:
     """E * sum_i f_i P_i: f_i the share of the assignments that went to expert i, P_i = sum_t w_t score_{t,i}.
 
-    Qiu et al., "Demons in the Detail", 2025, eq. 2 to 6. Tokens of weight 0 count in neither.
+    Qiu et al., "Demons in the Detail", 2025, eq. 2 to 6. Tokens of weight 0 count in neither. With ``units`` (a
+    token's sequence, say) f and P are those of each unit, and the losses of the units are added.
     """
-    counted = [t for t in range(len(chosen)) if token_weight_T[t] > 0]
-    total = sum(len(chosen[t]) for t in counted)
+    units = units or [0] * len(chosen)
     loss = scores_TE.new_zeros(())
-    for i in range(scores_TE.shape[1]):
-        count = sum(chosen[t].count(i) for t in counted)
-        loss = loss + count / max(total, 1) * sum(token_weight_T[t] * scores_TE[t, i] for t in counted)
+    for unit in sorted(set(units)):
+        counted = [t for t in range(len(chosen)) if token_weight_T[t] > 0 and units[t] == unit]
+        total = sum(len(chosen[t]) for t in counted)
+        for i in range(scores_TE.shape[1]):
+            count = sum(chosen[t].count(i) for t in counted)
+            loss = loss + count / max(total, 1) * sum(token_weight_T[t] * scores_TE[t, i] for t in counted)
     return scores_TE.shape[1] * loss
 
 

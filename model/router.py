@@ -1,9 +1,7 @@
-"""The router: which experts each token uses, and the loss that keeps their load even.
+"""The router: which experts each token uses, and with which weights.
 
-Scores are a softmax over all experts in float32; a token takes its top k, renormalised to sum to one. The balance
-loss is E * sum_i f_i P_i (Qiu et al., "Demons in the Detail", 2025, eq. 2-6) with f_i the share of all assignments
-that went to expert i, counted over every data-parallel rank of the micro-batch, and P_i the mean score of expert i.
-A perfectly balanced layer scores 1.0.
+Scores are a softmax over all experts in float32; a token takes its top k, renormalised to sum to one. What keeps the
+load of the experts even is in `model.balance`.
 
 Shape suffixes: T tokens, E experts, K experts per token.
 """
@@ -14,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.backends import accelerated
+from model.balance import Balance, RoutedTokens
 from model.norm import at_least_float32
-from parallel.collectives import attach_loss, sum_over
+from parallel.collectives import attach_loss
 
 
 @accelerated("model.kernel_router")
@@ -29,6 +28,20 @@ def route(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Top-k routing. Returns scores [T, E] (softmax), weights [T, K] (renormalised) and experts [T, K] (indices)."""
     scores = logits_TE.softmax(dim=-1)
     top, experts = scores.topk(k, dim=-1)
+    return scores, top / top.sum(dim=-1, keepdim=True), experts
+
+
+def even_experts(scores_TE: Tensor, k: int) -> Tensor:
+    """Experts [T, K] that know nothing of the tokens: each takes the next k, so that all have the same load."""
+    tokens, experts = scores_TE.shape
+    return (torch.arange(tokens * k, device=scores_TE.device) % experts).view(tokens, k)
+
+
+def steered_route(logits_TE: Tensor, k: int, bias_E: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """As `route`, but experts are chosen by score + bias, which their weights do not see; no bias: `even_experts`."""
+    scores = logits_TE.softmax(dim=-1)
+    experts = even_experts(scores, k) if bias_E is None else (scores + bias_E).topk(k, dim=-1).indices
+    top = scores.gather(1, experts)
     return scores, top / top.sum(dim=-1, keepdim=True), experts
 
 
@@ -53,40 +66,22 @@ class Router(MegatronModule):
 
     def __init__(self, config, pg_collection):
         super().__init__(config=config)
-        self.num_experts = config.shape.experts
-        self.k = config.shape.experts_per_token
-        self.balance_weight, self.z_weight = config.balance.weight, config.balance.z_weight
+        self.num_experts, self.k = config.shape.experts, config.shape.experts_per_token
+        self.z_weight, self.forced = config.balance.z_weight, config.balance.forced
         self.tp_group = pg_collection.tp
-        self.balance_group = pg_collection.tp_dp_cp
         self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size, dtype=torch.float32))
         self.weight.sequence_parallel = config.sequence_parallel
-        self.losses = []
+        self.balance = Balance(config, pg_collection)
 
-    def forward(self, hidden_TH: Tensor, token_weight_T: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Weights [T, K] and expert indices [T, K].
-
-        Args:
-            token_weight_T: each token's share of the global batch's mean, 0 for padding; None: no balance loss.
-        """
+    def forward(self, hidden_TH: Tensor, tokens: RoutedTokens | None) -> tuple[Tensor, Tensor]:
+        """Weights [T, K] and expert indices [T, K]; without ``tokens`` nothing is counted and no loss hung on."""
         logits = router_logits(hidden_TH, self.weight)
-        scores, weights, experts = route(logits, self.k)
-        if token_weight_T is not None and torch.is_grad_enabled():
-            balance, z = self.balance_loss(scores, experts, token_weight_T), z_loss(logits, token_weight_T)
-            self.losses.append(torch.stack([balance.detach(), z.detach()]))
-            weights = attach_loss(weights, self.balance_weight * balance + self.z_weight * z)
-        return weights, experts
-
-    def balance_loss(self, scores_TE: Tensor, experts_TK: Tensor, token_weight_T: Tensor) -> Tensor:
-        """This rank's addend of E * sum_i f_i P_i: summed over ranks and micro-batches it is the layer's loss."""
-        counted = (token_weight_T > 0)[:, None].expand_as(experts_TK)
-        counts = torch.zeros(self.num_experts, dtype=torch.int64, device=scores_TE.device)
-        counts.scatter_add_(0, experts_TK.flatten(), counted.flatten().long())
-        counts = sum_over(counts, self.balance_group).to(scores_TE.dtype)
-        share = counts / counts.sum().clamp(min=1)
-        return self.num_experts * (share @ (token_weight_T.to(scores_TE.dtype) @ scores_TE))
-
-    def take_losses(self) -> Tensor:
-        """The balance loss and the z-loss gathered since the last call (this rank's part), [2]; forgets them."""
-        total = torch.stack(self.losses).sum(dim=0) if self.losses else self.weight.new_zeros(2)
-        self.losses.clear()
-        return total
+        if self.forced or self.balance.bias is not None:
+            scores, weights, experts = steered_route(logits, self.k, None if self.forced else self.balance.bias)
+        else:
+            scores, weights, experts = route(logits, self.k)
+        if tokens is None:
+            return weights, experts
+        if self.z_weight and torch.is_grad_enabled():
+            weights = attach_loss(weights, self.z_weight * z_loss(logits, tokens.weight_T))
+        return self.balance(weights, logits, scores, experts, tokens), experts

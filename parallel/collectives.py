@@ -13,6 +13,26 @@ def sum_over(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return total
 
 
+class PendingSum:
+    """A sum over a group that is under way."""
+
+    def __init__(self, total: Tensor, work: dist.Work | None):
+        self._total, self._work = total, work
+
+    def wait(self) -> Tensor:
+        """The sum, once it is there; on a GPU only the current stream waits."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return self._total
+
+
+def start_sum(x: Tensor, group: dist.ProcessGroup) -> PendingSum:
+    """Starts the sum of x over a group, without gradient, and returns at once."""
+    total = x.detach().clone()
+    return PendingSum(total, dist.all_reduce(total, group=group, async_op=True) if group.size() > 1 else None)
+
+
 def max_over(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The elementwise maximum of x over a group, without gradient."""
     largest = x.detach().clone()

@@ -144,8 +144,12 @@ def network_step(network: nn.Module, device: torch.device, tokens_RS: Tensor) ->
     """Our forward and backward pass over rows that are one document each."""
     documents_RS = torch.zeros_like(tokens_RS)
     counts = count_targets(documents_RS, network.config.mtp.steps)
+    balances = network.balances().values()
+    for balance in balances:
+        balance.begin_step(recording=False)
     network(MicroBatch.build(tokens_RS, documents_RS, counts).to(device)).total.backward()
-    network.take_router_losses()
+    for balance in balances:
+        balance.end_step()
 
 
 class _Stopwatch:

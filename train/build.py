@@ -1,6 +1,6 @@
 """The assembly: settings become objects here and nowhere else."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -18,6 +18,13 @@ from train.optim import adamw, decays
 from train.settings import ConfigError
 
 
+@dataclass
+class Memory:
+    """What a process remembers from step to step beside the model."""
+
+    has_counts: bool = False  # whether every router knows the counts of a last step
+
+
 @dataclass(frozen=True)
 class Job:
     """What every command of a run works with, as this process has it."""
@@ -28,6 +35,7 @@ class Job:
     device: torch.device
     dataset: Dataset
     chunks: list[LanguageModel]
+    memory: Memory = field(default_factory=Memory)
 
     @property
     def rank(self) -> int:
@@ -48,10 +56,6 @@ class Job:
     def vocab_size(self) -> int:
         """Rows of the embedding."""
         return self.chunks[0].vocab_size
-
-    def take_router_losses(self) -> torch.Tensor:
-        """This process's addends of the balance and z-losses since the last call, summed over its layers: [2]."""
-        return sum(chunk.take_router_losses().to(self.device) for chunk in self.chunks)
 
     def describe(self) -> list[str]:
         """Lines for the start of a run: the model as this process holds it."""

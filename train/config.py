@@ -9,7 +9,7 @@ import yaml
 from data.batches import BatchSchedule
 from data.config import DataConfig, check_data
 from data.errors import CorpusError
-from model.config import BalanceConfig, ModelConfig, ModelError, MtpConfig, check_model
+from model.config import BalanceConfig, ModelConfig, ModelError, MtpConfig, check_balance, check_model
 from parallel.topology import ParallelConfig, Topology, TopologyError, check_length, microbatches, resolve
 from train.settings import ConfigError, from_dict, hint, leaves, to_dict
 
@@ -178,6 +178,7 @@ def check_plan(config: Config, world: int) -> Topology:
     _check_optim(config.optim)
     _check_choice("wandb.mode", config.wandb.mode, ("offline", "online", "disabled"))
     check_model(config.model, config.mtp)
+    check_balance(config.balance)
     topology = resolve(config.parallel, config.model, world)
     _check_schedule("batch.schedule", config.batch.schedule)
     _check_schedule("batch.length_schedule", config.batch.length_schedule)
@@ -235,6 +236,8 @@ def describe(config: Config, topology: Topology) -> list[str]:
         )
     for behind, cut in batches.lengths:
         lines.append(f"sequences from {behind * length:,} tokens on: {length // cut} of {cut} tokens in place of each")
+    if config.balance.forced:
+        lines.append("FORCED ROUTING: experts take tokens in turn; nothing learnt or measured here is a model's")
     tokens = batches.samples(config.run.steps).start * length
     lines.append(f"the run: {config.run.steps:,} steps = {tokens:,} tokens")
     return lines

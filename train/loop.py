@@ -12,7 +12,7 @@ from model.batch import count_targets
 from model.network import Losses
 from parallel.collectives import max_over_all, sum_over, sum_over_all
 from parallel.engine_megatron import MegatronEngine
-from train import checkpoint, metrics
+from train import checkpoint, metrics, routing
 from train.build import Job, build_engine, build_job, draw_weights
 from train.config import Config, batch_schedule, describe, save_config
 from train.doctor import refuse_wrong_kernels
@@ -44,33 +44,40 @@ class StopRequest:
         return int(max_over_all(torch.tensor(max(self._signal, TIME_IS_UP * late), device=self._device)))
 
 
-def train_step(job: Job, engine: MegatronEngine, batches: list[Batch], lr: float) -> tuple[list[Losses], float]:
+def train_step(
+    job: Job, engine: MegatronEngine, batches: list[Batch], lr: float, recording: bool = True
+) -> tuple[list[Losses], float]:
     """One optimizer step over this rank's micro-batches; losses and gradient norm.
 
     Every loss is divided by its number of targets in the whole global batch, which is known before the step, so
     that unequal documents on ranks and micro-batches weigh each token alike.
+
+    Args:
+        recording: whether the routers note what a logged step reports.
     """
     counts = sum(count_targets(batch.documents, job.config.mtp.steps) for batch in batches)
     counts = sum_over(counts.to(job.device), job.groups.dp).cpu()
     ready = [microbatch(job, batch, counts) for batch in batches]
-    return engine.train_step(ready, job.microbatch_tokens, lr)
+    routing.begin_step(job, ready, recording)
+    outcome = engine.train_step(ready, job.microbatch_tokens, lr)
+    routing.end_step(job)
+    return outcome
 
 
-def step_metrics(job: Job, outputs: list[Losses], router_losses: torch.Tensor) -> dict[str, float]:
-    """The losses of a step over the whole global batch, the same on every process (one reduction)."""
+def step_metrics(job: Job, outputs: list[Losses]) -> dict[str, float]:
+    """The losses of a step over the whole global batch, the same on every process (two reductions)."""
     config, steps = job.config, job.config.mtp.steps
-    addends = torch.zeros(3 + steps, dtype=torch.float64, device=job.device)
+    addends = torch.zeros(1 + steps, dtype=torch.float64, device=job.device)
     if outputs and job.groups.tp.rank() == 0:
-        addends[: 1 + steps] = sum(losses.by_step.double() for losses in outputs)
-    addends[1 + steps :] = router_losses
-    lm_loss, *mtp_losses, balance, z = sum_over_all(addends).tolist()
-    layers = max(1, config.model.layers.count("E") + (steps > 0))
-    loss = lm_loss + config.balance.weight * balance + config.balance.z_weight * z
+        addends += sum(losses.by_step.double() for losses in outputs)
+    lm_loss, *mtp_losses = sum_over_all(addends).tolist()
+    of_routers = routing.routing_metrics(job)
+    loss = lm_loss + routing.router_loss(job, of_routers)
     if mtp_losses:
         loss += config.mtp.weight * sum(mtp_losses) / steps
     values = {metrics.LOSS: loss, metrics.LM_LOSS: lm_loss}
     values |= {metrics.mtp_loss(step): value for step, value in enumerate(mtp_losses, start=1)}
-    return values | {metrics.BALANCE_LOSS: balance / layers, metrics.Z_LOSS: z / layers}
+    return values | of_routers
 
 
 def data_metrics(job: Job, loader: Loader) -> dict[str, float]:
@@ -101,14 +108,14 @@ def fit(
     for step in range(loader.step + 1, run.steps + 1):
         start = time.perf_counter()
         lr = learning_rate(job.config.optim, step, run.steps)
-        outputs, grad_norm = train_step(job, engine, next(loader), lr)
-        router_losses = job.take_router_losses()
+        logged = due(step, run.log_every, run.steps) or step == 1
+        outputs, grad_norm = train_step(job, engine, next(loader), lr, recording=logged)
         speed.add(time.perf_counter() - start, step - 1)
 
         values = {}
-        if due(step, run.log_every, run.steps) or step == 1:
+        if logged:
             values = {metrics.TOKENS: schedule.samples(step).start * seq_length}
-            values |= step_metrics(job, outputs, router_losses)
+            values |= step_metrics(job, outputs)
             values |= {metrics.GRAD_NORM: grad_norm, metrics.LR: lr, **speed.take(), **data_metrics(job, loader)}
         if due(step, run.eval_every, run.steps):
             values |= heldout_metrics(job, run.eval_samples)

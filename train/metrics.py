@@ -10,8 +10,20 @@ STEP = "step"
 TOKENS = "tokens"  # trained on since the start of the run
 LOSS = "loss"  # what is minimised: lm_loss + weighted MTP and balance losses
 LM_LOSS = "lm_loss"  # nats a token, next-token prediction
-BALANCE_LOSS = "balance_loss"  # mean over layers; 1.0 is perfectly balanced
-Z_LOSS = "z_loss"  # mean over layers
+# Of the routers; means over layers, and by layer as `of_layer` names them. Loads are relative to an even share, 1.0.
+BALANCE_LOSS = "balance_loss"  # over the global batch; 1.0 is perfectly balanced
+BALANCE_LOSS_MICRO = "balance_loss_micro"  # over each micro-batch of a data-parallel rank (or sequence: balance.scope)
+Z_LOSS = "z_loss"
+MAX_VIOLATION = "max_violation"  # MaxVio: the largest load over the global batch, minus 1
+MAX_VIOLATION_MICRO = "max_violation_micro"  # mean of the same over the micro-batches of each data-parallel rank
+LOAD_MIN = "expert_load_min"
+LOAD_P10 = "expert_load_p10"
+LOAD_P50 = "expert_load_p50"
+LOAD_P90 = "expert_load_p90"
+DEAD_EXPERTS = "dead_experts"  # experts of a layer that no token of the global batch used
+ROUTER_ENTROPY = "router_entropy"  # nats, of a token's scores
+TOP_K_MASS = "top_k_mass"  # sum of a token's scores of the experts that it used
+FORCED_ROUTING = "forced_routing"  # 1 beside every other metric of a run whose experts are chosen in turn
 GRAD_NORM = "grad_norm"  # of the whole gradient, before clipping
 LR = "lr"
 TOKENS_PER_SECOND = "tokens_per_second"  # over all processes
@@ -35,6 +47,11 @@ def mtp_loss(depth: int) -> str:
 def heldout_mtp_loss(depth: int) -> str:
     """Name of the held-out loss of multi-token-prediction step ``depth``, from 1."""
     return f"heldout_mtp_loss/{depth}"
+
+
+def of_layer(name: str, layer: str) -> str:
+    """Name of a router's metric in one mixture of experts: a number from 1 in the trunk, ``mtp`` for the MTP layer."""
+    return f"{name}/{layer}"
 
 
 class MetricsLog:
@@ -69,6 +86,8 @@ def console_line(step: int, steps: int, values: Mapping[str, float], eta_s: floa
     parts = [f"step {step:>{len(str(steps))}}/{steps}"]
     losses = (LOSS, LM_LOSS, HELDOUT_LM_LOSS, HELDOUT_BITS_PER_BYTE)
     parts += [f"{name} {values[name]:.4f}" for name in losses if name in values]
+    if FORCED_ROUTING in values:
+        parts.append("FORCED ROUTING")
     if LR in values:
         parts.append(f"{LR} {values[LR]:.2e}")
     if TOKENS_PER_SECOND in values:

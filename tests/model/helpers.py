@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from model.balance import Balance, RoutedTokens, shares
 from model.batch import MicroBatch, count_targets
 from model.config import BalanceConfig, ModelConfig
 
@@ -28,7 +29,8 @@ SMALL = ModelConfig(
     shared_expert_size=6,
     dtype="float64",
 )
-BALANCE = BalanceConfig(weight=0.1)
+# A single micro-batch is the global batch: the share that evens out micro-batches would only add to the weight.
+BALANCE = BalanceConfig(weight=0.1, micro_weight=0.0)
 
 
 def ids_from_starts(length: int, *starts: Sequence[int]) -> Tensor:
@@ -52,6 +54,18 @@ def randomise(module: nn.Module, seed: int = 0) -> None:
         else:
             drawn = noise * parameter.shape[-1] ** -0.5
         parameter.copy_(drawn)
+
+
+def routed(weight_T: Tensor, total: int | None = None, rows: int = 1, use: int = 0) -> RoutedTokens:
+    """Tokens for a router: sequences of equal length; ``total`` counts the valid ones of the global batch."""
+    total = int((weight_T > 0).sum()) if total is None else total
+    return RoutedTokens(weight_T, total, first=0, length=weight_T.numel() // rows, rows=rows, use=use)
+
+
+def noted_balance_loss(balance: Balance) -> Tensor:
+    """The balance loss of the forward passes since the last step, from what the router has counted and noted."""
+    balance.settle()
+    return balance.num_experts * (shares(balance.seen) * balance.mean_scores).sum()
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:

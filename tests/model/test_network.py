@@ -10,7 +10,15 @@ from model import reference
 from model.attention import rotary_table
 from model.batch import MicroBatch, count_targets
 from model.config import BalanceConfig, MtpConfig
-from tests.model.helpers import BALANCE, FLOAT64_TOLERANCE, SMALL, assert_close, ids_from_starts, weights_of
+from tests.model.helpers import (
+    BALANCE,
+    FLOAT64_TOLERANCE,
+    SMALL,
+    assert_close,
+    ids_from_starts,
+    noted_balance_loss,
+    weights_of,
+)
 
 VOCAB = 40
 
@@ -55,7 +63,8 @@ def test_losses_and_all_gradients_equal_the_twin(build: Callable, pattern: str, 
     )
     assert_close(losses.tokens_KT, entropies, FLOAT64_TOLERANCE, "token losses")
     assert_close(losses.by_step, (entropies * batch.weights_KT).sum(dim=1), FLOAT64_TOLERANCE, "losses of the steps")
-    assert_close(network.take_router_losses()[0], balance, FLOAT64_TOLERANCE, "balance loss")
+    noted = sum(noted_balance_loss(balance) for balance in network.balances().values())
+    assert_close(noted, balance, FLOAT64_TOLERANCE, "balance loss")
     # The balance losses reach the gradient through the layers, not through the total.
     assert_close(losses.total, expected - BALANCE.weight * balance, FLOAT64_TOLERANCE, "total loss")
     for name, parameter in network.named_parameters():
@@ -99,7 +108,7 @@ def test_packed_documents_give_the_logits_of_each_alone(build: Callable) -> None
 def test_packed_documents_give_the_gradient_of_each_alone(build: Callable) -> None:
     # The balance loss sees the batch as a whole, by intent.
     shape, mtp = replace(SMALL, pattern="GE*E"), MtpConfig(steps=2)
-    network = build(shape, mtp, VOCAB, balance=BalanceConfig(weight=0.0))
+    network = build(shape, mtp, VOCAB, balance=BalanceConfig(weight=0.0, micro_weight=0.0))
     tokens = random_tokens(*PACKED.shape, seed=1)
     network(micro_batch(tokens, PACKED, steps=2)).total.backward()
     together = {name: parameter.grad.clone() for name, parameter in network.named_parameters()}
@@ -115,7 +124,7 @@ def test_packed_documents_give_the_gradient_of_each_alone(build: Callable) -> No
 
 def test_rows_may_be_split_into_micro_batches(build: Callable) -> None:
     shape, mtp = replace(SMALL, pattern="GE*E"), MtpConfig(steps=2)
-    network = build(shape, mtp, VOCAB, balance=BalanceConfig(weight=0.0))
+    network = build(shape, mtp, VOCAB, balance=BalanceConfig(weight=0.0, micro_weight=0.0))
     ids = ids_from_starts(30, [7], [1, 20], [], [15])
     tokens, counts = random_tokens(*ids.shape), count_targets(ids, 2)
     whole = network(micro_batch(tokens, ids, steps=2))

@@ -16,7 +16,7 @@ from model.norm import ZeroCentredRMSNorm
 from model.recompute import recomputable
 from model.stack import Layer
 from parallel.topology import RECOMPUTABLE
-from tests.model.helpers import FLOAT64_TOLERANCE, SMALL, assert_close, ids_from_starts
+from tests.model.helpers import FLOAT64_TOLERANCE, SMALL, assert_close, ids_from_starts, noted_balance_loss
 from tests.model.test_network import VOCAB, micro_batch, random_tokens
 
 MTP = MtpConfig(steps=2, weight=0.3)
@@ -50,13 +50,22 @@ def run(network: LanguageModel, parts: set[str]) -> tuple[dict[str, torch.Tensor
     """Losses and gradients of a packed micro-batch, and the bytes kept for the backward pass."""
     network.config.recompute = frozenset(parts)
     network.zero_grad()
+    for balance in network.balances().values():
+        balance.begin_step(recording=True)
     ids = ids_from_starts(20, [3, 4, 11], [])
     ids[1, -3:] = -1
     with kept_storages() as storages:
         losses = network(micro_batch(random_tokens(*ids.shape), ids, MTP.steps))
-        before = network.take_router_losses().clone()
+        for balance in network.balances().values():
+            balance.settle()
+        counted = [balance.seen.clone() for balance in network.balances().values()]
     losses.total.backward()
-    found = {"total": losses.total.detach(), "router losses": before + network.take_router_losses()}
+    noted = [noted_balance_loss(balance) for balance in network.balances().values()]
+    assert all(
+        torch.equal(balance.seen, before) for balance, before in zip(network.balances().values(), counted, strict=True)
+    ), "experts were counted again in the backward pass"
+    notes = torch.stack([balance.notes for balance in network.balances().values()])
+    found = {"total": losses.total.detach(), "router losses": torch.stack(noted), "notes": notes.clone()}
     found |= {name: parameter.grad.clone() for name, parameter in network.named_parameters()}
     return found, sum(storage.nbytes() for storage in storages.values())
 

@@ -1,4 +1,4 @@
-"""Routing and the balance loss against their twins, and where the loss's gradient goes."""
+"""Routing against its twin, the z-loss, biased and forced choices; `test_balance` has the balance loss."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,11 +8,12 @@ import torch
 
 from model import reference
 from model.config import BalanceConfig, MtpConfig
-from model.router import Router, normalise_rows, route, z_loss
+from model.router import Router, normalise_rows, route, steered_route, z_loss
 from model.stack import hybrid_config
-from tests.model.helpers import BALANCE, FLOAT64_TOLERANCE, SMALL, assert_close, assert_twins, randomise
+from tests.model.helpers import FLOAT64_TOLERANCE, SMALL, assert_close, assert_twins, randomise, routed
 
 TOKENS = 14
+PLAIN = BalanceConfig()
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -28,7 +29,7 @@ def token_weights() -> torch.Tensor:
 
 @pytest.fixture
 def make_router(groups) -> Callable[..., Router]:
-    def make(balance: BalanceConfig = BALANCE, **changes) -> Router:
+    def make(balance: BalanceConfig = PLAIN, **changes) -> Router:
         config = hybrid_config(replace(SMALL, **changes), MtpConfig(), balance=balance)
         router = Router(config, groups).double()
         randomise(router)
@@ -66,87 +67,13 @@ def test_z_loss() -> None:
 
 
 def test_forward_hangs_the_z_loss_onto_the_weights(make_router: Callable) -> None:
-    router = make_router(BalanceConfig(weight=0.0, z_weight=0.5))
+    router = make_router(BalanceConfig(weight=0.0, micro_weight=0.0, z_weight=0.5))
     hidden = normal(TOKENS, SMALL.hidden_size, seed=5)
-    weights, _ = router(hidden, token_weights())
+    weights, _ = router(hidden, routed(token_weights()))
     (weights.sum() * 0).backward()
     found, router.weight.grad = router.weight.grad, None
     (0.5 * reference.z_loss(hidden @ router.weight.T, token_weights())).backward()
     assert_close(found, router.weight.grad, FLOAT64_TOLERANCE, "the gradient of the z-loss")
-
-
-@pytest.mark.parametrize("k", [2, 5])
-def test_balance_loss(make_router: Callable, k: int) -> None:
-    router = make_router(experts_per_token=k)
-
-    def fast(logits: torch.Tensor) -> torch.Tensor:
-        scores, _, experts = route(logits, k)
-        return router.balance_loss(scores, experts, token_weights())
-
-    def slow(logits: torch.Tensor) -> torch.Tensor:
-        scores, chosen, _ = reference.route(logits, k)
-        return reference.balance_loss(scores, chosen, token_weights())
-
-    assert_twins(fast, slow, {"logits": normal(TOKENS, 6)})
-
-
-def test_a_balanced_layer_scores_one(make_router: Callable) -> None:
-    router = make_router()
-    experts = torch.arange(12).view(6, 2) % 6
-    scores = torch.full((6, 6), 1 / 6, dtype=torch.float64)
-    loss = router.balance_loss(scores, experts, torch.full((6,), 1 / 6))
-    # The weights 1/6 are float32.
-    assert loss.item() == pytest.approx(1.0, rel=1e-6)
-
-
-def test_a_collapsed_layer_scores_the_number_of_experts(make_router: Callable) -> None:
-    router = make_router()
-    scores = torch.eye(6, dtype=torch.float64)[[4] * 8]
-    loss = router.balance_loss(scores, torch.full((8, 1), 4), torch.full((8,), 1 / 8))
-    assert loss.item() == pytest.approx(6.0, rel=1e-12)
-
-
-def test_padding_alone_scores_zero(make_router: Callable) -> None:
-    router = make_router()
-    scores, _, experts = route(normal(TOKENS, 6), 2)
-    assert router.balance_loss(scores, experts, torch.zeros(TOKENS)).item() == 0.0
-
-
-def test_forward_hangs_the_balance_loss_onto_the_weights(make_router: Callable) -> None:
-    """The router's gradient is that of the weights' use plus the weight times the loss's, whatever the use."""
-    router, hidden = make_router(BalanceConfig(weight=0.25)), normal(TOKENS, SMALL.hidden_size)
-    use = normal(TOKENS, SMALL.experts_per_token, seed=1)
-    weights, _ = router(hidden, token_weights())
-    (found,) = torch.autograd.grad((weights * use).sum(), router.weight)
-
-    weight = router.weight.detach().requires_grad_()
-    scores, chosen, shares = reference.route(hidden @ weight.T, SMALL.experts_per_token)
-    loss = reference.balance_loss(scores, chosen, token_weights())
-    plain = (torch.stack([torch.stack(row) for row in shares]) * use).sum()
-    (expected,) = torch.autograd.grad(plain + 0.25 * loss, weight)
-    assert_close(found, expected, FLOAT64_TOLERANCE, "the router's gradient")
-    assert_close(router.take_losses()[0], loss, FLOAT64_TOLERANCE, "the recorded loss")
-
-
-def test_take_losses_sums_and_forgets(make_router: Callable) -> None:
-    router, hidden = make_router(), normal(TOKENS, SMALL.hidden_size)
-    assert router.take_losses()[0].item() == 0.0
-    router(hidden, token_weights())
-    once = router.take_losses()[0]
-    assert once > 0
-    for _ in range(3):
-        router(hidden, token_weights())
-    assert_close(router.take_losses()[0], 3 * once, FLOAT64_TOLERANCE, "the sum of three")
-    assert router.take_losses()[0].item() == 0.0
-
-
-def test_evaluation_records_no_balance_loss(make_router: Callable) -> None:
-    router, hidden = make_router(), normal(TOKENS, SMALL.hidden_size)
-    with torch.no_grad():
-        weights, experts = router(hidden, token_weights())
-    same_weights, same_experts = router(hidden, None)
-    assert router.take_losses()[0].item() == 0.0
-    assert torch.equal(weights, same_weights) and torch.equal(experts, same_experts)
 
 
 def test_scores_are_computed_in_float32(groups) -> None:
@@ -168,3 +95,27 @@ def test_normalised_rows_have_one_norm() -> None:
     assert torch.allclose(norms, torch.full((512,), 0.16), rtol=1e-6, atol=0)
     cosines = (normalise_rows(weight, 0.02) * weight).sum(dim=1) / (norms * weight.norm(dim=1))
     assert torch.allclose(cosines, torch.ones(512), atol=1e-6)
+
+
+def test_a_bias_chooses_experts_but_does_not_weigh_them() -> None:
+    logits, bias = normal(TOKENS, 6), torch.tensor([0.0, 0.3, -1.0, 0.0, 0.1, 0.0], dtype=torch.float64)
+    scores, weights, experts = steered_route(logits, 2, bias)
+    for token in range(TOKENS):
+        best = sorted(range(6), key=lambda i, token=token: -(scores[token, i] + bias[i]).item())[:2]
+        assert experts[token].tolist() == best
+        expected = scores[token, best] / scores[token, best].sum()
+        assert_close(weights[token], expected, FLOAT64_TOLERANCE, "the weights")
+    assert not torch.equal(experts, route(logits, 2)[2]), "the bias changed no choice"
+
+
+@pytest.mark.parametrize(("tokens", "experts", "k"), [(32, 8, 3), (7, 5, 2)])
+def test_forced_routing_is_even_and_keeps_the_gradient(tokens: int, experts: int, k: int) -> None:
+    logits = normal(tokens, experts).requires_grad_()
+    scores, weights, chosen = steered_route(logits, k, None)
+    counts = torch.bincount(chosen.flatten(), minlength=experts)
+    assert counts.max() - counts.min() <= (1 if tokens * k % experts else 0)
+    assert all(len(set(row)) == k for row in chosen.tolist())
+    taken = scores.gather(1, chosen)
+    assert_close(weights, taken / taken.sum(dim=1, keepdim=True), FLOAT64_TOLERANCE, "the weights")
+    weights[:, 0].sum().backward()
+    assert logits.grad.abs().max() > 1e-3

@@ -37,7 +37,7 @@ def trajectories(layouts: dict) -> dict[str, list[dict[str, float]]]:
         engine, found[name] = start_engine(job), []
         for step in range(STEPS):
             outputs, norm = train_step(job, engine, [part_of(random_batch(8, step), data.rank(), data.size())], 3e-3)
-            found[name].append(step_metrics(job, outputs, job.take_router_losses()) | {metrics.GRAD_NORM: norm})
+            found[name].append(step_metrics(job, outputs) | {metrics.GRAD_NORM: norm})
         parallel_state.destroy_model_parallel()
     return found
 

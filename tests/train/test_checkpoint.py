@@ -61,7 +61,7 @@ def _train(job: Job, engine, first: int, last: int) -> list[dict[str, float]]:
         own = part_of(random_batch(ROWS, step), job.groups.dp.rank(), job.topology.data)
         batches = [part_of(own, index, MICRO_BATCHES) for index in range(MICRO_BATCHES)]
         outputs, grad_norm = train_step(job, engine, batches, 1e-3 * step)
-        values.append(step_metrics(job, outputs, job.take_router_losses()) | {GRAD_NORM: grad_norm})
+        values.append(step_metrics(job, outputs) | {GRAD_NORM: grad_norm})
     return values
 
 

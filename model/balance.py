@@ -1,0 +1,248 @@
+"""Load of the experts: counted over the global batch, evened out by a loss whose gradient is read in the backward pass.
+
+The balance loss of a layer is E * sum_i f_i P_i (Qiu et al., "Demons in the Detail", 2025, eq. 2-6): f_i is the share
+of all assignments of the global batch that went to expert i, P_i the mean score of expert i. A perfectly balanced
+layer scores 1.0, whatever the layout. f carries no gradient, so
+
+    d loss / d score_{t,i} = E * f_i * w_t        (w_t: the token's weight in the mean over the global batch)
+
+needs f only when the gradient passes by. Each forward pass starts a sum of its counts over the ranks, and the
+backward pass reads all that have arrived: with one micro-batch that is the whole batch. With several, all are counted
+in a pass ahead of the step ("exact"), or f is estimated ("online", see `Balance.share`).
+
+Shape suffixes: T tokens, E experts, K experts per token, R sequences of a micro-batch.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from model.recompute import first_time
+from parallel.collectives import PendingSum, start_sum, sum_over
+
+# Online: how much of what earlier micro-batches were given wrongly is made good by those that follow. At 0 nothing of
+# the error in the mean over micro-batches is taken back, at 1 all of it, at the price of large swings in the last ones.
+FEEDBACK = 0.5
+
+# What a router sums up beside its scores, each weighted so that the sum over ranks and micro-batches is a mean.
+NOTES = ("local_loss", "local_violation", "z_loss", "entropy", "top_k_mass")
+
+
+@dataclass(frozen=True)
+class RoutedTokens:
+    """The tokens of a micro-batch that a rank routes.
+
+    Attributes:
+        weight_T: each token's weight in the router's mean over the global batch, 0 for padding.
+        total: tokens of the global batch that are not padding.
+        first, length: place of the first token among the micro-batch's, and length of its sequences.
+        rows: sequences of the micro-batch.
+        use: which use of a layer that a step uses several times (the MTP layer's), from 0.
+    """
+
+    weight_T: Tensor
+    total: int
+    first: int
+    length: int
+    rows: int
+    use: int = 0
+
+    def row_T(self) -> Tensor:
+        """The sequence of each token."""
+        return (self.first + torch.arange(self.weight_T.numel(), device=self.weight_T.device)) // self.length
+
+
+class _HangLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, scores_TE: Tensor, weight_T: Tensor, pressure: Callable[[], Tensor]) -> Tensor:
+        ctx.save_for_backward(weight_T)
+        ctx.pressure, ctx.dtype = pressure, scores_TE.dtype
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (weight_T,) = ctx.saved_tensors
+        return grad, weight_T.to(ctx.dtype)[:, None] * ctx.pressure().to(ctx.dtype), None, None
+
+
+class Online:
+    """The counts of a step's micro-batches as they come, for one use of a router, and what was made of them.
+
+    Attributes:
+        forward_sums: one sum over the ranks for each forward pass. Backward passes come in the same order.
+    """
+
+    def __init__(self, k: int):
+        self.k = k
+        self.forward_sums: list[PendingSum] = []
+        self.added = self.backward_passes = 0
+        self.done = self.given = 0.0  # share of the batch's assignments behind us, and what they were given of f
+
+    def new_sums(self) -> list[Tensor]:
+        """The sums that were not handed out before."""
+        found = [counts.wait() for counts in self.forward_sums[self.added :]]
+        self.added = len(self.forward_sums)
+        return found
+
+    def share(self, seen_E: Tensor, last_E: Tensor, total: int) -> Tensor:
+        """f for the next backward pass.
+
+        What has not been seen is taken to be like the last step. What the passes so far were given too much or too
+        little, compared with what is known now, is in part taken back from those to come.
+        """
+        seen, assignments = seen_E.double(), self.k * max(total, 1)
+        to_come = (assignments - seen.sum()).clamp(min=0)
+        estimate = shares(seen + to_come * shares(last_E))
+        share = estimate
+        if self.backward_passes:
+            owed = self.done * estimate - self.given
+            share = estimate + FEEDBACK * owed / (1 - self.done).clamp(min=1e-9)  # 0: only padding is to come
+        own = self.forward_sums[self.backward_passes].wait().sum().double() / assignments
+        self.done, self.given = self.done + own, self.given + own * share
+        self.backward_passes += 1
+        return share
+
+
+class Balance(nn.Module):
+    """One router's counts, and the loss that reads them.
+
+    Attributes:
+        counts: int64 [uses, E], assignments of valid tokens in the whole last step; saved with the model.
+        bias: float32 [E], added to the scores to choose experts, or None; saved with the model.
+        recording: whether passes also note what `train.routing` reports.
+    """
+
+    def __init__(self, config, pg_collection):
+        super().__init__()
+        settings, self.num_experts, self.k = config.balance, config.shape.experts, config.shape.experts_per_token
+        is_global = settings.scope == "global"
+        self.by_row = settings.scope == "sequence"
+        self.global_weight = settings.weight if is_global else 0.0
+        self.local_weight = settings.weight * (settings.micro_weight if is_global else 1.0)
+        self.bias_rate = settings.bias_rate
+        self.group, self.local_group = pg_collection.tp_dp_cp, pg_collection.tp_cp
+        self.register_buffer("bias", torch.zeros(self.num_experts) if self.bias_rate else None)
+        self.recording, self.ahead, self.known = True, False, False
+        self.set_uses(1)
+
+    def set_uses(self, uses: int) -> None:
+        """How often a step uses the layer: each use has counts of its own, and the loss is the mean over them."""
+        shape = (uses, self.num_experts)
+        self.online = [Online(self.k) for _ in range(uses)]
+        self.register_buffer("counts", torch.zeros(shape, dtype=torch.int64))
+        self.register_buffer("seen", torch.zeros(shape, dtype=torch.int64), persistent=False)
+        self.register_buffer("mean_scores", torch.zeros(shape), persistent=False)
+        self.register_buffer("notes", torch.zeros(len(NOTES)), persistent=False)
+
+    def forward(
+        self, weights_TK: Tensor, logits_TE: Tensor, scores_TE: Tensor, experts_TK: Tensor, tokens: RoutedTokens
+    ) -> Tensor:
+        """The weights unchanged, with the balance loss hung onto them; counts the experts."""
+        if self.ahead:
+            self.seen[tokens.use] += self.count(experts_TK, tokens)[0]
+            return weights_TK
+        if first_time() and not self.known:
+            counts_E = self.count(experts_TK, tokens)[0]
+            self.online[tokens.use].forward_sums.append(start_sum(counts_E, self.group))
+        if not torch.is_grad_enabled() or not (self.global_weight or self.local_weight or self.recording):
+            return weights_TK
+        local = None
+        if self.local_weight or self.recording:
+            local = start_sum(self.count(experts_TK, tokens, self.by_row), self.local_group)
+        if self.recording:
+            self.note(logits_TE, scores_TE, experts_TK, tokens, local)
+        return _HangLoss.apply(weights_TK, scores_TE, tokens.weight_T, lambda: self.pressure(tokens, local))
+
+    def count(self, experts_TK: Tensor, tokens: RoutedTokens, by_row: bool = False) -> Tensor:
+        """int64 [1, E] or, by sequence, [R, E]: assignments of this rank's valid tokens to each expert."""
+        rows = tokens.rows if by_row else 1
+        place_TK = experts_TK + tokens.row_T()[:, None] * self.num_experts if by_row else experts_TK
+        valid_TK = (tokens.weight_T > 0)[:, None].expand_as(experts_TK)
+        counts = torch.zeros(rows * self.num_experts, dtype=torch.int64, device=experts_TK.device)
+        return counts.scatter_add_(0, place_TK.flatten(), valid_TK.flatten().long()).view(rows, -1)
+
+    def pressure(self, tokens: RoutedTokens, local: PendingSum | None) -> Tensor:
+        """d loss / d score over the token's weight: [E], or [T, E] by sequence. Called in the backward pass."""
+        total = self.global_weight * self.share(tokens)
+        if self.local_weight:
+            share_RE = shares(local.wait())
+            total = total + self.local_weight * (share_RE[tokens.row_T()] if self.by_row else share_RE[0])
+        return self.num_experts * total
+
+    def share(self, tokens: RoutedTokens) -> Tensor:
+        """float64 [E]: f over the global batch, as far as it is known. Called once a backward pass."""
+        if self.known:
+            return shares(self.counts[tokens.use])
+        self.settle()
+        return self.online[tokens.use].share(self.seen[tokens.use], self.counts[tokens.use], tokens.total)
+
+    def settle(self) -> None:
+        """Adds the sums of forward passes that have not been added yet to what has been seen."""
+        for use, online in enumerate(self.online):
+            for counts in online.new_sums():
+                self.seen[use] += counts
+
+    @torch.no_grad()
+    def note(
+        self, logits_TE: Tensor, scores_TE: Tensor, experts_TK: Tensor, tokens: RoutedTokens, local: PendingSum
+    ) -> None:
+        """Sums up this rank's tokens for the report."""
+        weight_T, counts_RE = tokens.weight_T.to(scores_TE.dtype), local.wait()
+        share_RE = shares(counts_RE).to(scores_TE.dtype)
+        share = share_RE[tokens.row_T()] if self.by_row else share_RE
+        log_sum_T = logits_TE.logsumexp(dim=-1)
+        self.mean_scores[tokens.use] += weight_T @ scores_TE
+        self.notes += torch.stack(
+            [
+                self.num_experts * (weight_T @ (scores_TE * share).sum(dim=-1)),
+                weight_T.sum() * (shares(counts_RE.sum(dim=0)).max() * self.num_experts - 1).to(scores_TE.dtype),
+                weight_T @ log_sum_T.square(),
+                weight_T @ (log_sum_T - (scores_TE * logits_TE).sum(dim=-1)),
+                weight_T @ scores_TE.gather(1, experts_TK).sum(dim=-1),
+            ]
+        )
+
+    def begin_step(self, recording: bool) -> None:
+        """Forgets what an earlier step may have left."""
+        self.settle()
+        self.online = [Online(self.k) for _ in self.online]
+        for sums in (self.seen, self.mean_scores, self.notes):
+            sums.zero_()
+        self.recording, self.ahead, self.known = recording, False, False
+
+    def end_step(self) -> None:
+        """Keeps the counts of the step that has ended, and moves the bias towards experts that had too little.
+
+        The bias: DeepSeek-V3 report, 2024, section 2.1.2, "auxiliary-loss-free load balancing".
+        """
+        self.settle()
+        if not self.known:
+            self.counts.copy_(self.seen)
+        if self.bias is not None:
+            load = self.counts.sum(dim=0).double()
+            self.bias += self.bias_rate * (load.mean() - load).sign().to(self.bias.dtype)
+
+
+def shares(counts: Tensor) -> Tensor:
+    """Counts over their sum along the last dimension, float64; zero where nothing was counted."""
+    counts = counts.double()
+    return counts / counts.sum(dim=-1, keepdim=True).clamp(min=1)
+
+
+@contextmanager
+def counting_ahead(balances: Iterable[Balance], group) -> Iterator[None]:
+    """Forward passes inside, without gradients, count the step to come; one sum over the ranks for all layers."""
+    balances = list(balances)
+    for balance in balances:
+        balance.ahead = True
+    yield
+    if balances:
+        seen = sum_over(torch.cat([balance.seen for balance in balances]), group)
+        parts = seen.split([len(balance.seen) for balance in balances])
+        for balance, counts in zip(balances, parts, strict=True):
+            balance.counts.copy_(counts)
+            balance.seen.zero_()
+            balance.ahead, balance.known = False, True

@@ -1,0 +1,138 @@
+"""The routers of a run: counted ahead of a step where that is needed, and what a logged step says of them."""
+
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from model.balance import NOTES, Balance, counting_ahead, shares
+from model.batch import MicroBatch
+from parallel.collectives import max_over_all, sum_over_all
+from parallel.engine_megatron import run_schedule
+from train import metrics
+from train.build import Job
+
+PERCENTILES = {0: metrics.LOAD_MIN, 10: metrics.LOAD_P10, 50: metrics.LOAD_P50, 90: metrics.LOAD_P90}
+
+
+def balances(job: Job) -> dict[int, Balance]:
+    """The balances of this process, by their place among the mixtures of the whole model."""
+    return {place: balance for chunk in job.chunks for place, balance in chunk.balances().items()}
+
+
+def begin_step(job: Job, batches: list[MicroBatch], recording: bool) -> None:
+    """Before a step: counts its experts ahead if they must be known before they can be counted on the way.
+
+    One micro-batch is counted in its own forward pass. With several, balance.mode=exact counts all ahead, and so does
+    the first step of a run, which has no last step to learn from.
+    """
+    own = balances(job)
+    for balance in own.values():
+        balance.begin_step(recording)
+    settings = job.config.balance
+    if len(batches) == 1 or settings.scope != "global" or not settings.weight:
+        return
+    if settings.mode == "exact" or not _has_counts(job, own):
+        count_ahead(job, batches)
+
+
+def _has_counts(job: Job, own: dict[int, Balance]) -> bool:
+    """Whether the counts of a last step are known, in this process's memory or from a checkpoint."""
+    if not job.memory.has_counts:
+        counted = sum((balance.counts.sum() for balance in own.values()), torch.zeros((), device=job.device))
+        job.memory.has_counts = bool(max_over_all(counted))
+    return job.memory.has_counts
+
+
+@torch.no_grad()
+def count_ahead(job: Job, batches: list[MicroBatch]) -> None:
+    """Runs the forward passes of a step, without head and losses, and counts every router's experts."""
+    only_routing = [replace(batch, predict=False) for batch in batches]
+    with counting_ahead(balances(job).values(), job.groups.tp_dp_cp):
+        run_schedule(job.chunks, only_routing, job.microbatch_tokens, forward_only=True)
+
+
+def end_step(job: Job) -> None:
+    """After the optimizer's step."""
+    for balance in balances(job).values():
+        balance.end_step()
+
+
+@dataclass(frozen=True)
+class LayerLoad:
+    """What a step did with one router, over the whole global batch.
+
+    Attributes:
+        counts: [uses, E] assignments. mean_scores: [uses, E], P of each use over the number of uses.
+        notes: the rest, by the names in `NOTES`.
+    """
+
+    counts: Tensor
+    mean_scores: Tensor
+    notes: dict[str, float]
+
+    def statistics(self) -> dict[str, float]:
+        """The numbers of a logged step, by their names."""
+        experts = self.counts.shape[1]
+        load = self.counts.sum(dim=0) / self.counts.sum().clamp(min=1) * experts  # 1.0: an even share
+        at = torch.quantile(load, torch.tensor([share / 100 for share in PERCENTILES], dtype=load.dtype))
+        return {
+            metrics.BALANCE_LOSS: experts * (shares(self.counts) * self.mean_scores).sum().item(),
+            metrics.BALANCE_LOSS_MICRO: self.notes["local_loss"],
+            metrics.Z_LOSS: self.notes["z_loss"],
+            metrics.MAX_VIOLATION: load.max().item() - 1.0,
+            metrics.MAX_VIOLATION_MICRO: self.notes["local_violation"],
+            **dict(zip(PERCENTILES.values(), at.tolist(), strict=True)),
+            metrics.DEAD_EXPERTS: float((load == 0).sum()),
+            metrics.ROUTER_ENTROPY: self.notes["entropy"],
+            metrics.TOP_K_MASS: self.notes["top_k_mass"],
+        }
+
+
+def layer_loads(job: Job) -> list[LayerLoad]:
+    """The loads of every mixture of the model, the MTP layer's last, the same on every process (one reduction)."""
+    own, model = balances(job), job.config.model
+    uses = [1] * model.layers.count("E") + [job.config.mtp.steps] * (job.config.mtp.steps > 0)
+    sizes = [(each, model.experts) for each in uses]
+    counted_here = job.groups.tp_dp_cp.rank() == 0  # counts are sums over this group already
+    parts = []
+    for place, (each, experts) in enumerate(sizes):
+        part = torch.zeros(2 * each * experts + len(NOTES), dtype=torch.float64, device=job.device)
+        if place in own:
+            balance = own[place]
+            parts_of = (balance.counts * counted_here, balance.mean_scores, balance.notes)
+            part = torch.cat([x.flatten().double() for x in parts_of])
+        parts.append(part)
+    if not parts:
+        return []
+    whole = sum_over_all(torch.cat(parts)).cpu().split([part.numel() for part in parts])
+    found = []
+    for part, size in zip(whole, sizes, strict=True):
+        counts, mean_scores, notes = part.split([size[0] * size[1]] * 2 + [len(NOTES)])
+        notes = dict(zip(NOTES, notes.tolist(), strict=True))
+        found.append(LayerLoad(counts.view(size), mean_scores.view(size), notes))
+    return found
+
+
+def routing_metrics(job: Job) -> dict[str, float]:
+    """What a logged step says of the routers: each number's mean over the layers, and by layer."""
+    rows = [load.statistics() for load in layer_loads(job)]
+    trunk = job.config.model.layers.count("E")
+    values = {}
+    for name in rows[0] if rows else (metrics.BALANCE_LOSS, metrics.BALANCE_LOSS_MICRO, metrics.Z_LOSS):
+        values[name] = fmean(row[name] for row in rows) if rows else 0.0
+    for number, row in enumerate(rows, start=1):
+        layer = str(number) if number <= trunk else "mtp"
+        values |= {metrics.of_layer(name, layer): value for name, value in row.items() if name != metrics.Z_LOSS}
+    if job.config.balance.forced:
+        values[metrics.FORCED_ROUTING] = 1.0
+    return values
+
+
+def router_loss(job: Job, values: dict[str, float]) -> float:
+    """The routers' part of the loss that is minimised, from `routing_metrics`."""
+    settings, layers = job.config.balance, job.config.model.layers.count("E") + (job.config.mtp.steps > 0)
+    whole, local = values[metrics.BALANCE_LOSS], values[metrics.BALANCE_LOSS_MICRO]
+    balance = whole + settings.micro_weight * local if settings.scope == "global" else local
+    return layers * (settings.weight * balance + settings.z_weight * values[metrics.Z_LOSS])
