@@ -29,10 +29,6 @@ EXPERTS, TOP_K, HIDDEN = 64, 4, 32
 RANKS, MICRO_BATCHES, TOKENS = 4, 8, 128  # TOKENS: of a rank's micro-batch
 # Domains lie so far apart, and all of them from zero, where the noise of a token is 1.
 DOMAINS, APART, SHARED = 8, 1.0, 0.35
-    8,
-    1.0,
-    0.35,
-)  # how far domains lie apart, and all of them from zero, where a token's noise is 1
 SEEDS, STEPS, MOVE = 8, 6, 0.003
 IN_FLIGHT = (1, 2, 4)
 MICRO, SYNCHRONISED, RUNNING = "micro", "summed over ranks", "running mean"
