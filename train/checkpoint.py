@@ -11,7 +11,7 @@ from parallel.collectives import wait_for_all
 from parallel.engine_megatron import MegatronEngine, load_weights, sharded_weights
 from parallel.stored import StoredTensors
 from train.build import Job
-from train.runs import STATE_FILE, checkpoint_path
+from train.runs import COUNTS, STATE_FILE, checkpoint_path
 from train.settings import ConfigError
 
 
@@ -50,7 +50,7 @@ def load_model(job: Job, path: Path) -> None:
     """
     wanted = sharded_weights(job.chunks)
     numbers = {
-        part: {name: x for name, x in entries.items() if isinstance(x, ShardedTensor)}
+        part: {name: x for name, x in entries.items() if isinstance(x, ShardedTensor) and not name.endswith(COUNTS)}
         for part, entries in wanted.items()
     }
     stored = StoredTensors(path).shapes
@@ -61,6 +61,9 @@ def load_model(job: Job, path: Path) -> None:
                 f"not {entry.global_shape}: set model.* and mtp.steps as they were"
             )
     # What modules keep beside their weights (FP8 scales, say) is not of use to another model, and may not be there.
-    beside = {part: dict.fromkeys(entries) for part, entries in wanted.items()}
+    beside = {
+        part: {name: x.data if name.endswith(COUNTS) else None for name, x in entries.items()}
+        for part, entries in wanted.items()
+    }
     loaded = dist_checkpointing.load(numbers, str(path))
     load_weights(job.chunks, {part: beside[part] | loaded[part] for part in wanted})

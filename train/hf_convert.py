@@ -25,7 +25,7 @@ from train.config import Config, save_config
 from train.convert import HF_CONFIG, TOKENIZER_DIR, ExportConfig, ImportConfig, max_length, read_json
 from train.hf_files import DTYPES as READABLE
 from train.hf_files import Planned, Reader, Writer
-from train.runs import STATE_FILE, checkpoint_path
+from train.runs import COUNTS, STATE_FILE, checkpoint_path
 from train.settings import ConfigError
 
 NOTES = "tessera.json"  # what no other file has room for: the output norms of Gated DeltaNet before 1 was added
@@ -95,7 +95,9 @@ def export(config: ExportConfig, run: Config, checkpoint: Path) -> None:
     run = replace(run, model=replace(run.model, vocab_size=rows))
     mtp, stacked = run.mtp.steps > 0, config.experts == "stacked"
     pieces = list(hf.pieces(run.model, mtp, lambda layer: stacked))
-    weights = {name: shape for name, shape in source.shapes.items() if name.startswith(WEIGHTS)}
+    weights = {
+        name: shape for name, shape in source.shapes.items() if name.startswith(WEIGHTS) and not name.endswith(COUNTS)
+    }
     compare(weights, {piece.ours: piece.whole for piece in pieces}, str(checkpoint), "Train or save that run again.")
     tokenizer = _tokenizer(run)
     dtype = config.dtype or run.model.dtype

@@ -15,6 +15,7 @@ from train.config import CONFIG_FILE, Config, RunReference, load_config
 from train.settings import ConfigError, leaves, to_dict
 
 STATE_FILE = "state.json"
+COUNTS = "router.balance.counts"  # in a checkpoint: what a router counted in the last step, which is no weight
 # Settings of a model that its weights' shapes follow from.
 SHAPES = (
     "layers",
