@@ -6,7 +6,7 @@ with what autograd really holds. They leave out what does not grow with a width 
 
 from functools import partial
 
-from model.config import DELTA_CHUNK, LAYER, MTP_PATTERN, ModelConfig, MtpConfig
+from model.config import DELTA_CHUNK, INFERENCE, LAYER, MTP_PATTERN, ModelConfig, MtpConfig
 
 FLOAT32_BYTES = 4
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
@@ -81,6 +81,33 @@ def layer_bytes(
     return kept / tensor + whole
 
 
+def mtp_bytes(
+    shape: ModelConfig,
+    mtp: MtpConfig,
+    seq_length: int,
+    tensor: int,
+    recompute: frozenset[str],
+    expert_tensor: int = 1,
+) -> float:
+    """Bytes that all multi-token-prediction steps keep for each token; arguments as of `layer_bytes`.
+
+    Under the keys of inference all steps are computed again together, from the embeddings that they read.
+    """
+    element, hidden = ELEMENT_BYTES[shape.dtype], shape.hidden_size
+    chained = mtp.keys == INFERENCE
+    if chained and LAYER in recompute:
+        return mtp.steps * element * hidden / tensor
+    each = (layer_bytes(symbol, shape, seq_length, tensor, recompute, expert_tensor) for symbol in MTP_PATTERN)
+    step = sum(each)
+    step += (3 * _norm(hidden, element, recompute) + 2 * element * hidden) / tensor
+    if not chained or mtp.steps < 2:
+        return mtp.steps * step
+    # Later steps keep no mask, and step k a copy of the keys and values of the k - 2 steps between it and the first.
+    _, mask = _attention(shape, seq_length, element, recompute)
+    copies = (mtp.steps - 1) * (mtp.steps - 2) * element * shape.key_value_heads * shape.head_dim
+    return mtp.steps * step - (mtp.steps - 1) * mask + copies / tensor
+
+
 def stage_bytes(
     symbols: str,
     shape: ModelConfig,
@@ -105,7 +132,6 @@ def stage_bytes(
     if not last:
         return kept * tokens
     kept += _norm(hidden, element, recompute) / tensor
-    step = sum(each(symbol) for symbol in MTP_PATTERN)
-    step += (3 * _norm(hidden, element, recompute) + 2 * element * hidden) / tensor
-    kept += mtp.steps * step + (1 + mtp.steps) * element * hidden
+    kept += mtp_bytes(shape, mtp, seq_length, tensor, recompute, expert_tensor)
+    kept += (1 + mtp.steps) * element * hidden
     return kept * tokens + (1 + mtp.steps) * element * vocab_size * hidden / tensor

@@ -5,6 +5,7 @@ Language Models", 2025, variant G1 elementwise).
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.backends import accelerated
+from model.chain import chain_attention
 from model.config import ModelConfig
-from model.documents import Documents
+from model.documents import Documents, attention_mask
 from model.norm import at_least_float32
 from model.recompute import recomputable
 from parallel.collectives import gather_parts, heads_to_sequence, sequence_to_heads
@@ -101,32 +103,35 @@ def packed_attention(q_TND: Tensor, k_TMD: Tensor, v_TMD: Tensor, documents: Doc
 def attention_of_part(q_TND: Tensor, k_SMD: Tensor, v_SMD: Tensor, documents: Documents) -> Tensor:
     """`packed_attention` whose queries may be a part of each row (``documents.whole`` is set) of S >= T keys."""
     rows, length = documents.ids_RL.shape
-    keys = documents if k_SMD.shape[0] == q_TND.shape[0] else documents.whole
     q = q_TND.view(rows, length, *q_TND.shape[1:]).transpose(1, 2)
     k, v = (x.view(rows, -1, *x.shape[1:]).transpose(1, 2) for x in (k_SMD, v_SMD))
-    mask = None
-    if keys is not documents or not documents.single:
-        same = documents.ids_RL[:, None, :, None] == keys.ids_RL[:, None, None, :]
-        mask = same.tril(documents.start if keys is not documents else 0)
+    mask = attention_mask(documents, q_TND.shape[0], k_SMD.shape[0])
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
     return out.transpose(1, 2).reshape(q_TND.shape)
 
 
-def context_attention(q_TND: Tensor, k_TMD: Tensor, v_TMD: Tensor, documents: Documents, group) -> Tensor:
-    """`packed_attention` of rows whose parts lie on the processes of ``group``.
+def context_attention(
+    attend: Callable, q_TND: Tensor, k_TMD: Tensor, v_TMD: Tensor, documents: Documents, group, own_keys: bool
+) -> Tensor:
+    """``attend(q, k, v, documents)`` of rows whose parts lie on the processes of ``group``.
 
     Where they can share out the key heads, each takes whole rows of some heads (and all have the same work); else
     each keeps its queries and gathers the keys and values, which grouped queries make few.
+
+    Args:
+        own_keys: each query needs only the keys of its own position, so there is nothing to gather.
     """
     rows, length = documents.ids_RL.shape
     parts = [x.view(rows, length, *x.shape[1:]) for x in (q_TND, k_TMD, v_TMD)]
     if k_TMD.shape[1] % group.size() == 0:
         q, k, v = (heads_to_sequence(x, group).flatten(0, 1) for x in parts)
-        out = packed_attention(q, k, v, documents.whole)
+        out = attend(q, k, v, documents.whole)
         return sequence_to_heads(out.unflatten(0, (rows, -1)), group).flatten(0, 1)
+    if own_keys:
+        return attend(q_TND, k_TMD, v_TMD, documents)
     # [parts, R, L, M, D] -> rows put together again.
     k, v = (gather_parts(x, group).transpose(0, 1).flatten(0, 2) for x in parts[1:])
-    return attention_of_part(q_TND, k, v, documents)
+    return attend(q_TND, k, v, documents)
 
 
 class GatedAttention(MegatronModule):
@@ -164,18 +169,41 @@ class GatedAttention(MegatronModule):
         return prepare_heads(mixed, self.q_layernorm, self.k_layernorm, rotary, each, gates)
 
     @recomputable("attention")
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
-        """softmax(Q K^T / sqrt(D)) V for this process's tokens: [T, N, D]."""
-        if self.cp_group.size() > 1:
-            return context_attention(query, key, value, documents, self.cp_group)
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents, *chain: Tensor) -> Tensor:
+        """softmax(Q K^T / sqrt(D)) V: [T, N, D]; ``chain``: the keys and values of `chain_attention`."""
+        if chain:
+            return chain_attention(query, key, value, *chain, documents)
+        if key.shape[0] > query.shape[0]:
+            return attention_of_part(query, key, value, documents)
         return packed_attention(query, key, value, documents)
 
+    def over_context(
+        self, core: Callable, query: Tensor, key: Tensor, value: Tensor, documents: Documents, own_keys: bool = False
+    ) -> Tensor:
+        """``core(query, key, value, documents)`` where this process has all the keys that it needs: [T, N, D]."""
+        if self.cp_group.size() == 1:
+            return core(query, key, value, documents)
+        return context_attention(core, query, key, value, documents, self.cp_group, own_keys)
+
     def forward(
-        self, hidden_states: Tensor, attention_mask=None, *, rotary_pos_emb: Tensor, packed_seq_params: Documents, **_
+        self,
+        hidden_states: Tensor,
+        attention_mask=None,
+        *,
+        rotary_pos_emb: Tensor,
+        packed_seq_params: Documents,
+        inference_context=None,
+        **_,
     ) -> tuple[Tensor, None]:
-        """hidden [T, 1, H] -> [T, 1, H]; other keywords of megatron-core's layer are for its own attentions."""
+        """hidden [T, 1, H] -> [T, 1, H]; other keywords of megatron-core's layer are for its own attentions.
+
+        ``inference_context`` remembers keys from call to call: `Chains` or `model.decode.Memory`; by default none.
+        """
         query, key, value, gate = self.project(hidden_states, rotary_pos_emb)
-        mixed = self.attend(query, key, value, packed_seq_params)
+        if inference_context is None:
+            mixed = self.over_context(self.attend, query, key, value, packed_seq_params)
+        else:
+            mixed = inference_context.attend(self, query, key, value, packed_seq_params)
         if self.gates_per_group:
             mixed = gate_heads(mixed, gate)
         return self.linear_proj(mixed.flatten(1)[:, None])

@@ -41,6 +41,7 @@ class MicroBatch:
         documents: boundaries of the packed documents.
         token_counts: [1 + K], tokens of the global batch that each step's router counts.
         predict: whether losses are wanted; else a forward pass only routes.
+        tokens_before: tokens trained on before this step, which the weights of losses may go by.
     """
 
     tokens_KRL: Tensor
@@ -50,10 +51,17 @@ class MicroBatch:
     documents: Documents
     token_counts: tuple[int, ...]
     predict: bool = True
+    tokens_before: int = 0
 
     @classmethod
     def build(
-        cls, tokens_RS: Tensor, documents_RS: Tensor, counts: Tensor, part: int = 0, parts: int = 1
+        cls,
+        tokens_RS: Tensor,
+        documents_RS: Tensor,
+        counts: Tensor,
+        part: int = 0,
+        parts: int = 1,
+        tokens_before: int = 0,
     ) -> "MicroBatch":
         """From samples of L + 1 tokens and the counts of `count_targets` summed over the whole global batch.
 
@@ -80,10 +88,11 @@ class MicroBatch:
             token_weights_KT=(reads * per_token[:, None, None])[..., here].flatten(1),
             documents=Documents.from_ids(documents_RS[:, :-1]).part(part, parts),
             token_counts=tuple(routed.tolist()),
+            tokens_before=tokens_before,
         )
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch on ``device``."""
         tensors = (self.tokens_KRL, self.targets_KT, self.weights_KT, self.token_weights_KT)
         moved = (send(x, device) for x in tensors)
-        return MicroBatch(*moved, self.documents.to(device), self.token_counts, self.predict)
+        return MicroBatch(*moved, self.documents.to(device), self.token_counts, self.predict, self.tokens_before)

@@ -12,6 +12,7 @@ MTP_PATTERN = "*E"  # the layers of the multi-token-prediction layer
 HEAD_CHUNK = 1024  # tokens whose logits exist at once
 KERNEL_HEAD_CHUNK = 8192  # the same on GPU kernels: as few sums of the head's gradient as memory allows
 LAYER = "layer"  # to recompute: a whole layer
+INFERENCE, DEPTH = "inference", "depth"  # keys of the multi-token-prediction steps
 DELTA_CHUNK = 64  # tokens that the delta rule solves together
 
 # Settings of ModelConfig that count something there must be one of.
@@ -91,10 +92,36 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class MtpConfig:
-    """Multi-token prediction: one shared layer (gated attention + experts) applied ``steps`` times."""
+    """Multi-token prediction: one shared layer (gated attention + experts) applied ``steps`` times.
+
+    Whether the keys of a step are those that inference has: see `model.mtp`.
+    """
 
     steps: int = _setting(2, "tokens predicted beyond the next one; 0 trains no MTP layer")
-    weight: float = _setting(0.3, "weight of the MTP loss (the mean over its steps) beside the next-token loss")
+    keys: str = _setting(
+        "inference", "what a step attends to: inference (first step's keys, then the draft's own) or depth (its own)"
+    )
+    weight: float | tuple[tuple[float, float], ...] = _setting(
+        0.3, "weight of the MTP loss; or [[tokens, weight], ...]: from so many tokens on, as in [[0, 0.3], [1e13, 0.1]]"
+    )
+    step_weights: float | tuple[float, ...] = _setting(
+        1.0,
+        "steps' shares of the MTP loss, made to sum to 1: a list, or the ratio of each share to the one before",
+    )
+    detach: bool = _setting(False, "only the MTP layer learns from the MTP loss: not the trunk, embedding or head")
+
+    def weight_at(self, tokens: float) -> float:
+        """Weight of the MTP loss once so many tokens are behind."""
+        if isinstance(self.weight, float):
+            return self.weight
+        return [weight for begin, weight in self.weight if begin <= tokens][-1]
+
+    def loss_weights(self, tokens: float) -> list[float]:
+        """What each step's loss is multiplied by once so many tokens are behind; the sum is `weight_at`."""
+        shares = self.step_weights
+        if isinstance(shares, float):
+            shares = [shares**step for step in range(self.steps)]
+        return [self.weight_at(tokens) * share / sum(shares) for share in shares]
 
 
 @dataclass(frozen=True)
@@ -183,5 +210,30 @@ def check_model(model: ModelConfig, mtp: MtpConfig) -> None:
         raise ModelError(f"model.dtype={model.dtype!r} is not known: choose float32 or bfloat16")
     if model.backend != "torch":
         raise ModelError(f"model.backend={model.backend!r} is not known: choose torch")
-    if mtp.steps < 0 or mtp.weight < 0:
-        raise ModelError(f"mtp.steps={mtp.steps} and mtp.weight={mtp.weight} must not be negative")
+    check_mtp(mtp)
+
+
+def check_mtp(mtp: MtpConfig) -> None:
+    """Raises ModelError for the first setting of multi-token prediction that cannot be used."""
+    if mtp.steps < 0:
+        raise ModelError(f"mtp.steps={mtp.steps} must not be negative")
+    if mtp.keys not in (INFERENCE, DEPTH):
+        raise ModelError(f"mtp.keys={mtp.keys!r} is not known: choose {INFERENCE} or {DEPTH}")
+    phases = ((0.0, mtp.weight),) if isinstance(mtp.weight, float) else mtp.weight
+    begins = [begin for begin, _ in phases]
+    if not begins or begins[0] != 0 or begins != sorted(set(begins)) or min(weight for _, weight in phases) < 0:
+        raise ModelError(
+            f"mtp.weight={_listed(mtp.weight)} cannot be followed: a number of at least 0, or pairs [tokens, weight] "
+            f"from 0 tokens on at rising numbers of tokens, as in [[0, 0.3], [10000000000000, 0.1]]"
+        )
+    shares = [mtp.step_weights] if isinstance(mtp.step_weights, float) else mtp.step_weights
+    wrong_number = not isinstance(mtp.step_weights, float) and len(shares) != mtp.steps
+    if wrong_number or not all(share > 0 for share in shares):
+        raise ModelError(
+            f"mtp.step_weights={_listed(mtp.step_weights)} cannot be used: a ratio above 0, or as many numbers above 0 "
+            f"as there are steps (mtp.steps={mtp.steps})"
+        )
+
+
+def _listed(value: float | tuple) -> float | list:
+    return [_listed(item) for item in value] if isinstance(value, tuple) else value

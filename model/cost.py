@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from model.config import DELTA_CHUNK, MTP_PATTERN, ModelConfig, MtpConfig
+from model.config import DELTA_CHUNK, INFERENCE, MTP_PATTERN, ModelConfig, MtpConfig
 
 TRAINING_FACTOR = 3  # forward + backward over forward alone
 TENSOR, EXPERT, WHOLE = "tensor", "expert", "whole"  # the processes that a weight is cut over, if any
@@ -158,6 +158,12 @@ def layer_flops(symbol: str, shape: ModelConfig, seq_length: int) -> dict[str, f
     }
 
 
+def chain_flops(shape: ModelConfig, mtp: MtpConfig) -> float:
+    """Scores and mixtures of the k - 1 chain keys that step k attends to beside the prefix, a token."""
+    keys = mtp.steps * (mtp.steps - 1) / 2 if mtp.keys == INFERENCE else 0
+    return 2 * 2 * shape.attention_heads * shape.head_dim * keys
+
+
 def stage_flops(
     symbols: str, shape: ModelConfig, mtp: MtpConfig, vocab_size: int, seq_length: int, last: bool
 ) -> dict[str, float]:
@@ -168,7 +174,7 @@ def stage_flops(
             flops[part] += number * each
     if last:
         layers = sum(sum(layer_flops(symbol, shape, seq_length).values()) for symbol in MTP_PATTERN)
-        flops[MTP] = mtp.steps * (2 * 2 * shape.hidden_size**2 + layers)
+        flops[MTP] = mtp.steps * (2 * 2 * shape.hidden_size**2 + layers) + chain_flops(shape, mtp)
         flops[HEAD] = (1 + mtp.steps) * 2 * shape.hidden_size * vocab_size
     return {part: count for part, count in flops.items() if count}
 

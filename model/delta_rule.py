@@ -103,14 +103,16 @@ def prepare_chunks(
     return Chunks(value, reader, within, writer, q * from_state, from_state[..., -1:, :])
 
 
-def scan_chunks(chunks: Chunks, state: Tensor) -> Tensor:
-    """The outputs [R, V, L, Dv] of all chunks in turn, from the state [R, V, Dk, Dv] before the first."""
-    out = []
+def scan_chunks(chunks: Chunks, state: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The outputs [R, V, L, Dv] of all chunks in turn, from the state [R, V, Dk, Dv] before the first, and the state
+    after each."""
+    out, states = [], []
     for n in range(chunks.value.shape[2]):
         update = chunks.value[:, :, n] - chunks.reader[:, :, n] @ state
         out.append(chunks.q_state[:, :, n] @ state + chunks.within[:, :, n] @ update)
         state = chunks.keep[:, :, n] * state + chunks.writer[:, :, n] @ update
-    return torch.stack(out, dim=2).flatten(2, 3)
+        states.append(state)
+    return torch.stack(out, dim=2).flatten(2, 3), states
 
 
 def transition(chunks: Chunks) -> Tensor:
@@ -164,7 +166,7 @@ def chunk_gated_delta_rule(
         state = chunks.value.new_zeros(*chunks.value.shape[:2], k_RLKD.shape[-1], v_RLVD.shape[-1])
     else:
         state = incoming_state(chunks, group)
-    out = scan_chunks(chunks, state)
+    out, _ = scan_chunks(chunks, state)
     return out[:, :, : v_RLVD.shape[1]].transpose(1, 2).to(v_RLVD.dtype)
 
 

@@ -111,9 +111,12 @@ class GatedDeltaNet(MegatronModule):
         )
 
     def forward(
-        self, hidden_states: Tensor, attention_mask=None, *, packed_seq_params: Documents, **_
+        self, hidden_states: Tensor, attention_mask=None, *, packed_seq_params: Documents, inference_context=None, **_
     ) -> tuple[Tensor, None]:
-        """hidden [T, 1, H] -> [T, 1, H]; other keywords of megatron-core's layer are for softmax attention."""
+        """hidden [T, 1, H] -> [T, 1, H]; other keywords of megatron-core's layer are for softmax attention.
+
+        ``inference_context``: a `model.decode.Memory` of the tokens before; by default there are none.
+        """
         documents, parts = packed_seq_params, self.cp_group.size()
         rows, length = documents.ids_RL.shape
         mixed, _ = self.in_proj(hidden_states)
@@ -121,8 +124,8 @@ class GatedDeltaNet(MegatronModule):
         value_width = self.ratio * self.value_dim
         state_values = self.key_heads * self.ratio * self.key_dim * (self.key_dim + self.value_dim)
         values_per_token = self.key_heads * (mixed.shape[-1] + value_width)
-        if parts == 1:
-            out = self.mix(mixed, documents, slice(None))
+        if parts == 1 or inference_context is not None:
+            out = self.mix(mixed, documents, slice(None), None, inference_context)
         elif passes_states(values_per_token, state_values, length, self.key_heads, parts):
             out = self.mix(mixed, documents, slice(None), self.cp_group)
         else:
@@ -133,20 +136,25 @@ class GatedDeltaNet(MegatronModule):
         return self.out_proj(out.reshape(rows * length, 1, -1))
 
     @recomputable("deltanet")
-    def mix(self, mixed: Tensor, documents: Documents, heads: slice, group=None) -> Tensor:
+    def mix(self, mixed: Tensor, documents: Documents, heads: slice, group=None, memory=None) -> Tensor:
         """From the projection [R, L, K, ...] of some key heads to their normed and gated outputs [R, L, V, D].
 
         Args:
             heads: which of this process's key heads these are. group: see `chunk_gated_delta_rule`.
+            memory: of the tokens before the rows.
         """
         conv_weight = self.conv_weight.unflatten(0, (self.key_heads, -1))[heads].flatten(0, 1)
         A_log, dt_bias = (x.unflatten(0, (self.key_heads, -1))[heads].flatten() for x in (self.A_log, self.dt_bias))
         common = (mixed, conv_weight, A_log, dt_bias, documents, self.ratio, self.key_dim, self.value_dim)
-        if group is None:
+        if group is None and memory is None:
             q, k, v, z, g, beta = prepare_delta(*common)
             return self.out_norm(gated_delta_rule(q, k, v, g, beta, documents), z)
-        convolved = mixed[:, 1 - conv_weight.shape[1] :, :, : self.conv_channels].flatten(2)
-        q, k, v, z, g, beta = prepare_part(*common, earlier_parts(convolved, group)[-1])
+        inputs, taps = mixed[..., : self.conv_channels].flatten(2), conv_weight.shape[1]
+        if memory is not None:
+            before = memory.inputs_before(self.layer_number, inputs, taps)
+            q, k, v, z, g, beta = prepare_part(*common, before)
+            return self.out_norm(memory.delta_rule(self.layer_number, q, k, v, g, beta, documents), z)
+        q, k, v, z, g, beta = prepare_part(*common, earlier_parts(inputs[:, 1 - taps :], group)[-1])
         return self.out_norm(chunk_gated_delta_rule(q, k, v, g, beta, documents, group), z)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets=(), metadata=None):

@@ -94,3 +94,16 @@ class Documents(PackedSeqParams):
     def same_document(self, distance: int) -> Tensor:
         """bool [R, L]: the token ``distance`` places to the left is of the same document."""
         return self.position_RL >= distance
+
+
+def attention_mask(documents: Documents, queries: int, keys: int) -> Tensor | None:
+    """bool [R, 1, L, S]: which keys each query may see; None where a plain causal mask is enough.
+
+    Args:
+        queries, keys: tokens of both in all rows; more keys than queries are those of the whole rows.
+    """
+    whole = documents if queries == keys else documents.whole
+    if whole is documents and documents.single:
+        return None
+    same = documents.ids_RL[:, None, :, None] == whole.ids_RL[:, None, None, :]
+    return same.tril(0 if whole is documents else documents.start)

@@ -62,7 +62,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype = torch.promote_types(hidden_TH.dtype, torch.float32)
         losses = torch.empty(target_T.shape, dtype=dtype, device=hidden_TH.device)
         grad_hidden = torch.empty_like(hidden_TH) if train else None
-        grad_head = None
+        # A head that learns nothing here gets no gradient: that is a third of the work.
+        learns, grad_head = train and ctx.needs_input_grad[1], None
         chunk = KERNEL_HEAD_CHUNK if on_kernels(hidden_TH) else HEAD_CHUNK
         for start in range(0, target_T.numel(), chunk):
             part = slice(start, start + chunk)
@@ -70,12 +71,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             losses[part], grad = softmax_gradient(hidden_TH[part] @ head_VH.t(), target_T[part], weight, group)
             if train:
                 torch.mm(grad, head_VH, out=grad_hidden[part])
+            if learns:
                 # A single product is rounded once, several are summed in float32.
                 once = target_T.numel() <= chunk
                 left, right = grad.t(), hidden_TH[part]
                 grad_head = left @ right if once else add_product(left, right, grad_head)
         if train:
-            ctx.save_for_backward(grad_hidden, grad_head.to(head_VH.dtype))
+            ctx.save_for_backward(grad_hidden, grad_head.to(head_VH.dtype) if learns else None)
         ctx.mark_non_differentiable(losses)
         return (losses * weight_T).sum(), losses
 
@@ -83,7 +85,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_total: Tensor, _):
         grad_hidden, grad_head = ctx.saved_tensors
         scale = grad_total.to(grad_hidden.dtype)
-        return grad_hidden * scale, grad_head * scale.to(grad_head.dtype), None, None, None, None
+        grad_head = None if grad_head is None else grad_head * scale.to(grad_head.dtype)
+        return grad_hidden * scale, grad_head, None, None, None, None
 
 
 def linear_cross_entropy(

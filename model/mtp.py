@@ -1,17 +1,30 @@
-"""Multi-token prediction: one layer, applied once for each further token, as inference engines apply it.
+"""Multi-token prediction: one layer, applied once for each further token, exactly as inference engines apply it.
 
 At step k the layer reads the state of position t from step k-1 (step 0: the trunk's state after its final norm) and
 the embedding of token t+k, and its state after the last norm predicts token t+k+1 through the shared head
 (DeepSeek-V3 report, 2024, section 2.2, with the shared layer and the order [embedding; hidden] of Qwen3-Next).
+
+What a step attends to (``mtp.keys``):
+
+* ``inference``: an engine runs the first step over all positions, and its keys stay. A draft that starts from position
+  p then runs the later steps at the positions p+1, p+2, ..., so they see the first step's keys up to p and those of
+  the draft itself. Training does the same from every position at once: `model.chain`.
+* ``depth``: each step sees its own keys of all positions up to p, which no engine has (megatron-core's way).
 """
+
+from functools import partial
 
 import torch
 from megatron.core.models.hybrid.hybrid_layer_allocation import validate_segment_layers
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from model.attention import rotary_table
 from model.balance import RoutedTokens
+from model.chain import Chains
+from model.config import INFERENCE, LAYER
 from model.documents import Documents
+from model.recompute import recomputable
 
 
 class MtpLayer(MegatronModule):
@@ -47,11 +60,50 @@ class MtpLayer(MegatronModule):
         )
 
     def forward(
-        self, hidden_T1H: Tensor, embedding_T1H: Tensor, rotary: Tensor, documents: Documents, routed: RoutedTokens
+        self,
+        hidden_T1H: Tensor,
+        embedding_T1H: Tensor,
+        rotary: Tensor,
+        documents: Documents,
+        routed: RoutedTokens | None,
+        memory=None,
     ) -> Tensor:
-        """The state after one more prediction step, [T, 1, H] -> [T, 1, H]."""
+        """The state after one more prediction step, [T, 1, H] -> [T, 1, H].
+
+        Args:
+            rotary: table of the positions of the step's keys. memory: keeps the keys of earlier steps or calls.
+        """
         mixed = self.eh_proj(torch.cat([self.enorm(embedding_T1H), self.hnorm(hidden_T1H)], dim=-1))
         mixed = self.mtp_model_layer(
-            mixed, None, rotary_pos_emb=rotary, packed_seq_params=documents, padding_mask=routed
+            mixed,
+            None,
+            inference_context=memory,
+            rotary_pos_emb=rotary,
+            packed_seq_params=documents,
+            padding_mask=routed,
         )
         return self.final_layernorm(mixed)
+
+    def unroll(
+        self, documents: Documents, routed: list[RoutedTokens], hidden_T1H: Tensor, *embeddings_T1H: Tensor
+    ) -> tuple[Tensor, ...]:
+        """The states after each prediction step, [T, 1, H] each, from the trunk's state and each step's embeddings."""
+        if self.config.mtp.keys == INFERENCE:
+            return self._chained(documents, routed, hidden_T1H, *embeddings_T1H)
+        rotary = rotary_table(documents.position_RL, self.config.shape)
+        return self._steps(documents, routed, [rotary] * len(embeddings_T1H), None, hidden_T1H, *embeddings_T1H)
+
+    # Later steps read the first one's keys, so a layer cannot be computed again by itself: all steps are, together.
+    @recomputable(LAYER)
+    def _chained(self, documents: Documents, routed: list[RoutedTokens], *states_T1H: Tensor) -> tuple[Tensor, ...]:
+        steps = range(len(states_T1H) - 1)
+        rotary = [rotary_table(documents.position_RL + step, self.config.shape) for step in steps]
+        return self._steps(documents, routed, rotary, Chains(), *states_T1H)
+
+    def _steps(
+        self, documents: Documents, routed: list[RoutedTokens], rotary: list[Tensor], memory, hidden_T1H, *embeddings
+    ) -> tuple[Tensor, ...]:
+        states, step = [hidden_T1H], partial(self, documents=documents, memory=memory)
+        for embedding, table, tokens in zip(embeddings, rotary, routed, strict=True):
+            states.append(step(states[-1], embedding, table, routed=tokens))
+        return tuple(states[1:])

@@ -10,6 +10,7 @@ from torch import Tensor
 from model.attention import rotary_table
 from model.balance import Balance, RoutedTokens
 from model.batch import MicroBatch
+from model.documents import Documents
 from model.experts import MixtureOfExperts
 from model.loss import linear_cross_entropy
 from model.stack import HybridConfig, full_pattern, stack_spec
@@ -91,26 +92,37 @@ class LanguageModel(HybridModel):
             first = rank * weight.numel()
         return RoutedTokens(weight, batch.token_counts[step], first, length, rows, use=max(0, step - 1))
 
-    def trunk(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """This stage's layers: the states [T, 1, H] (after the final norm on the last stage), and the rotary table."""
-        rotary = rotary_table(batch.documents.position_RL, self.config.shape)
-        hidden = self.decoder(
-            hidden_states=self.embed(batch.tokens_KRL[0]) if self.pre_process else None,
+    def trunk(self, tokens_RL: Tensor, documents: Documents, routed: RoutedTokens | None = None, memory=None) -> Tensor:
+        """This stage's layers: the states [T, 1, H], after the final norm on the last stage.
+
+        Args:
+            routed: see `Router.forward`. memory: a `model.decode.Memory` of the tokens before.
+        """
+        return self.decoder(
+            hidden_states=self.embed(tokens_RL) if self.pre_process else None,
             attention_mask=None,
-            rotary_pos_emb=rotary,
-            packed_seq_params=batch.documents,
-            padding_mask=self.routed_tokens(batch, 0),
+            inference_context=memory,
+            rotary_pos_emb=rotary_table(documents.position_RL, self.config.shape),
+            packed_seq_params=documents,
+            padding_mask=routed,
         )
-        return hidden, rotary
+
+    def trunk_of(self, batch: MicroBatch) -> Tensor:
+        """`trunk` of a micro-batch."""
+        return self.trunk(batch.tokens_KRL[0], batch.documents, self.routed_tokens(batch, 0))
 
     def predictions(self, batch: MicroBatch) -> list[Tensor]:
         """The states that the head reads, one [T, 1, H] for the next token and one for each MTP step."""
-        hidden, rotary = self.trunk(batch)
-        states = [hidden]
-        for step in range(1, 1 + self.config.mtp.steps):
-            embedding, routed = self.embed(batch.tokens_KRL[step]), self.routed_tokens(batch, step)
-            states.append(self.mtp.layers[0](states[-1], embedding, rotary, batch.documents, routed))
-        return states
+        mtp, hidden = self.config.mtp, self.trunk_of(batch)
+        if not mtp.steps:
+            return [hidden]
+        steps = range(1, 1 + mtp.steps)
+        inputs = [hidden, *(self.embed(batch.tokens_KRL[step]) for step in steps)]
+        if mtp.detach:
+            # What is computed again gets gradients only if one of its inputs does.
+            inputs = [x.detach().requires_grad_(torch.is_grad_enabled()) for x in inputs]
+        routed = [self.routed_tokens(batch, step) for step in steps]
+        return [hidden, *self.mtp.layers[0].unroll(batch.documents, routed, *inputs)]
 
     def logits(self, hidden_T1H: Tensor) -> Tensor:
         """Output head over the whole vocabulary: [T, 1, H] -> [T, V]."""
@@ -120,19 +132,19 @@ class LanguageModel(HybridModel):
     def forward(self, batch: MicroBatch) -> Losses | Tensor:
         """The losses of a micro-batch on the last pipeline stage, the states to send on elsewhere."""
         if not self.post_process:
-            return self.trunk(batch)[0]
+            return self.trunk_of(batch)
         states = self.predictions(batch)
         if not batch.predict:
             none = torch.zeros(len(states), 0, device=states[0].device)
             return Losses(none.sum(), none.sum(dim=1), none)
         if self.config.sequence_parallel:
             states = [gather_from_sequence_parallel_region(x, group=self.tp_group) for x in states]
+        mtp, head = self.config.mtp, self.output_layer.weight
+        heads = [head, *[head.detach() if mtp.detach else head] * mtp.steps]
         results = [
-            linear_cross_entropy(hidden[:, 0], self.output_layer.weight, target, weight, self.tp_group)
-            for hidden, target, weight in zip(states, batch.targets_KT, batch.weights_KT, strict=True)
+            linear_cross_entropy(hidden[:, 0], own, target, weight, self.tp_group)
+            for hidden, own, target, weight in zip(states, heads, batch.targets_KT, batch.weights_KT, strict=True)
         ]
         means = torch.stack([mean for mean, _ in results])
-        total = means[0]
-        if len(results) > 1:
-            total = total + self.config.mtp.weight * means[1:].mean()
+        total = means @ means.new_tensor([1.0, *mtp.loss_weights(batch.tokens_before)])
         return Losses(total, means.detach(), torch.stack([losses for _, losses in results]))

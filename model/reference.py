@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.batch import MicroBatch
-from model.config import MTP_PATTERN, ModelConfig, MtpConfig
+from model.config import ModelConfig
 from model.reference_rope import rotary_frequency
 
 Weights = dict[str, Tensor]
@@ -283,44 +282,3 @@ def layers(
             balance = balance + loss
         hidden_TH = hidden_TH + out
     return hidden_TH, balance
-
-
-def language_model(
-    weights: Weights, batch: MicroBatch, shape: ModelConfig, mtp: MtpConfig, table: Tensor
-) -> tuple[list[Tensor], Tensor]:
-    """The states [T, H] that the head reads at each prediction step, and the balance loss of all layers.
-
-    Step k >= 1 (DeepSeek-V3 report, 2024, section 2.2, one layer shared by all steps): h_k = norm(layers(W
-    [norm(embedding of token t+k); norm(h_{k-1})])). The layer's balance loss is the mean over its steps.
-    """
-    ids, embedding = batch.documents.ids_RL, weights["embedding.word_embeddings.weight"]
-    table = table.to(embedding.dtype)
-    read = [embedding[tokens.flatten()] for tokens in batch.tokens_KRL]
-    common = (shape, ids, table)
-    hidden, balance = layers(read[0], shape.layers, under(weights, "decoder."), *common, batch.token_weights_KT[0])
-    states = [rms_norm(hidden, weights["decoder.final_norm.weight"], shape.norm_eps)]
-    own = under(weights, "mtp.layers.0.")
-    for step in range(1, 1 + mtp.steps):
-        pair = [
-            rms_norm(read[step], own["enorm.weight"], shape.norm_eps),
-            rms_norm(states[-1], own["hnorm.weight"], shape.norm_eps),
-        ]
-        mixed = torch.cat(pair, dim=-1) @ own["eh_proj.weight"].T
-        token_weight = batch.token_weights_KT[step] / mtp.steps
-        mixed, loss = layers(mixed, MTP_PATTERN, under(own, "mtp_model_layer."), *common, token_weight)
-        states.append(rms_norm(mixed, own["final_layernorm.weight"], shape.norm_eps))
-        balance = balance + loss
-    return states, balance
-
-
-def loss(
-    weights: Weights, batch: MicroBatch, shape: ModelConfig, mtp: MtpConfig, balance_weight: float, table: Tensor
-) -> Tensor:
-    """What training minimises: next token + mtp.weight * mean of the MTP steps + balance_weight * balance."""
-    states, balance = language_model(weights, batch, shape, mtp, table)
-    means = [
-        (cross_entropies(state, weights["output_layer.weight"], target) * weight).sum()
-        for state, target, weight in zip(states, batch.targets_KT, batch.weights_KT, strict=True)
-    ]
-    total = means[0] + balance_weight * balance
-    return total + mtp.weight * sum(means[1:]) / mtp.steps if mtp.steps else total

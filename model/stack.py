@@ -72,6 +72,9 @@ class Layer(TransformerLayer):
     """megatron-core's layer, which can be computed again in the backward pass."""
 
     def forward(self, hidden_states: Tensor, **others) -> tuple[Tensor, None]:
+        # A memory brings in tensors of other calls, whose gradients a second computation of this layer would lose.
+        if others["inference_context"] is not None:
+            return super().forward(hidden_states, **others)
         return self.compute(hidden_states, others)
 
     @recomputable(LAYER)

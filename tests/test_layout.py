@@ -78,7 +78,8 @@ def test_readme_names_every_source_and_no_other() -> None:
 
 def test_readme_speaks_of_commands_settings_and_files_that_exist() -> None:
     from train.__main__ import COMMANDS
-    from train.config import BenchConfig, Config, EvaluateConfig, GenerateConfig
+    from train.config import Config
+    from train.requests import BenchConfig, EvaluateConfig, GenerateConfig
     from train.settings import settings
 
     text = (ROOT / "README.md").read_text()

@@ -24,16 +24,10 @@ from train import front, usage
 from train.config import (
     CONFIG_FILE,
     USER_ERRORS,
-    BenchConfig,
     Config,
-    EvaluateConfig,
-    GenerateConfig,
     RunConfig,
     RunReference,
     check,
-    check_bench,
-    check_evaluate,
-    check_generate,
     check_plan,
     load_config,
 )
@@ -42,6 +36,15 @@ from train.estimate import PEERS, EstimateConfig, check_budget
 from train.estimate import estimate as estimate_text
 from train.footprint import planned_vocab
 from train.propose import proposals
+from train.requests import (
+    BenchConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    check_bench,
+    check_draft,
+    check_evaluate,
+    check_generate,
+)
 from train.runs import last_checkpoint, require_checkpoint, require_same_data, steps_done
 from train.settings import MISSING, ConfigError, from_dict, from_text, hint, settings, takes_text, to_dict
 from train.trackers import check_login
@@ -166,6 +169,7 @@ def evaluate(arguments: list[str]) -> int:
     evaluation = from_text(EvaluateConfig, _named(arguments))
     check_evaluate(evaluation)
     config = load_config(evaluation.run)
+    check_draft(evaluation.draft, config)
     require_checkpoint(evaluation.run)
     processes = front.world_size() or front.num_processes()
     resolve(config.parallel, config.model, processes)
@@ -182,6 +186,7 @@ def generate(arguments: list[str]) -> int:
     generation = from_text(GenerateConfig, _named(arguments))
     check_generate(generation)
     config = load_config(generation.run)
+    check_draft(generation.draft, config)
     config = replace(config, parallel=replace(config.parallel, context=1))  # a growing prefix is not cut into parts
     require_checkpoint(generation.run)
     processes = front.world_size() or front.num_processes(front.layout_size(config.parallel))

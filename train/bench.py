@@ -33,9 +33,10 @@ from model.router import Router
 from parallel import groups as process_groups
 from parallel.topology import resolve
 from train.build import build_chunks
-from train.config import Config, Measurement
+from train.config import Config
 from train.footprint import planned_vocab
 from train.peers import transformers_step
+from train.requests import Measurement
 from train.speed import matmul_rate
 
 WARM_UP = 2

@@ -1,4 +1,4 @@
-"""Every setting of a training run as one frozen tree, its checks, and those of evaluate and generate."""
+"""Every setting of a training run as one frozen tree, and its checks."""
 
 import tempfile
 from dataclasses import dataclass, field, replace
@@ -35,6 +35,7 @@ class RunConfig:
     save_every: int = _setting(0, "steps between checkpoints; 0 saves only at the end")
     eval_every: int = _setting(0, "steps between held-out evaluations; 0 evaluates only at the end")
     eval_samples: int = _setting(64, "held-out sequences of one evaluation")
+    eval_prompts: int = _setting(16, "held-out prompts on which an evaluation checks MTP drafts (not over a pipeline)")
     log_every: int = _setting(10, "steps between logged lines")
     dry_run: bool = _setting(False, "builds one process's part without numbers, says what it would take, and ends")
     max_time: float | None = _setting(None, "minutes after which the run saves and stops; null: no limit")
@@ -120,42 +121,6 @@ class RunReference:
         return Path(self.dir) / self.name
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """What `bench` measures."""
-
-    sequences: tuple[int, ...] = _setting((2, 4, 8), "sequences of a step, one after the other")
-    repeats: int = _setting(7, "steps of each size; their median counts")
-    peers: bool = _setting(True, "times transformers' Qwen3-Next beside ours; patterns of GE and *E only")
-    output: str = _setting("bench.json", "where the numbers go")
-
-
-@dataclass(frozen=True)
-class BenchConfig:
-    """What `bench` takes beside the settings of a recipe."""
-
-    bench: Measurement = field(default_factory=Measurement)
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """What `evaluate` measures."""
-
-    run: RunReference = field(default_factory=RunReference)
-    samples: int | None = _setting(None, "held-out sequences; null takes the run's run.eval_samples")
-
-
-@dataclass(frozen=True)
-class GenerateConfig:
-    """What `generate` writes."""
-
-    run: RunReference = field(default_factory=RunReference)
-    prompt: str = _setting("def ", "text to continue")
-    tokens: int = _setting(100, "tokens to write")
-    temperature: float = _setting(0.0, "0 takes the likeliest token; 1 samples from the model's distribution")
-    seed: int = _setting(1234, "seed of the sampling")
-
-
 def check(config: Config, world: int) -> Topology:
     """The layout of ``world`` processes, once every check has passed; creates the run's directory.
 
@@ -176,7 +141,7 @@ def check_plan(config: Config, world: int) -> Topology:
     """
     _check_run(config.run)
     _check_optim(config.optim)
-    _check_choice("wandb.mode", config.wandb.mode, ("offline", "online", "disabled"))
+    check_choice("wandb.mode", config.wandb.mode, ("offline", "online", "disabled"))
     check_model(config.model, config.mtp)
     check_balance(config.balance)
     topology = resolve(config.parallel, config.model, world)
@@ -201,24 +166,6 @@ def batch_schedule(config: Config) -> BatchSchedule:
     length = config.data.seq_length
     sizes = ((0, config.batch.global_), *((-(-begin // length), size) for begin, size in config.batch.schedule))
     return BatchSchedule(sizes, tuple((-(-begin // length), cut) for begin, cut in config.batch.length_schedule))
-
-
-def check_generate(config: GenerateConfig) -> None:
-    """Raises ConfigError for the first setting that cannot be used."""
-    _check_least("tokens", config.tokens, 1)
-    _check_least("temperature", config.temperature, 0.0)
-
-
-def check_bench(bench: Measurement) -> None:
-    """Raises ConfigError for the first setting that cannot be used."""
-    _check_least("bench.repeats", bench.repeats, 1)
-    _check_least("the shortest of bench.sequences", min(bench.sequences, default=0), 1)
-
-
-def check_evaluate(config: EvaluateConfig) -> None:
-    """Raises ConfigError for the first setting that cannot be used."""
-    if config.samples is not None:
-        _check_least("samples", config.samples, 1)
 
 
 def describe(config: Config, topology: Topology) -> list[str]:
@@ -272,18 +219,19 @@ def load_config(run: RunReference) -> Config:
 def _check_run(run: RunConfig) -> None:
     if not run.name or run.name.startswith((".", "-")) or "/" in run.name:
         raise ConfigError(f"run.name={run.name!r} cannot name a directory in {run.dir}: choose a plain name")
-    _check_least("run.steps", run.steps, 1)
-    _check_least("run.log_every", run.log_every, 1)
-    _check_least("run.eval_samples", run.eval_samples, 1)
-    _check_least("run.save_every", run.save_every, 0)
-    _check_least("run.eval_every", run.eval_every, 0)
+    check_least("run.steps", run.steps, 1)
+    check_least("run.log_every", run.log_every, 1)
+    check_least("run.eval_samples", run.eval_samples, 1)
+    check_least("run.eval_prompts", run.eval_prompts, 0)
+    check_least("run.save_every", run.save_every, 0)
+    check_least("run.eval_every", run.eval_every, 0)
     if run.max_time is not None and not run.max_time > 0:
         raise ConfigError(f"run.max_time={run.max_time} must be above 0 minutes, or null to have no limit")
 
 
 def _check_optim(optim: OptimConfig) -> None:
-    _check_choice("optim.schedule", optim.schedule, ("cosine", "wsd"))
-    _check_choice("optim.decay_shape", optim.decay_shape, ("linear", "sqrt"))
+    check_choice("optim.schedule", optim.schedule, ("cosine", "wsd"))
+    check_choice("optim.decay_shape", optim.decay_shape, ("linear", "sqrt"))
     if not 0 < optim.lr < float("inf"):
         raise ConfigError(f"optim.lr={optim.lr} must be a number above 0")
     if not 0 <= optim.min_lr <= optim.lr:
@@ -294,12 +242,12 @@ def _check_optim(optim: OptimConfig) -> None:
         raise ConfigError(f"optim.betas={list(optim.betas)} must lie from 0 to below 1")
     if not optim.eps > 0:
         raise ConfigError(f"optim.eps={optim.eps} must be above 0")
-    _check_least("optim.warmup_steps", optim.warmup_steps, 0)
-    _check_least("optim.weight_decay", optim.weight_decay, 0.0)
-    _check_least("optim.clip", optim.clip, 0.0)
+    check_least("optim.warmup_steps", optim.warmup_steps, 0)
+    check_least("optim.weight_decay", optim.weight_decay, 0.0)
+    check_least("optim.clip", optim.clip, 0.0)
 
 
-def _check_least(path: str, value: float, least: float) -> None:
+def check_least(path: str, value: float, least: float) -> None:
     if not value >= least:
         raise ConfigError(f"{path}={value} must be at least {least}")
 
@@ -319,7 +267,7 @@ def _check_divides(path: str, part: int, whole_path: str, whole: int) -> None:
         raise ConfigError(f"{path} has {part}, which does not divide {whole_path}={whole}: choose {whole // 2} or so")
 
 
-def _check_choice(path: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(path: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ConfigError(f"{path}={value!r} is not known: choose {', '.join(choices[:-1])} or {choices[-1]}")
 

@@ -1,8 +1,12 @@
-"""Held-out loss: nats a token for each prediction step, bits a byte, beside the entropy of guessing blindly."""
+"""Held-out loss: nats a token for each prediction step, bits a byte, beside the entropy of guessing blindly; and how
+many drafted tokens are accepted."""
 
+import json
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import batched
+from pathlib import Path
 
 import torch
 
@@ -12,16 +16,20 @@ from model.batch import MicroBatch, count_targets
 from parallel.collectives import from_last, sum_over
 from parallel.engine_megatron import run_schedule
 from train import metrics
-from train.build import Job, build_job
+from train.acceptance import Measurement, heldout_prompts, measure
+from train.build import Job, build_chunks, build_job
 from train.checkpoint import load_model
-from train.config import Config, EvaluateConfig
+from train.config import Config
+from train.requests import EvaluateConfig
 from train.runs import read_state, require_checkpoint
 
+TRAINING_PROMPT = 32  # tokens of a prompt, and of its continuation, in the evaluations of a run
 
-def microbatch(job: Job, batch: Batch, counts: torch.Tensor) -> MicroBatch:
+
+def microbatch(job: Job, batch: Batch, counts: torch.Tensor, tokens_before: int = 0) -> MicroBatch:
     """A batch of the data pipeline as the network takes it, on this process's device."""
     part, parts = job.groups.cp.rank(), job.groups.cp.size()
-    return MicroBatch.build(batch.tokens, batch.documents, counts, part, parts).to(job.device)
+    return MicroBatch.build(batch.tokens, batch.documents, counts, part, parts, tokens_before).to(job.device)
 
 
 def in_groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
@@ -71,6 +79,25 @@ def heldout_metrics(job: Job, max_samples: int) -> dict[str, float]:
     return values | {metrics.heldout_mtp_loss(step): losses[step] for step in range(1, 1 + steps)}
 
 
+def heldout_acceptance(job: Job, prompts: int) -> dict[str, float]:
+    """Acceptance of drafts as long as in training on short texts; empty where a process has not all layers."""
+    if not prompts or not job.config.mtp.steps or job.topology.pipeline > 1:
+        return {}
+    (network,) = job.chunks
+    texts = heldout_prompts(job, prompts, min(TRAINING_PROMPT, job.config.data.seq_length))
+    return measure(job, network, texts, job.config.mtp.steps, TRAINING_PROMPT).values() if texts else {}
+
+
+def rounded(job: Job, dtype: str) -> Job:
+    """The job with its model's weights and computation in another type."""
+    config = replace(job.config, model=replace(job.config.model, dtype=dtype))
+    with torch.device(job.device):
+        chunks = build_chunks(config, job.topology, job.groups, job.vocab_size)
+    for chunk, own in zip(chunks, job.chunks, strict=True):
+        chunk.load_state_dict(own.state_dict())
+    return replace(job, config=config, chunks=chunks)
+
+
 def report(values: dict[str, float]) -> str:
     """What an evaluation found, in a line or two for a person."""
     loss, entropy = values[metrics.HELDOUT_LM_LOSS], values[metrics.HELDOUT_UNIGRAM_ENTROPY]
@@ -79,8 +106,14 @@ def report(values: dict[str, float]) -> str:
         f"the unigram entropy {entropy:.4f}; "
         f"{values[metrics.HELDOUT_BITS_PER_BYTE]:.4f} bits a byte"
     )
-    deeper = [f"{name} {value:.4f}" for name, value in values.items() if name.startswith(metrics.heldout_mtp_loss(""))]
-    return "; ".join([text, *deeper])
+    deeper = (metrics.heldout_mtp_loss(""), metrics.heldout_acceptance(""), metrics.HELDOUT_ACCEPTED_LENGTH)
+    return "; ".join([text, *(f"{name} {value:.4f}" for name, value in values.items() if name.startswith(deeper))])
+
+
+def write_output(path: Path, values: dict[str, float], found: Measurement | None) -> None:
+    """Metrics, and prompts, texts and rounds by accepted tokens if drafts were measured, as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"metrics": values, "drafts": found and found.content()}) + "\n", encoding="utf-8")
 
 
 def run_evaluation(evaluation: EvaluateConfig, config: Config) -> int:
@@ -88,8 +121,22 @@ def run_evaluation(evaluation: EvaluateConfig, config: Config) -> int:
     path = require_checkpoint(evaluation.run)
     job = build_job(config)
     load_model(job, path)
+    if evaluation.dtype:
+        job = rounded(job, evaluation.dtype)
     values = heldout_metrics(job, evaluation.samples or config.run.eval_samples)
+    draft = evaluation.draft
+    if draft is None:
+        draft = config.mtp.steps if job.topology.pipeline == 1 else 0
+    found = None
+    if draft:
+        prompts = heldout_prompts(job, evaluation.prompts, evaluation.prompt_tokens)
+        found = measure(job, job.chunks[0], prompts, draft, evaluation.tokens, show=True)
+        values |= found.values()
     if job.is_first:
         print(f"{config.run.name} after {read_state(path)['step']} steps: {report(values)}", flush=True)
+    if job.is_first and found:
+        print(f"{found.tally.describe()}, on {len(prompts)} held-out prompts", flush=True)
+    if job.is_first and evaluation.output:
+        write_output(Path(evaluation.output), values, found)
     job.close()
     return 0

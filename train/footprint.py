@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from model import activations, cost
 from model.activations import ELEMENT_BYTES
-from model.config import HEAD_CHUNK, LAYER, MTP_PATTERN, ModelConfig
+from model.config import HEAD_CHUNK, INFERENCE, LAYER, MTP_PATTERN, ModelConfig
 from parallel import memory
 from parallel.topology import RECOMPUTABLE, ParallelConfig, Topology, TopologyError, microbatches
 from train.config import Config
@@ -121,17 +121,20 @@ def _activations(config: Config, topology: Topology, vocab_size: int, pipeline_r
 
 
 def _recomputed_bytes(config: Config, topology: Topology, pipeline_rank: int) -> float:
-    """What the backward pass brings back of the layer that it is in: the most of any layer of the process."""
+    """What the backward pass brings back of the layer that it is in: the most of any layer of the process.
+
+    The steps of multi-token prediction count as one layer if they are computed again together.
+    """
     model, length, parts = config.model, config.data.seq_length, recomputed(config.parallel)
-    symbols = "".join(model.stages[number] for number in stage_numbers(topology, pipeline_rank))
-    kept = {
-        symbol: [
-            activations.layer_bytes(symbol, model, length, topology.tensor, again, topology.expert_tensor)
-            for again in (frozenset(), parts)
-        ]
-        for symbol in set(symbols)
-    }
-    return _tokens(config, topology) * max(whole - part for whole, part in kept.values())
+    numbers, sizes = stage_numbers(topology, pipeline_rank), (model, length, topology.tensor)
+    kept = [
+        [activations.layer_bytes(symbol, *sizes, again, topology.expert_tensor) for again in (frozenset(), parts)]
+        for symbol in set("".join(model.stages[number] for number in numbers))
+    ]
+    if numbers[-1] == len(model.stages) - 1 and config.mtp.keys == INFERENCE and LAYER in parts:
+        sizes = (model, config.mtp, length, topology.tensor)
+        kept += [[activations.mtp_bytes(*sizes, again, topology.expert_tensor) for again in (frozenset(), parts)]]
+    return _tokens(config, topology) * max(whole - part for whole, part in kept)
 
 
 def _head_bytes(config: Config, topology: Topology, vocab_size: int, pipeline_rank: int) -> float:
@@ -158,7 +161,8 @@ def _layer_traffic(config: Config, topology: Topology, pipeline_rank: int, steps
         "expert all-to-all": symbols.count("E") * memory.expert_traffic(rows, row, topology, again),
         "tensor gathers and scatters": cut * memory.tensor_traffic(tokens * row, topology, again)
         + edges * memory.boundary_traffic(tokens * row, topology),
-        "context exchanges": sum(_context_bytes(symbol, config, topology, again) for symbol in symbols),
+        "context exchanges": sum(_context_bytes(symbol, config, topology, again) for symbol in symbols)
+        - (_spared_bytes(config, topology, again) if last else 0.0),
         "pipeline sends": memory.pipeline_traffic(tokens * row, topology, pipeline_rank),
     }
     return {name: steps * count for name, count in sent.items()}
@@ -173,6 +177,14 @@ def _context_bytes(symbol: str, config: Config, topology: Topology, again: bool)
     element = ELEMENT_BYTES[model.dtype]
     once = memory.ring_bytes(exchanged * element, parts) + (parts - 1) * gathered
     return (3 if again else 2) * once
+
+
+def _spared_bytes(config: Config, topology: Topology, again: bool) -> float:
+    """Of those, what the later steps of multi-token prediction need not gather: the first step's keys are there."""
+    if config.mtp.keys != INFERENCE or topology.context == 1 or not config.mtp.steps:
+        return 0.0
+    _, gathered = context_numbers("*", config.model, config, topology)
+    return (config.mtp.steps - 1) * _context_bytes("*", config, topology, again) if gathered else 0.0
 
 
 def context_numbers(symbol: str, model: ModelConfig, config: Config, topology: Topology) -> tuple[float, float]:

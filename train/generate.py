@@ -1,49 +1,43 @@
-"""Text from a trained run, greedily or by sampling: the whole prefix is read anew for every token."""
+"""Text from a trained run, greedily or by sampling, with or without drafts from its MTP layer."""
 
 import sys
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 
 from data.tokenizer import Tokenizer
-from model.batch import MicroBatch, count_targets
+from model.speculate import Speculator
+from train.acceptance import Tally, rounds
 from train.build import Job, build_job
 from train.checkpoint import load_model
-from train.config import Config, GenerateConfig
+from train.config import Config
+from train.requests import GenerateConfig
 from train.runs import require_checkpoint
 from train.settings import ConfigError
 
 
-def choose(logits_V: torch.Tensor, temperature: float, generator: torch.Generator) -> int:
-    """The likeliest token at temperature 0, else one drawn from softmax(logits / temperature)."""
+def choose(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> torch.Tensor:
+    """The likeliest token at temperature 0, else one drawn from softmax(logits / temperature): [..., V] -> [...]."""
     if temperature == 0:
-        return int(logits_V.argmax())
-    share = (logits_V.float() / temperature).softmax(dim=-1)
-    return int(torch.multinomial(share, 1, generator=generator))
+        return logits.argmax(dim=-1)
+    share = (logits.float() / temperature).softmax(dim=-1)
+    drawn = torch.multinomial(share.view(-1, share.shape[-1]).cpu(), 1, generator=generator)
+    return drawn.view(share.shape[:-1]).to(logits.device)
 
 
-@torch.no_grad()
-def next_logits(job: Job, ids: list[int]) -> torch.Tensor:
-    """Logits of the token after ``ids``, float32 on the host, padding rows of the vocabulary left out: [V]."""
-    # Sequence parallelism cuts the tokens evenly, so the prefix is filled up behind its end, where nothing looks.
-    fill = -len(ids) % job.topology.tensor
-    tokens = torch.tensor([ids + [0] * (fill + 1)])
-    documents = torch.zeros_like(tokens)
-    batch = MicroBatch.build(tokens, documents, count_targets(documents, 0)).to(job.device)
-    (network,) = job.chunks
-    hidden, _ = network.trunk(batch)
-    logits = network.logits(hidden)[len(ids) - 1]
-    return logits[: job.dataset.vocab_size].float().cpu()
-
-
-def stream_text(job: Job, tokenizer: Tokenizer, ids: list[int], generation: GenerateConfig):
-    """Yields the text of each new token until the end of the document or of the budget."""
+def stream_text(
+    job: Job, tokenizer: Tokenizer, ids: list[int], generation: GenerateConfig, tally: Tally
+) -> Iterator[str]:
+    """Yields the text of the new tokens until the end of the document or of the budget."""
     generator = torch.Generator().manual_seed(generation.seed)
-    written = tokenizer.decode(ids)
-    for _ in range(generation.tokens):
-        token = choose(next_logits(job, ids), generation.temperature, generator)
-        if token == job.dataset.eod_id:
-            return
-        ids.append(token)
+    pick = partial(choose, temperature=generation.temperature, generator=generator)
+    (network,) = job.chunks
+    speculator = Speculator(network, [ids], generation.tokens, generation.draft, job.dataset.vocab_size, pick)
+    written, ids, eod_id = tokenizer.decode(ids), list(ids), job.dataset.eod_id
+    one = torch.ones(1, dtype=torch.bool, device=job.device)
+    for (added,) in rounds(speculator, one, generation.tokens, eod_id, tally):
+        ids += [token for token in added if token != eod_id]
         text = tokenizer.decode(ids)
         # A character of several tokens is not whole until its last one; it is shown then.
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):
@@ -68,11 +62,15 @@ def run_generation(generation: GenerateConfig, config: Config) -> int:
     load_model(job, path)
     if job.is_first:
         sys.stdout.write(generation.prompt)
-    for text in stream_text(job, tokenizer, ids, generation):
+    tally = Tally(generation.draft, job.device)
+    for text in stream_text(job, tokenizer, ids, generation, tally):
         if job.is_first:
             sys.stdout.write(text)
             sys.stdout.flush()
     if job.is_first:
         sys.stdout.write("\n")
+        sys.stdout.flush()
+        if generation.draft:
+            print(tally.describe(), file=sys.stderr)
     job.close()
     return 0

@@ -1,5 +1,6 @@
 """The training loop."""
 
+import math
 import signal
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from train import checkpoint, metrics, routing
 from train.build import Job, build_engine, build_job, draw_weights
 from train.config import Config, batch_schedule, describe, save_config
 from train.doctor import refuse_wrong_kernels
-from train.evaluate import heldout_metrics, microbatch, report
+from train.evaluate import heldout_acceptance, heldout_metrics, microbatch, report
 from train.runs import last_checkpoint, require_checkpoint, require_same_data, steps_done
 from train.schedule import learning_rate
 from train.settings import ConfigError
@@ -45,7 +46,7 @@ class StopRequest:
 
 
 def train_step(
-    job: Job, engine: MegatronEngine, batches: list[Batch], lr: float, recording: bool = True
+    job: Job, engine: MegatronEngine, batches: list[Batch], lr: float, tokens_before: int = 0, recording: bool = True
 ) -> tuple[list[Losses], float]:
     """One optimizer step over this rank's micro-batches; losses and gradient norm.
 
@@ -57,14 +58,14 @@ def train_step(
     """
     counts = sum(count_targets(batch.documents, job.config.mtp.steps) for batch in batches)
     counts = sum_over(counts.to(job.device), job.groups.dp).cpu()
-    ready = [microbatch(job, batch, counts) for batch in batches]
+    ready = [microbatch(job, batch, counts, tokens_before) for batch in batches]
     routing.begin_step(job, ready, recording)
     outcome = engine.train_step(ready, job.microbatch_tokens, lr)
     routing.end_step(job)
     return outcome
 
 
-def step_metrics(job: Job, outputs: list[Losses]) -> dict[str, float]:
+def step_metrics(job: Job, outputs: list[Losses], tokens_before: int = 0) -> dict[str, float]:
     """The losses of a step over the whole global batch, the same on every process (two reductions)."""
     config, steps = job.config, job.config.mtp.steps
     addends = torch.zeros(1 + steps, dtype=torch.float64, device=job.device)
@@ -73,8 +74,7 @@ def step_metrics(job: Job, outputs: list[Losses]) -> dict[str, float]:
     lm_loss, *mtp_losses = sum_over_all(addends).tolist()
     of_routers = routing.routing_metrics(job)
     loss = lm_loss + routing.router_loss(job, of_routers)
-    if mtp_losses:
-        loss += config.mtp.weight * sum(mtp_losses) / steps
+    loss += sum(math.prod(pair) for pair in zip(config.mtp.loss_weights(tokens_before), mtp_losses, strict=True))
     values = {metrics.LOSS: loss, metrics.LM_LOSS: lm_loss}
     values |= {metrics.mtp_loss(step): value for step, value in enumerate(mtp_losses, start=1)}
     return values | of_routers
@@ -109,16 +109,17 @@ def fit(
         start = time.perf_counter()
         lr = learning_rate(job.config.optim, step, run.steps)
         logged = due(step, run.log_every, run.steps) or step == 1
-        outputs, grad_norm = train_step(job, engine, next(loader), lr, recording=logged)
+        behind = schedule.samples(step - 1).start * seq_length
+        outputs, grad_norm = train_step(job, engine, next(loader), lr, behind, recording=logged)
         speed.add(time.perf_counter() - start, step - 1)
 
         values = {}
         if logged:
             values = {metrics.TOKENS: schedule.samples(step).start * seq_length}
-            values |= step_metrics(job, outputs)
+            values |= step_metrics(job, outputs, behind)
             values |= {metrics.GRAD_NORM: grad_norm, metrics.LR: lr, **speed.take(), **data_metrics(job, loader)}
         if due(step, run.eval_every, run.steps):
-            values |= heldout_metrics(job, run.eval_samples)
+            values |= heldout_metrics(job, run.eval_samples) | heldout_acceptance(job, run.eval_prompts)
         if values:
             tracker.log(step, values)
 

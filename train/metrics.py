@@ -35,6 +35,7 @@ DATA_SKIPPED_TOKENS = "data_skipped_tokens"  # positions that damaged parts of t
 HELDOUT_LM_LOSS = "heldout_lm_loss"
 HELDOUT_BITS_PER_BYTE = "heldout_bits_per_byte"
 HELDOUT_UNIGRAM_ENTROPY = "heldout_unigram_entropy"  # nats a token, of knowing only frequencies
+HELDOUT_ACCEPTED_LENGTH = "heldout_accepted_length"  # tokens that a pass of the trunk yields with MTP drafts
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -52,6 +53,11 @@ def heldout_mtp_loss(depth: int) -> str:
 def of_layer(name: str, layer: str) -> str:
     """Name of a router's metric in one mixture of experts: a number from 1 in the trunk, ``mtp`` for the MTP layer."""
     return f"{name}/{layer}"
+
+
+def heldout_acceptance(step: int) -> str:
+    """Name of the share of drafts, right so far, whose token number ``step`` is accepted, from 1."""
+    return f"heldout_acceptance/{step}"
 
 
 class MetricsLog:

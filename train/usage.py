@@ -6,9 +6,10 @@ from itertools import groupby
 from pathlib import Path
 
 from data.config import PrepareConfig
-from train.config import BenchConfig, Config, EvaluateConfig, GenerateConfig
+from train.config import Config
 from train.convert import ExportConfig, ImportConfig
 from train.estimate import EstimateConfig
+from train.requests import BenchConfig, EvaluateConfig, GenerateConfig
 from train.settings import MISSING, Setting, settings
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -44,10 +45,14 @@ EXAMPLES = {
         ("prepare input=texts/ output=corpora/mine", "a directory of text, JSON lines or parquet"),
         ("prepare --check corpora/mine", "proves every file, token and document of a corpus"),
     ),
-    "evaluate": (("evaluate run=mine samples=256", "more held-out text than while training"),),
+    "evaluate": (
+        ("evaluate run=mine samples=256", "more held-out text than while training"),
+        ("evaluate run=mine draft=3 prompts=200", "what drafts of three tokens are worth"),
+    ),
     "generate": (
         ("generate run=mine prompt='def main('", "the likeliest continuation"),
         ("generate run=mine temperature=0.8 seed=2", "a sampled one"),
+        ("generate run=mine draft=2", "with drafts from the MTP layer: the same text in fewer passes"),
     ),
     "export": (
         ("export run=mine out=models/mine", "the last checkpoint, as it was trained"),

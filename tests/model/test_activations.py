@@ -43,7 +43,7 @@ PLAIN = {"attention_gate": False, "shared_expert_size": 0}
 
 
 @pytest.mark.parametrize(
-    ("pattern", "steps", "changes", "recompute"),
+    ("pattern", "mtp", "changes", "recompute"),
     [
         ("GGGG", 0, {}, ()),
         ("****", 0, {}, ()),
@@ -52,6 +52,9 @@ PLAIN = {"attention_gate": False, "shared_expert_size": 0}
         ("****", 0, PLAIN, ()),
         ("EEEE", 0, PLAIN, ()),
         ("GEGEGE*E", 2, {}, ()),
+        ("*E", 4, {}, ()),
+        ("*E", MtpConfig(steps=3, keys="depth"), {}, ()),
+        ("*E", MtpConfig(steps=3, keys="depth"), {}, (LAYER,)),
         ("GEGEGE*E", 2, {}, (LAYER,)),
         ("GEGEGE*E", 1, {}, ("deltanet",)),
         ("GEGEGE*E", 1, {}, ("experts",)),
@@ -60,8 +63,9 @@ PLAIN = {"attention_gate": False, "shared_expert_size": 0}
         ("GEGEGE*E", 1, {}, RECOMPUTABLE),
     ],
 )
-def test_the_formula_is_what_autograd_keeps(groups, pattern, steps, changes, recompute) -> None:
-    shape, mtp, parts = replace(SHAPE, pattern=pattern, **changes), MtpConfig(steps=steps), frozenset(recompute)
+def test_the_formula_is_what_autograd_keeps(groups, pattern, mtp, changes, recompute) -> None:
+    shape, parts = replace(SHAPE, pattern=pattern, **changes), frozenset(recompute)
+    mtp = mtp if isinstance(mtp, MtpConfig) else MtpConfig(steps=mtp)
     tokens = ROWS * LENGTH
     counted = stage_bytes(shape.layers, shape, mtp, VOCAB, LENGTH, tokens, 1, parts, last=True)
     # What the formula leaves out, a few numbers a token and head, is 1 to 4 % at these small widths.

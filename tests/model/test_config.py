@@ -85,9 +85,32 @@ def test_mistakes_are_refused_with_one_line(changes: dict, message: str) -> None
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("changes", [{"steps": -1}, {"weight": -0.1}])
-def test_negative_prediction_settings_are_refused(changes: dict) -> None:
-    mtp = replace(MtpConfig(), **changes)
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"steps": -1}, "mtp.steps=-1 must not be negative"),
+        ({"keys": "own"}, "mtp.keys='own' is not known: choose inference or depth"),
+        ({"weight": -0.1}, "mtp.weight=-0.1 cannot be followed"),
+        ({"weight": ()}, "mtp.weight=[] cannot be followed"),
+        ({"weight": ((5.0, 0.1),)}, "mtp.weight=[[5.0, 0.1]] cannot be followed"),
+        ({"weight": ((0.0, 0.3), (9.0, 0.1), (9.0, 0.2))}, "from 0 tokens on at rising numbers of tokens"),
+        ({"weight": ((0.0, 0.3), (9.0, -0.1))}, "cannot be followed"),
+        ({"step_weights": 0.0}, "mtp.step_weights=0.0 cannot be used: a ratio above 0"),
+        ({"step_weights": (1.0, -1.0)}, "mtp.step_weights=[1.0, -1.0] cannot be used"),
+        ({"step_weights": (1.0,)}, "as many numbers above 0 as there are steps (mtp.steps=2)"),
+    ],
+)
+def test_mistaken_prediction_settings_are_refused(changes: dict, says: str) -> None:
     with pytest.raises(ModelError) as refusal:
-        check_model(ModelConfig(), mtp)
-    assert str(refusal.value) == f"mtp.steps={mtp.steps} and mtp.weight={mtp.weight} must not be negative"
+        check_model(ModelConfig(), replace(MtpConfig(), **changes))
+    assert says in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_prediction_weights_follow_their_schedule() -> None:
+    mtp = MtpConfig(steps=2, weight=((0.0, 0.3), (1e13, 0.1)), step_weights=(3.0, 1.0))
+    check_model(ModelConfig(), mtp)
+    assert [mtp.weight_at(tokens) for tokens in (0, 1e13 - 1, 1e13, 1e15)] == [0.3, 0.3, 0.1, 0.1]
+    assert mtp.loss_weights(0) == pytest.approx([0.225, 0.075])
+    assert MtpConfig(steps=0).loss_weights(0) == []
+    assert MtpConfig(steps=3, weight=0.7, step_weights=0.5).loss_weights(0) == pytest.approx([0.4, 0.2, 0.1])

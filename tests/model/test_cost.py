@@ -1,5 +1,6 @@
 """Counted parameters and operations against built models and torch's counter, and against published figures."""
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -109,14 +110,21 @@ def test_the_large_models_have_their_published_sizes(on_meta: Callable, name: st
     assert sum(parameter.numel() for parameter in built.parameters()) == sum(counts.values())
 
 
+def attention_flops(query: tuple[int, ...], key: tuple[int, ...], *_, **__) -> int:
+    """Scores and mixtures of [R, N, L, D] queries with S keys."""
+    return 2 * 2 * math.prod(query) * key[2]
+
+
 def counted_flops(build, shape: ModelConfig, mtp: MtpConfig) -> float:
     """Matrix-product operations a token of a forward pass, as torch counts them."""
     network = build(shape, mtp, vocab_size=VOCAB)
     tokens = torch.randint(0, VOCAB, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(0))
     documents = torch.zeros_like(tokens)
     batch = MicroBatch.build(tokens, documents, count_targets(documents, mtp.steps))
-    # The plain implementation of attention is the one whose products torch sees.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+    # The plain implementation of attention is the one whose products torch sees. One kernel is called by name.
+    products = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
+    counting = FlopCounterMode(display=False, custom_mapping=products)
+    with sdpa_kernel(SDPBackend.MATH), counting as counter, torch.no_grad():
         network(batch)
     return counter.get_total_flops() / (ROWS * LENGTH)
 
@@ -125,28 +133,32 @@ PLAIN = {"attention_gate": False, "shared_expert_size": 0}
 
 
 @pytest.mark.parametrize(
-    ("pattern", "steps", "changes"),
+    ("pattern", "mtp", "changes"),
     [
-        ("GEGEGE*E", 2, {}),
-        ("*E", 0, {}),
-        ("GE", 1, {}),
-        ("GG**EE", 3, {}),
-        ("*-", 0, PLAIN),
-        ("*E*-", 1, PLAIN),
-        ("G-", 0, {"dense_size": 20}),
+        ("GEGEGE*E", MtpConfig(steps=2), {}),
+        ("*E", MtpConfig(steps=0), {}),
+        ("GE", MtpConfig(steps=1), {}),
+        ("GG**EE", MtpConfig(steps=3), {}),
+        ("*E", MtpConfig(steps=3, keys="depth"), {}),
+        ("*-", MtpConfig(steps=0), PLAIN),
+        ("*E*-", MtpConfig(steps=1), PLAIN),
+        ("G-", MtpConfig(steps=0), {"dense_size": 20}),
     ],
+    ids=str,
 )
-def test_the_formulas_count_what_torch_counts(build, pattern: str, steps: int, changes: dict) -> None:
-    shape, mtp = replace(SMALL, pattern=pattern, **changes), MtpConfig(steps=steps)
+def test_the_formulas_count_what_torch_counts(build, pattern: str, mtp: MtpConfig, changes: dict) -> None:
+    shape = replace(SMALL, pattern=pattern, **changes)
     found = counted_flops(build, shape, mtp)
     # Torch counts no triangular solve, no elementwise convolution, and all of a masked attention's square.
     queries = shape.attention_heads * shape.head_dim
-    attentions = pattern.count("*") + steps
+    attentions = pattern.count("*") + mtp.steps
     dk, dv = shape.linear_key_dim, shape.linear_value_dim
     channels = 2 * shape.linear_key_heads * dk + shape.linear_value_heads * dv
     uncounted = 2 * shape.conv_kernel * channels + 64 * (dk + dv) * shape.linear_value_heads
     expected = sum(forward_flops(shape, mtp, VOCAB, LENGTH).values())
     expected += attentions * 2 * queries * LENGTH - pattern.count("G") * uncounted
+    if mtp.steps > 1 and mtp.keys == "inference":
+        expected -= 2 * queries  # a mixture of one value is no matrix product
     # The formulas are exact; only the order of float sums differs.
     assert found == pytest.approx(expected, rel=1e-9)
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from model import reference
+from model import reference, reference_model
 from model.attention import rotary_table
 from model.backends import column_linear, row_linear
 from model.batch import MicroBatch, count_targets
@@ -34,5 +34,5 @@ def test_a_plain_transformer_equals_its_twin(build) -> None:
     # The twin takes half of the fast path's own float32 table.
     table = rotary_table(batch.documents.position_RL, shape)
     table = table[..., : shape.rotary_dim // 2].double()
-    expected = reference.loss(weights_of(network), batch, shape, mtp, 0.0, table)
+    expected = reference_model.loss(weights_of(network), batch, shape, mtp, 0.0, [table])
     assert_close(network(batch).total.detach(), expected.detach(), FLOAT64_TOLERANCE, "the loss")

@@ -9,7 +9,7 @@ import torch
 from model.batch import MicroBatch, count_targets
 from model.config import MtpConfig
 from model.network import LanguageModel
-from tests.model.helpers import SMALL
+from tests.model.helpers import FLOAT64_TOLERANCE, SMALL, assert_close
 
 VOCAB, LENGTH = 40, 12
 SHAPE = replace(SMALL, pattern="GE*E")
@@ -68,12 +68,42 @@ def test_one_layer_serves_all_steps(build: Callable) -> None:
     assert not any("embedding" in name or "output_layer" in name for name in own)
 
 
-@pytest.mark.parametrize(("steps", "weight"), [(0, 0.3), (1, 0.3), (2, 0.7)])
-def test_total_adds_the_mean_over_the_steps(build: Callable, steps: int, weight: float) -> None:
-    network = build(SHAPE, MtpConfig(steps=steps, weight=weight), VOCAB)
-    losses = network(micro_batch(torch.arange(LENGTH + 1), steps))
-    assert losses.by_step.shape == (1 + steps,)
-    assert losses.tokens_KT.shape == (1 + steps, LENGTH)
-    expected = losses.by_step[0] + (weight * losses.by_step[1:].mean() if steps else 0)
-    # float64 sums of three numbers.
+@pytest.mark.parametrize(
+    ("mtp", "tokens_before", "shares"),
+    [
+        (MtpConfig(steps=0), 0, []),
+        (MtpConfig(steps=1), 0, [0.3]),
+        (MtpConfig(steps=2, weight=0.7), 0, [0.35, 0.35]),
+        (MtpConfig(steps=3, weight=0.7, step_weights=0.5), 0, [0.4, 0.2, 0.1]),
+        (MtpConfig(steps=2, weight=1.0, step_weights=(3.0, 1.0)), 0, [0.75, 0.25]),
+        (MtpConfig(steps=2, weight=((0.0, 0.3), (100.0, 0.1))), 99, [0.15, 0.15]),
+        (MtpConfig(steps=2, weight=((0.0, 0.3), (100.0, 0.1))), 100, [0.05, 0.05]),
+    ],
+    ids=str,
+)
+def test_total_adds_the_steps_by_their_weights(build: Callable, mtp: MtpConfig, tokens_before: int, shares) -> None:
+    network = build(SHAPE, mtp, VOCAB)
+    losses = network(replace(micro_batch(torch.arange(LENGTH + 1), mtp.steps), tokens_before=tokens_before))
+    assert losses.by_step.shape == (1 + mtp.steps,)
+    assert losses.tokens_KT.shape == (1 + mtp.steps, LENGTH)
+    expected = losses.by_step @ torch.tensor([1.0, *shares], dtype=torch.float64)
+    # float64 sums of a few numbers.
     assert losses.total.item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("recompute", [(), ("layer",), ("attention", "norm")], ids=str)
+@pytest.mark.parametrize("keys", ["inference", "depth"])
+def test_detached_only_the_layer_itself_learns_from_its_loss(build: Callable, keys: str, recompute: tuple) -> None:
+    """Its own gradients are those of joint training; the rest has those of training without it."""
+    gradients, weights = [], build(SHAPE, MtpConfig(steps=2), VOCAB).state_dict()
+    for mtp in (MtpConfig(steps=2, detach=True, keys=keys), MtpConfig(steps=2, keys=keys), MtpConfig(steps=0)):
+        network = build(SHAPE, mtp, VOCAB)
+        network.load_state_dict(weights, strict=mtp.steps > 0)
+        network.config.recompute = frozenset(recompute)
+        network(micro_batch(torch.arange(LENGTH + 1), mtp.steps)).total.backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in network.named_parameters()})
+    detached, joint, without = gradients
+    for name, gradient in detached.items():
+        expected = joint[name] if name.startswith("mtp.") else without[name]
+        assert_close(gradient, expected, FLOAT64_TOLERANCE, name)
+    assert not torch.allclose(joint["output_layer.weight"], without["output_layer.weight"])

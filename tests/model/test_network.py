@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model import reference
+from model import reference, reference_model
 from model.attention import rotary_table
 from model.batch import MicroBatch, count_targets
 from model.config import BalanceConfig, MtpConfig
@@ -23,10 +23,14 @@ from tests.model.helpers import (
 VOCAB = 40
 
 
-def half_table(batch: MicroBatch) -> torch.Tensor:
-    """The rotary table as the twin takes it: the float32 angles of the fast path (see test_attention for those)."""
-    table = rotary_table(batch.documents.position_RL, SMALL)
-    return table[..., : SMALL.rotary_dim // 2].double()
+def half_tables(batch: MicroBatch, mtp: MtpConfig) -> list[torch.Tensor]:
+    """The rotary tables of all steps as the twin takes them: the float32 angles of the fast path (see test_attention).
+
+    With the keys of inference, step k attends from k - 1 positions further on.
+    """
+    ahead = [0, *(range(mtp.steps) if mtp.keys == "inference" else [0] * mtp.steps)]
+    tables = [rotary_table(batch.documents.position_RL + shift, SMALL) for shift in ahead]
+    return [table[..., : SMALL.rotary_dim // 2].double() for table in tables]
 
 
 def micro_batch(tokens_RS: torch.Tensor, ids_RS: torch.Tensor, steps: int) -> MicroBatch:
@@ -40,19 +44,30 @@ def random_tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize(("pattern", "steps"), [("GEGE*E", 2), ("*EG", 1), ("GE", 0)])
-def test_losses_and_all_gradients_equal_the_twin(build: Callable, pattern: str, steps: int) -> None:
-    shape, mtp = replace(SMALL, pattern=pattern), MtpConfig(steps=steps, weight=0.3)
+@pytest.mark.parametrize(
+    ("pattern", "mtp"),
+    [
+        ("GEGE*E", MtpConfig(steps=2)),
+        ("GE", MtpConfig(steps=4, weight=((0.0, 0.5), (100.0, 0.1)), step_weights=0.6)),
+        ("*EG", MtpConfig(steps=3, keys="depth", step_weights=(3.0, 2.0, 1.0))),
+        ("*E", MtpConfig(steps=3, detach=True)),
+        ("*EG", MtpConfig(steps=1)),
+        ("GE", MtpConfig(steps=0)),
+    ],
+    ids=str,
+)
+def test_losses_and_all_gradients_equal_the_twin(build: Callable, pattern: str, mtp: MtpConfig) -> None:
+    shape = replace(SMALL, pattern=pattern)
     network = build(shape, mtp, VOCAB)
     ids = ids_from_starts(20, [3, 4, 11], [])
     ids[1, -3:] = -1
-    batch = micro_batch(random_tokens(*ids.shape), ids, steps)
+    batch = replace(micro_batch(random_tokens(*ids.shape), ids, mtp.steps), tokens_before=100)
 
     losses = network(batch)
     losses.total.backward()
     weights = weights_of(network)
-    states, balance = reference.language_model(weights, batch, shape, mtp, half_table(batch))
-    expected = reference.loss(weights, batch, shape, mtp, BALANCE.weight, half_table(batch))
+    states, balance = reference_model.language_model(weights, batch, shape, mtp, half_tables(batch, mtp))
+    expected = reference_model.loss(weights, batch, shape, mtp, BALANCE.weight, half_tables(batch, mtp))
     expected.backward()
 
     entropies = torch.stack(

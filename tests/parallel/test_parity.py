@@ -61,6 +61,7 @@ class Case:
     micro_batches: int = 2
     states: bool | None = None  # how Gated DeltaNet crosses parts of a sequence: states, heads, or as it chooses
     mtp_steps: int = 2
+    keys: str = "inference"  # which keys the MTP steps attend to
 
 
 def layout(name: str, world: int, model: ModelConfig = MODEL, states: bool | None = None, **sizes) -> Case:
@@ -99,6 +100,8 @@ LAYOUTS = [
     layout("DP2xCP2xEP2", 4, states=True, context=2, expert=2),
     layout("EP2xPP2 interleaved", 4, INTERLEAVED, expert=2, pipeline=2),
 ]
+DEPTH_REFERENCE = replace(REFERENCE, name="one process, MTP by depth", keys="depth")
+DEPTH = replace(layout("TP2xCP2, MTP by depth", 4, tensor=2, context=2), keys="depth")
 MICRO_BATCHED = [
     Case("one process, 8 micro-batches", 1, ParallelConfig(), micro_batches=8),
     Case("PP2, 4 micro-batches", 2, ParallelConfig(expert=1, pipeline=2), PIPELINED, 4),
@@ -119,7 +122,7 @@ EXACT = BalanceConfig(weight=0.01, micro_weight=0.0, z_weight=0.001, mode="exact
 
 def _job(case: Case, balance: BalanceConfig = EXACT, **model) -> Job:
     deltanet.passes_states = cost.passes_states if case.states is None else lambda *_: case.states
-    mtp = MtpConfig(steps=case.mtp_steps)
+    mtp = MtpConfig(steps=case.mtp_steps, keys=case.keys)
     job = build_tiny(tiny_config(replace(case.model, **model), case.parallel, balance=balance, mtp=mtp))
     micro = ROWS // job.groups.dp.size() // case.micro_batches
     return replace(job, config=replace(job.config, batch=BatchConfig(global_=ROWS, micro=micro)))
@@ -181,7 +184,7 @@ PLAN = (
     + [(case, kind) for case in LAYOUTS for kind in (DENSE, GRADIENTS)]
     + [(case, SPARSE if case.parallel.pipeline > 1 else ONLINE) for case in CHOOSING]
     + [(case, kind) for case in MICRO_BATCHED for kind in (DENSE, GRADIENTS)]
-    + [(case, GRADIENTS) for case in (*OTHER_DEPTHS, *DEPTH_REFERENCES.values())]
+    + [(case, GRADIENTS) for case in (*OTHER_DEPTHS, *DEPTH_REFERENCES.values(), DEPTH_REFERENCE, DEPTH)]
     + [(case, BY_SEQUENCE) for case in SEQUENCES]
 )
 
@@ -201,7 +204,9 @@ def results(request) -> dict:
     asked = [item.callspec.params["case"] for item in request.session.items if "case" in item.fixturenames]
     found = {}
     for world in (1, 2, 4):
-        cases = dict.fromkeys(case for case, _ in PLAN if case.world == world and case in (REFERENCE, *asked))
+        cases = dict.fromkeys(
+            case for case, _ in PLAN if case.world == world and case in (REFERENCE, DEPTH_REFERENCE, *asked)
+        )
         # megatron-core's groups are never taken down, and each keeps threads: a few cases a set of processes.
         for few in itertools.batched(cases, CASES_AT_ONCE):
             ranks = run_ranks(_compute, world, [step for step in PLAN if step[0] in few], timeout=300)
@@ -271,6 +276,11 @@ FIRST_STEP = {metrics.LOSS: 1e-6}
 @pytest.mark.parametrize("case", LAYOUTS, ids=lambda case: case.name)
 def test_gradients_of_the_first_step_in_float64(results, case: Case):
     _assert_same_gradients(results, case, GRADIENTS)
+
+
+@pytest.mark.parametrize("case", [DEPTH], ids=lambda case: case.name)
+def test_gradients_where_each_mtp_step_attends_to_its_own_keys(results, case: Case):
+    _assert_same_gradients(results, case, GRADIENTS, DEPTH_REFERENCE)
 
 
 @pytest.mark.parametrize("case", LAYOUTS, ids=lambda case: case.name)

@@ -86,7 +86,9 @@ def test_settings_of_all_types_reach_the_configuration():
             "-cn",
             "tiny_512e",
             "optim=wsd",
-            "+mtp.steps=1",
+            "+mtp.steps=2",
+            "mtp.weight=[[0,0.3],[1000000,0.1]]",
+            "mtp.step_weights=[3,1]",
             "run.name=it's a \\'b\\",
             "run.max_time=3",
             "data.corpus=/x/(y),z=1",
@@ -96,7 +98,8 @@ def test_settings_of_all_types_reach_the_configuration():
             "wandb.entity=2025_11",
         ]
     )
-    assert config.mtp.steps == 1
+    assert config.mtp.steps == 2
+    assert config.mtp.weight == ((0.0, 0.3), (1e6, 0.1)) and config.mtp.step_weights == (3.0, 1.0)
     assert config.run.name == "it's a \\'b\\"
     assert config.run.max_time == 3.0
     assert config.data.corpus == "/x/(y),z=1"

@@ -11,17 +11,19 @@ from model.config import ModelError
 from parallel.topology import ParallelConfig, TopologyError
 from train.config import (
     Config,
-    EvaluateConfig,
-    GenerateConfig,
     RunReference,
     check,
-    check_evaluate,
-    check_generate,
     describe,
     load_config,
     save_config,
 )
 from train.footprint import recomputed
+from train.requests import (
+    EvaluateConfig,
+    GenerateConfig,
+    check_evaluate,
+    check_generate,
+)
 from train.settings import ConfigError, from_dict, settings, to_dict
 
 

@@ -134,6 +134,18 @@ def test_evaluate_and_generate_read_a_run_on_other_processes(commands: Commands)
     greedy = commands.run("generate", *name, "prompt=one two", "tokens=12", processes=1)
     assert greedy.splitlines()[-1].startswith("one two")
     assert commands.run("generate", *name, "prompt=one two", "tokens=12", processes=1) == greedy
+    drafted = commands.run("generate", *name, "prompt=one two", "tokens=12", "draft=2", processes=2)
+    assert greedy.splitlines()[-1] in drafted.splitlines()
+    assert "drafts of 2: " in drafted and " a pass" in drafted
+    assert last["heldout_accepted_length"] >= 1.0
+    path, few = commands.runs / "drafts.json", ("draft=3", "prompts=5", "prompt_tokens=9", "tokens=6", "samples=2")
+    commands.run("evaluate", *name, *few, f"output={path}", processes=2)
+    together = json.loads(path.read_text())["drafts"]
+    commands.run("evaluate", *name, *few, f"output={path}", processes=1)
+    assert json.loads(path.read_text())["drafts"] == together
+    assert len(together["prompts"]) == len(together["texts"]) > 2 and len(together["cumulative"]) == 3
+    commands.run("evaluate", *name, *few, f"output={path}", "dtype=bfloat16", processes=1)
+    assert json.loads(path.read_text())["drafts"]["prompts"] == together["prompts"]
     assert "has no tokens" in commands.run("generate", *name, "prompt=", processes=1, code=2)
 
 

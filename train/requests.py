@@ -1,0 +1,89 @@
+"""Settings of the commands that use a run or measure speed - evaluate, generate, bench - and their checks."""
+
+from dataclasses import dataclass, field
+
+from train.config import Config, RunReference, check_choice, check_least
+from train.settings import ConfigError
+
+
+def _setting(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What `bench` measures."""
+
+    sequences: tuple[int, ...] = _setting((2, 4, 8), "sequences of a step, one after the other")
+    repeats: int = _setting(7, "steps of each size; their median counts")
+    peers: bool = _setting(True, "times transformers' Qwen3-Next beside ours; patterns of GE and *E only")
+    output: str = _setting("bench.json", "where the numbers go")
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What `bench` takes beside the settings of a recipe."""
+
+    bench: Measurement = field(default_factory=Measurement)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What `evaluate` measures."""
+
+    run: RunReference = field(default_factory=RunReference)
+    samples: int | None = _setting(None, "held-out sequences; null takes the run's run.eval_samples")
+    draft: int | None = _setting(None, "tokens of an MTP draft, whose acceptance is measured; null: mtp.steps; 0: none")
+    prompts: int = _setting(64, "held-out prompts that drafts continue")
+    prompt_tokens: int = _setting(32, "tokens of a prompt, at the most")
+    tokens: int = _setting(64, "tokens that each prompt is continued by")
+    dtype: str | None = _setting(None, "type that the weights are rounded to first: float32 or bfloat16; null: none")
+    output: str | None = _setting(None, "JSON file for prompts, texts and the acceptance of their drafts")
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """What `generate` writes."""
+
+    run: RunReference = field(default_factory=RunReference)
+    prompt: str = _setting("def ", "text to continue")
+    tokens: int = _setting(100, "tokens to write")
+    temperature: float = _setting(0.0, "0 takes the likeliest token; 1 samples from the model's distribution")
+    seed: int = _setting(1234, "seed of the sampling")
+    draft: int = _setting(0, "tokens that the MTP layer drafts ahead for one pass of the model to check; 0: none")
+
+
+def check_generate(config: GenerateConfig) -> None:
+    """Raises ConfigError for the first setting that cannot be used."""
+    check_least("tokens", config.tokens, 1)
+    check_least("temperature", config.temperature, 0.0)
+    check_least("draft", config.draft, 0)
+
+
+def check_bench(bench: Measurement) -> None:
+    """Raises ConfigError for the first setting that cannot be used."""
+    check_least("bench.repeats", bench.repeats, 1)
+    check_least("the shortest of bench.sequences", min(bench.sequences, default=0), 1)
+
+
+def check_evaluate(config: EvaluateConfig) -> None:
+    """Raises ConfigError for the first setting that cannot be used."""
+    if config.samples is not None:
+        check_least("samples", config.samples, 1)
+    if config.draft is not None:
+        check_least("draft", config.draft, 0)
+    for name in ("prompts", "prompt_tokens", "tokens"):
+        check_least(name, vars(config)[name], 1)
+    if config.dtype is not None:
+        check_choice("dtype", config.dtype, ("float32", "bfloat16"))
+
+
+def check_draft(draft: int | None, config: Config) -> None:
+    """Raises ConfigError where a run cannot draft."""
+    if draft and not config.mtp.steps:
+        raise ConfigError(f"draft={draft} but run.name={config.run.name} has no MTP layer (mtp.steps=0): use draft=0")
+    if draft and config.parallel.pipeline > 1:
+        raise ConfigError(
+            f"draft={draft} but run.name={config.run.name} has several pipeline stages (parallel.pipeline="
+            f"{config.parallel.pipeline}), and drafts need all layers in one process: use draft=0"
+        )
