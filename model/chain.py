@@ -15,7 +15,9 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from model.backends import accelerated
 from model.documents import Documents, attention_mask
 from model.norm import at_least_float32
 
@@ -37,6 +39,7 @@ def _additive_mask(q_TND: Tensor, keys: int, documents: Documents) -> Tensor | N
     return room.masked_fill_(~mask, -torch.inf)
 
 
+@accelerated("model.kernel_attention")
 def prefix_attention(q_TND: Tensor, k_SMD: Tensor, v_SMD: Tensor, documents: Documents) -> tuple[Tensor, Tensor]:
     """`packed_attention` [T, N, D] and the log-sum-exp of its scores [T, N] (at least float32); no gradient."""
     q, k, v = (_by_rows(x, documents) for x in (q_TND, k_SMD, v_SMD))
@@ -51,6 +54,7 @@ def prefix_attention(q_TND: Tensor, k_SMD: Tensor, v_SMD: Tensor, documents: Doc
     return out.transpose(1, 2).reshape(q_TND.shape), lse.transpose(1, 2).reshape(q_TND.shape[:2])
 
 
+@accelerated("model.kernel_attention")
 def prefix_gradients(
     grad_TND: Tensor,
     q_TND: Tensor,
@@ -73,7 +77,7 @@ def prefix_gradients(
         share, heads = q.shape[1] // k.shape[1], k.shape[1]
         k, v = (x.repeat_interleave(share, dim=1) for x in (k, v))
         bias = None if mask is None else mask.expand(-1, q.shape[1], -1, -1)
-        lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32))
+        lse = F.pad(lse, (0, -lse.shape[-1] % 32)).contiguous()
         none = torch.zeros((), dtype=torch.int64)  # seed and offset of a dropout that there is not
         gradients = aten._scaled_dot_product_efficient_attention_backward(
             grad, q, k, v, bias, out, lse, none, none, 0.0, [True, True, True, False], mask is None
@@ -93,10 +97,15 @@ def _chain_scores(q_TND: Tensor, k_TCMD: Tensor) -> Tensor:
     return torch.einsum("tmgd,tcmd->tmgc", q, at_least_float32(k_TCMD)) * q_TND.shape[-1] ** -0.5
 
 
+def _for_keys(function: Callable, q_TND: Tensor, k_SMD: Tensor) -> Callable:
+    """The function, or its plain form where keys were gathered from other processes: kernels know only S = T."""
+    return function if q_TND.shape[0] == k_SMD.shape[0] else function.__wrapped__
+
+
 class _ChainAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_TND, k_SMD, v_SMD, k_TCMD, v_TCMD, documents: Documents) -> Tensor:
-        prefix, lse = prefix_attention(q_TND, k_SMD, v_SMD, documents)
+        prefix, lse = _for_keys(prefix_attention, q_TND, k_SMD)(q_TND, k_SMD, v_SMD, documents)
         scores = _chain_scores(q_TND, k_TCMD)
         whole = torch.logaddexp(lse, scores.logsumexp(dim=-1).flatten(1))
         shares = (scores - whole.view_as(scores[..., 0])[..., None]).exp()
@@ -110,7 +119,8 @@ class _ChainAttention(torch.autograd.Function):
     def backward(ctx, grad_TND: Tensor):
         q_TND, k_SMD, v_SMD, k_TCMD, v_TCMD, out, whole = ctx.saved_tensors
         grad_TND = grad_TND.contiguous()
-        grad_q, grad_k, grad_v = prefix_gradients(grad_TND, q_TND, k_SMD, v_SMD, out, whole, ctx.documents)
+        gradients = _for_keys(prefix_gradients, q_TND, k_SMD)
+        grad_q, grad_k, grad_v = gradients(grad_TND, q_TND, k_SMD, v_SMD, out, whole, ctx.documents)
         heads, scale = (k_TCMD.shape[2], -1), q_TND.shape[-1] ** -0.5
         grad, q, values = at_least_float32(grad_TND), at_least_float32(q_TND), at_least_float32(v_TCMD)
         mean = (grad * at_least_float32(out)).sum(-1)

@@ -227,6 +227,25 @@ def attention_backward(
     )
 
 
+def prefix_attention(q_TND: Tensor, k_TMD: Tensor, v_TMD: Tensor, documents) -> tuple[Tensor, Tensor]:
+    """See `model.chain.prefix_attention`."""
+    q, k, v = (x.contiguous() for x in (q_TND, k_TMD, v_TMD))
+    out, log_sum = attention_forward(q, k, v, documents)
+    by_token = log_sum[..., 0].transpose(1, 2).flatten(0, 1) if _whole_rows(q, k, v, documents) else log_sum.t()
+    return out, by_token.contiguous()
+
+
+def prefix_gradients(
+    grad_TND: Tensor, q_TND: Tensor, k_TMD: Tensor, v_TMD: Tensor, out_TND: Tensor, lse_TN: Tensor, documents
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `model.chain.prefix_gradients`."""
+    grad, q, k, v, out = (x.contiguous() for x in (grad_TND, q_TND, k_TMD, v_TMD, out_TND))
+    log_sum = lse_TN.t()
+    if _whole_rows(q, k, v, documents):
+        log_sum = lse_TN.unflatten(0, (documents.ids_RL.shape[0], -1)).transpose(1, 2)[..., None]
+    return attention_backward(grad, q, k, v, out, log_sum.contiguous(), documents)
+
+
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_TND: Tensor, k_TMD: Tensor, v_TMD: Tensor, documents) -> Tensor:

@@ -11,7 +11,9 @@ import torch.distributed as dist
 
 from model import preflight
 from model.batch import MicroBatch, count_targets
+from model.chain import chain_attention
 from model.config import ModelConfig, MtpConfig
+from model.documents import Documents
 from model.experts import grouped_linear
 from model.network import LanguageModel
 from model.stack import hybrid_config
@@ -54,6 +56,32 @@ QWEN3_NEXT = ModelConfig(
 @pytest.mark.parametrize("shape", [SHAPE, QWEN3_NEXT], ids=["tiny", "Qwen3-Next"])
 def test_every_kernel_equals_its_twin(shape: ModelConfig) -> None:
     assert preflight.wrong_kernels(shape, torch.device("cuda")) == {}
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["whole rows", "packed"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=str)
+def test_attention_over_a_prefix_and_a_chain_equals_the_cpu_in_float64(
+    dtype: torch.dtype, tolerance: float, packed: bool
+) -> None:
+    rows, length, heads, groups, dim, chain = 2, 160, 4, 2, 64, 2
+    ids = (torch.arange(length) > 70).long().expand(rows, -1) * packed
+    generator = torch.Generator().manual_seed(2)
+    sizes = [
+        (rows * length, heads, dim),
+        *[(rows * length, groups, dim)] * 2,
+        *[(rows * length, chain, groups, dim)] * 2,
+    ]
+    leaves = [torch.randn(size, generator=generator).to(dtype) for size in sizes]
+    upstream = torch.randn(sizes[0], generator=generator).to(dtype)
+    results = []
+    for device, kind in (("cuda", dtype), ("cpu", torch.float64)):
+        inputs = [x.to(device, kind).requires_grad_() for x in leaves]
+        out = chain_attention(*inputs, Documents.from_ids(ids).to(torch.device(device)))
+        out.backward(upstream.to(device, kind))
+        results.append([out.detach(), *(x.grad for x in inputs)])
+    # float32: sums in another order. bfloat16: 8 bits of mantissa, once for the output and once for each product.
+    for found, expected in zip(*results, strict=True):
+        assert relative_error(found, expected) < tolerance
 
 
 def test_grouped_linear_in_bfloat16_equals_a_loop_in_float64():
