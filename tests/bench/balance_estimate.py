@@ -1,6 +1,6 @@
 """How near the gradient of an estimated balance loss comes to that of the exact one, on a toy that is hard on purpose.
 
-    python -m tests.bench.balance_estimate          prints the table of balance.md
+    python -m tests.bench.balance_estimate          prints the table of RESULTS.md
 
 64 experts, top-4; a step has 8 micro-batches on each of 4 data-parallel ranks, and each of these 32 holds tokens of one
 of 8 domains, drawn anew every step. One router layer, driven through the code of a training run: forward and backward
