@@ -69,7 +69,7 @@ def _train_and_save(runs: Path) -> None:
     job = _job(runs)
     engine = start_engine(job)
     train_step(job, engine, [random_batch(ROWS, seed=0)], lr=1e-3)
-    load(engine, save(job, engine, 1, "fingerprint"), "fingerprint")
+    load(engine, save(job, engine, 1, {}))
     train_step(job, engine, [random_batch(ROWS, seed=1)], lr=1e-3)
 
 

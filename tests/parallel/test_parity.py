@@ -117,6 +117,7 @@ DEPTH_REFERENCES = {
     steps: Case(f"one process, {steps} MTP steps", 1, ParallelConfig(), micro_batches=1, mtp_steps=steps)
     for steps in (1, 3)
 }
+REFERENCES = (REFERENCE, TWO_MICRO_BATCHES, DEPTH_REFERENCE, *DEPTH_REFERENCES.values())
 EXACT = BalanceConfig(weight=0.01, micro_weight=0.0, z_weight=0.001, mode="exact")
 
 
@@ -204,9 +205,7 @@ def results(request) -> dict:
     asked = [item.callspec.params["case"] for item in request.session.items if "case" in item.fixturenames]
     found = {}
     for world in (1, 2, 4):
-        cases = dict.fromkeys(
-            case for case, _ in PLAN if case.world == world and case in (REFERENCE, DEPTH_REFERENCE, *asked)
-        )
+        cases = dict.fromkeys(case for case, _ in PLAN if case.world == world and case in (*REFERENCES, *asked))
         # megatron-core's groups are never taken down, and each keeps threads: a few cases a set of processes.
         for few in itertools.batched(cases, CASES_AT_ONCE):
             ranks = run_ranks(_compute, world, [step for step in PLAN if step[0] in few], timeout=300)

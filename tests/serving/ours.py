@@ -23,7 +23,7 @@ def logprobs(network: LanguageModel, tokens_RL: Tensor) -> Tensor:
     padded = torch.cat([tokens_RL, tokens_RL[:, -1:]], dim=1)
     ids = torch.zeros_like(padded)
     batch = MicroBatch.build(padded, ids, count_targets(ids, 0))
-    logits = network.logits(network.trunk(batch)[0]).float()
+    logits = network.logits(network.trunk_of(batch)).float()
     return logits.log_softmax(dim=-1).view(*tokens_RL.shape, -1)
 
 

@@ -74,7 +74,7 @@ def job_on(parallel: ParallelConfig, shape: ModelConfig, checkpoint: Path, mtp: 
 
 @torch.no_grad()
 def logits_of(network: LanguageModel) -> Tensor:
-    return network.logits(network.trunk(micro_batch(0))[0])
+    return network.logits(network.trunk_of(micro_batch(0)))
 
 
 def travel(telling_checkpoint: Path, runs: Path, imported: list[Path]) -> dict[str, Tensor]:
