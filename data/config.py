@@ -118,6 +118,9 @@ class PrepareConfig:
         default=HELDOUT_FRACTION, metadata={"help": "share of documents kept for evaluation; 0 keeps none"}
     )
     seed: int = field(default=0, metadata={"help": "chooses which documents are held out"})
+    processes: int | None = field(
+        default=None, metadata={"help": "processes that tokenize; null: one a core; the corpus does not depend on it"}
+    )
 
 
 def check_data(config: DataConfig, mtp_steps: int) -> None:
@@ -203,6 +206,8 @@ def check_prepare(config: PrepareConfig) -> None:
         raise CorpusError(f"shard_tokens={config.shard_tokens} is out of range: use 1 to {MAX_SHARD_TOKENS}")
     if not 0 <= config.heldout_fraction < 1:
         raise CorpusError(f"heldout_fraction={config.heldout_fraction} is out of range: use 0 or more, below 1")
+    if config.processes is not None and config.processes < 1:
+        raise CorpusError(f"processes={config.processes} cannot tokenize: use 1 or more, or null for one a core")
 
 
 def _check_choice(setting: str, value: str, choices: tuple[str, ...]) -> None:

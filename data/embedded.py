@@ -37,9 +37,9 @@ def embedded_source(max_files: int | None = None) -> Source:
             continue
         # Split by path: it stays when a file changes between two patch releases.
         documents.append(Document(text, name, split_key=name))
-    return Source(
-        description={"input": EMBEDDED, "files": len(documents), "undecodable_files": undecodable},
-        documents=lambda: iter(documents),
+    return Source.of(
+        {"input": EMBEDDED, "files": len(documents), "undecodable_files": undecodable},
+        lambda: iter(documents),
         num_bytes=sum(len(document.text.encode()) for document in documents),
     )
 

@@ -4,9 +4,6 @@ A worker is asked for a unit by number and remembers nothing, so one that dies t
 for again. The order of samples is made by those who ask, in one place, whatever the number of workers.
 """
 
-import os
-import threading
-import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -16,6 +13,7 @@ from typing import Any
 
 from data.errors import CorpusError
 from data.faults import BrokenUnit, Faults
+from data.processes import serve_parent
 from data.readers import Reader
 from data.units import Sizes, Unit
 
@@ -164,9 +162,8 @@ _readers: list[Reader | None] = []  # of this worker process
 
 def start_worker(readers: list[Reader | None]) -> None:
     """First call in a worker process."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    serve_parent()
     _readers[:] = readers
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
 
 
 def reader(source: int) -> Reader:
@@ -181,12 +178,6 @@ def _read_unit(key: Key) -> tuple[Any, Faults]:
         return _readers[key[0]].read(key[1], faults), faults
     except BrokenUnit as error:
         return error, faults
-
-
-def _end_with_parent(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
 
 
 def _tokens(unit: Unit | None) -> int:

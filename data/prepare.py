@@ -1,42 +1,45 @@
 """Raw text to a corpus directory: a tokenizer, token shards, and the manifest that makes them a corpus."""
 
-import errno
-import fcntl
 import os
 import platform
-import shutil
-import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow
+import tokenizers
 
 from data.config import TRAIN_TOKENIZER, DataConfig, PrepareConfig, check_prepare
-from data.documents import Document, Source, is_held_out
+from data.documents import Source, is_held_out
 from data.embedded import EMBEDDED, embedded_source
+from data.encoding import Encoder, encode_all
 from data.errors import CorpusError, one_line
-from data.manifest import HELDOUT, TRAIN, VERSION, Manifest, file_info, is_corpus, write_manifest
+from data.manifest import HELDOUT, SPLITS, TRAIN, VERSION, Manifest, file_info, is_corpus, write_manifest
 from data.progress import byte_bar
-from data.shards import ShardWriter
+from data.readers import digest_of
+from data.shard_writer import ShardWriter
 from data.sources import dataset_source
+from data.staging import Staging, check_free, locked, staged
 from data.tokenizer import TOKENIZER_FILE, Tokenizer, train_bpe
-from data.units import token_dtype
 
 TOKEN_BYTES_FILE = "token_bytes.npy"
-# Documents are encoded together, by all cores, until they hold this many characters.
-BATCH_CHARACTERS = 2**20
-BATCH_DOCUMENTS = 1024
+# Settings that do not change what a corpus holds.
+FREE = ("output", "processes")
 
 
 def prepare(config: PrepareConfig) -> Path:
-    """Makes the corpus `config.output`. The same input and settings give the same bytes.
+    """Makes the corpus `config.output`. The same input and settings give the same bytes, whatever happens on the way.
 
-    CorpusError for whatever is wrong with the settings or the text, with nothing left behind.
+    What ends it early leaves its finished shards in `OUTPUT.partial`, from where the same call goes on.
+
+    Raises:
+        CorpusError: whatever is wrong with the settings or the text.
     """
     check_prepare(config)
     output = Path(config.output).expanduser()
-    _check_free(output)
+    check_free(output)
     source = embedded_source() if config.input == EMBEDDED else dataset_source(config)
     return write_corpus(config, source, output)
 
@@ -54,7 +57,13 @@ def embedded_corpus(config: DataConfig, max_files: int | None = None) -> Path:
     settings = PrepareConfig(input=EMBEDDED, output=str(output), vocab_size=config.vocab_size)
     check_prepare(settings)
     source = embedded_source(max_files)
-    with _locked(output):
+    lock = output.with_name(f".{output.name}.lock")
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        lock.touch()
+    except OSError as error:
+        raise CorpusError(f"data.cache={output.parent} cannot be written: {one_line(error)}") from error
+    with locked(lock, wait=True):
         if is_corpus(output):
             return output
         try:
@@ -67,33 +76,48 @@ def embedded_corpus(config: DataConfig, max_files: int | None = None) -> Path:
 
 def write_corpus(config: PrepareConfig, source: Source, output: Path) -> Path:
     """Tokenizes `source` into the directory `output`, which appears when it is whole and not before."""
-    with _staged(output) as directory:
-        tokenizer = _tokenizer(config, source)
-        tokenizer.save(directory / TOKENIZER_FILE)
+    with staged(output, _plan(config, source)) as staging:
+        directory = staging.directory
+        tokenizer = _tokenizer(config, source, directory / TOKENIZER_FILE)
         np.save(directory / TOKEN_BYTES_FILE, tokenizer.token_bytes)
-        writers = {
-            split: ShardWriter(directory, split, token_dtype(tokenizer.vocab_size), config.shard_tokens)
-            for split in (TRAIN, HELDOUT)
-        }
-        num_blank = _tokenize(config, source, tokenizer, writers)
+        writers = {split: ShardWriter(staging, split, config.shard_tokens) for split in SPLITS}
+        _tokenize(config, source, tokenizer, staging, writers)
+        _check_splits(config, *(writers[split].documents for split in (TRAIN, HELDOUT)))
         manifest = Manifest(
             vocab_size=tokenizer.vocab_size,
             eod_token=tokenizer.eod_token,
             eod_id=tokenizer.eod_id,
             tokenizer=file_info(directory / TOKENIZER_FILE),
             token_bytes=file_info(directory / TOKEN_BYTES_FILE),
-            source=source.description | {"blank_documents": num_blank, "split_seed": config.seed},
             splits={split: writer.finish() for split, writer in writers.items()},
+            source=source.description
+            | {"blank_documents": sum(writer.blank for writer in writers.values()), "split_seed": config.seed},
         )
-        _check_splits(config, manifest)
         write_manifest(directory, manifest)
     return output
 
 
-def _tokenizer(config: PrepareConfig, source: Source) -> Tokenizer:
-    if config.tokenizer == TRAIN_TOKENIZER:
-        return train_bpe(_training_texts(config, source), config.vocab_size)
-    return Tokenizer.from_path(config.tokenizer, config.eod_token)
+def _plan(config: PrepareConfig, source: Source) -> dict[str, Any]:
+    """What the bytes of a corpus follow from, as JSON gives it back."""
+    plan = {name: value for name, value in asdict(config).items() if name not in FREE}
+    if config.tokenizer != TRAIN_TOKENIZER:
+        plan["the tokenizer's content"] = Tokenizer.from_path(config.tokenizer, config.eod_token).sha256
+    plan["the input's files"] = digest_of(list(source.identity))
+    plan["corpus format"] = VERSION
+    return plan | {package.__name__: package.__version__ for package in (tokenizers, pyarrow)}
+
+
+def _tokenizer(config: PrepareConfig, source: Source, file: Path) -> Tokenizer:
+    """The tokenizer of the corpus, which lies in `file` from now on."""
+    if not file.is_file():
+        if config.tokenizer == TRAIN_TOKENIZER:
+            tokenizer = train_bpe(_training_texts(config, source), config.vocab_size)
+        else:
+            tokenizer = Tokenizer.from_path(config.tokenizer, config.eod_token)
+        temporary = file.parent.with_name(f".{file.name}.{os.getpid()}")
+        tokenizer.save(temporary)
+        os.replace(temporary, file)
+    return Tokenizer.from_path(file, config.eod_token)
 
 
 def _training_texts(config: PrepareConfig, source: Source) -> Iterator[str]:
@@ -108,37 +132,23 @@ def _training_texts(config: PrepareConfig, source: Source) -> Iterator[str]:
             return
 
 
-def _tokenize(config: PrepareConfig, source: Source, tokenizer: Tokenizer, writers: dict[str, ShardWriter]) -> int:
-    """Encodes every document into its split's writer; returns how many were left out as blank."""
-    num_blank = 0
-    with byte_bar("tokenizing", source.num_bytes) as bar:
-        for batch in _batches(source.documents()):
-            filled = [document for document in batch if document.text.strip()]
-            num_blank += len(batch) - len(filled)
-            encoded = tokenizer.encode_batch([document.text for document in filled])
-            for document, ids in zip(filled, encoded, strict=True):
-                num_bytes = len(document.text.encode())
-                split = HELDOUT if is_held_out(document, config.heldout_fraction, config.seed) else TRAIN
-                writers[split].add([*ids, tokenizer.eod_id], num_bytes, document.name)
-                bar.update(num_bytes)
-    return num_blank
+def _tokenize(
+    config: PrepareConfig, source: Source, tokenizer: Tokenizer, staging: Staging, writers: dict[str, ShardWriter]
+) -> None:
+    """Encodes every document that is in no finished shard into its split's writer."""
+    encoder = Encoder(tokenizer, config.heldout_fraction, config.seed, staging.cursors)
+    done = sum(finished.shard.bytes for shards in staging.finished.values() for finished in shards)
+    if staging.count:
+        print(f"going on after {staging.count} finished shards in {staging.root}", flush=True)
+    processes = config.processes or os.cpu_count() or 1
+    with byte_bar("tokenizing", source.num_bytes, done=done) as bar:
+        for begin, splits in encode_all(encoder, source.batches(staging.begin), processes):
+            for split, encoded in splits.items():
+                writers[split].add(encoded, begin)
+                bar.update(sum(encoded.num_bytes))
 
 
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    num_characters = 0
-    for document in documents:
-        batch.append(document)
-        num_characters += len(document.text)
-        if num_characters >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
-            yield batch
-            batch, num_characters = [], 0
-    if batch:
-        yield batch
-
-
-def _check_splits(config: PrepareConfig, manifest: Manifest) -> None:
-    num_train, num_heldout = (manifest.totals(split).documents for split in (TRAIN, HELDOUT))
+def _check_splits(config: PrepareConfig, num_train: int, num_heldout: int) -> None:
     if num_train + num_heldout == 0:
         raise CorpusError(f"input={config.input} is empty: there is no text to prepare")
     if num_train == 0:
@@ -150,47 +160,3 @@ def _check_splits(config: PrepareConfig, manifest: Manifest) -> None:
             f"heldout_fraction={config.heldout_fraction} held out none of {num_train} documents: "
             "raise it, or set it to 0 for a corpus without evaluation"
         )
-
-
-def _check_free(output: Path) -> None:
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise CorpusError(f"output={output} exists already: name a new directory, or delete it first")
-
-
-@contextmanager
-def _staged(output: Path) -> Iterator[Path]:
-    """A directory beside `output` that takes its name at the end, and is deleted when anything goes wrong."""
-    _check_free(output)
-    # Processes of several machines can share a disk, so the process id alone is not unique.
-    staging = output.with_name(f"{output.name}.tmp-{socket.gethostname()}-{os.getpid()}")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(staging, ignore_errors=True)  # left by a killed process that had this process id
-        staging.mkdir()
-    except OSError as error:
-        raise CorpusError(f"output={output} cannot be written: {one_line(error)}") from error
-    try:
-        yield staging
-        _check_free(output)
-        staging.rename(output)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-@contextmanager
-def _locked(output: Path) -> Iterator[None]:
-    """Lets one process of this machine at a time make `output`; the others wait for it."""
-    lock = output.with_name(f".{output.name}.lock")
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        file = lock.open("w")
-    except OSError as error:
-        raise CorpusError(f"data.cache={output.parent} cannot be written: {one_line(error)}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            # Some cluster disks know no locks: then each process makes a corpus, and the first to end wins.
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-        yield

@@ -10,11 +10,12 @@ from tqdm import tqdm
 DELAY_S = 2.0
 
 
-def byte_bar(description: str, total: int | None = None, show: bool = True) -> tqdm:
-    """A bar that counts bytes; `total=None` where the amount is not known beforehand."""
+def byte_bar(description: str, total: int | None = None, show: bool = True, done: int = 0) -> tqdm:
+    """A bar that counts bytes from `done` on; `total=None` where the amount is not known beforehand."""
     return tqdm(
         desc=description,
         total=total,
+        initial=done,
         unit="B",
         unit_scale=True,
         delay=DELAY_S,

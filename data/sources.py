@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data.config import PrepareConfig
-from data.documents import Document, Source
+from data.documents import Batch, Document, Place, Source, in_batches
 from data.errors import CorpusError, one_line
 
 # File ending -> the builder of `datasets` that reads it.
@@ -23,31 +23,47 @@ READ_ERRORS = (OSError, ValueError, RuntimeError, EOFError, zlib.error)
 
 def dataset_source(config: PrepareConfig) -> Source:
     """The documents of `config.input` in its order. CorpusError at once where no such path exists."""
-    arguments = _load_arguments(config)
+    arguments, split = _load_arguments(config)
 
-    def documents() -> Iterator[Document]:
-        for number, row in enumerate(_rows(arguments, config)):
-            yield _document(row, number, config)
+    def batches(begin: Place) -> Iterator[Batch]:
+        with _reading(config), _builder_of(arguments) as builder:
+            rows = builder.as_streaming_dataset(split)
+            if begin.state is not None:
+                rows.load_state_dict(begin.state)
+            documents = (_document(row, number, config) for number, row in enumerate(rows, begin.number))
+            yield from in_batches(documents, begin, rows.state_dict)
 
     description = {"input": config.input, "text_column": config.text_column}
-    return Source(description, documents)
+    return Source(description, batches, identity=_identity(arguments, split, config))
 
 
-def _load_arguments(config: PrepareConfig) -> dict[str, Any]:
-    """Arguments of `load_dataset` for a local path, a URL or a hub name."""
+def _identity(arguments: dict[str, Any], split: str, config: PrepareConfig) -> tuple[Any, ...]:
+    """Names, sizes and times of local files; elsewhere the tags or revisions that their servers tell."""
     path = Path(config.input).expanduser()
     if path.exists():
-        return _file_arguments(config, _local_files(path, config.input))
+        stats = [(file, file.stat()) for file in _local_files(path, config.input)]
+        return tuple([str(file.absolute()), stat.st_size, stat.st_mtime_ns] for file, stat in stats)
+    with _reading(config), _builder_of(arguments) as builder:
+        files = (builder.config.data_files or {}).get(split)
+        return () if files is None else (list(map(str, files)), [list(origin) for origin in files.origin_metadata])
+
+
+def _load_arguments(config: PrepareConfig) -> tuple[dict[str, Any], str]:
+    """Arguments of `load_dataset_builder` for a local path, a URL or a hub name, and the split to read."""
+    path = Path(config.input).expanduser()
+    if path.exists():
+        files = _local_files(path, config.input)
+        return _file_arguments(config, [glob.escape(str(file.absolute())) for file in files])
     if "://" in config.input:
         return _file_arguments(config, [config.input])
     if _builder(path) or config.input.startswith(("/", ".", "~")):
         raise CorpusError(f"input={config.input} does not exist: give a file, a directory or a dataset name")
     if config.sample_by != "document":
         raise CorpusError(f"sample_by={config.sample_by} is for .txt files; input={config.input} is a dataset")
-    return {"path": config.input, "name": config.dataset_config, "split": config.dataset_split}
+    return {"path": config.input, "name": config.dataset_config}, config.dataset_split
 
 
-def _file_arguments(config: PrepareConfig, files: list[str]) -> dict[str, Any]:
+def _file_arguments(config: PrepareConfig, files: list[str]) -> tuple[dict[str, Any], str]:
     if config.dataset_config is not None or config.dataset_split != "train":
         raise CorpusError(
             f"dataset_config={config.dataset_config} dataset_split={config.dataset_split} are for datasets "
@@ -58,15 +74,15 @@ def _file_arguments(config: PrepareConfig, files: list[str]) -> dict[str, Any]:
         endings = " and ".join(sorted({Path(file).suffix or "none" for file in files}))
         raise CorpusError(f"input={config.input} has the endings {endings}: give one of {', '.join(BUILDERS)}")
     (builder,) = builders
-    arguments: dict[str, Any] = {"path": builder, "data_files": files, "split": "train"}
+    arguments: dict[str, Any] = {"path": builder, "data_files": files}
     if builder == "text":
         arguments["sample_by"] = config.sample_by
     elif config.sample_by != "document":
         raise CorpusError(f"sample_by={config.sample_by} is for .txt files; input={config.input} has others")
-    return arguments
+    return arguments, "train"
 
 
-def _local_files(path: Path, setting: str) -> list[str]:
+def _local_files(path: Path, setting: str) -> list[Path]:
     """Files with text under `path` sorted by name; `datasets` fails on those of no size."""
     if path.is_file():
         candidates = [path]
@@ -75,7 +91,7 @@ def _local_files(path: Path, setting: str) -> list[str]:
         candidates = [p for p in visible if p.is_file() and _builder(p) and p.name not in HF_METADATA]
     if not candidates:
         raise CorpusError(f"input={setting} holds no file of {', '.join(BUILDERS)}")
-    files = [glob.escape(str(p.absolute())) for p in candidates if p.stat().st_size > 0]
+    files = [p for p in candidates if p.stat().st_size > 0]
     if not files:
         raise CorpusError(f"input={setting} is empty: there is no text to prepare")
     return files
@@ -92,22 +108,22 @@ def _builder(path: Path) -> str | None:
     return BUILDERS.get(suffixes[-1]) if suffixes else None
 
 
-def _rows(arguments: dict[str, Any], config: PrepareConfig) -> Iterator[dict[str, Any]]:
-    rows = _stream(arguments)
-    while True:
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except READ_ERRORS as error:
-            raise CorpusError(f"input={config.input} cannot be read: {one_line(error)}") from error
-        yield row
+@contextmanager
+def _reading(config: PrepareConfig) -> Iterator[None]:
+    """Whatever fails inside `datasets` becomes a CorpusError that names the input."""
+    try:
+        yield
+    except CorpusError:
+        raise
+    except READ_ERRORS as error:
+        raise CorpusError(f"input={config.input} cannot be read: {one_line(error)}") from error
 
 
-def _stream(arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
+@contextmanager
+def _builder_of(arguments: dict[str, Any]) -> Iterator[Any]:
     # Streaming keeps nothing but lock files, and those go with the temporary directory.
     with tempfile.TemporaryDirectory(prefix="prepare-") as cache, _quiet_datasets() as datasets:
-        yield from datasets.load_dataset(**arguments, streaming=True, cache_dir=cache)
+        yield datasets.load_dataset_builder(**arguments, cache_dir=cache)
 
 
 @contextmanager

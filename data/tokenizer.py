@@ -39,7 +39,7 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        self._text = text
+        self._text, self._source = text, source
         self.eod_token = eod_token
         self.eod_id: int = eod_id
         # Ids can have holes, so the largest id counts, not the number of tokens.
@@ -56,6 +56,10 @@ class Tokenizer:
         except (OSError, UnicodeDecodeError) as error:
             raise CorpusError(f"tokenizer={path} cannot be read: {one_line(error)}") from error
         return cls(text, eod_token, f"tokenizer={path}")
+
+    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[str, str, str]]:
+        # A copy of `backend` for another process would forget that special tokens in a text are ordinary.
+        return type(self), (self._text, self.eod_token, self._source)
 
     def save(self, path: str | Path) -> None:
         """Writes the very text it was read from, so that an upstream tokenizer stays byte for byte itself."""

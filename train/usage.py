@@ -42,7 +42,7 @@ EXAMPLES = {
         ("estimate -cn qwen3_next_80b_a3b estimate.propose=5", "the fastest layouts for as many GPUs"),
     ),
     "prepare": (
-        ("prepare input=texts/ output=corpora/mine", "a directory of text, JSON lines or parquet"),
+        ("prepare input=texts/ output=corpora/mine", "a directory; after a kill the same line goes on"),
         ("prepare --check corpora/mine", "proves every file, token and document of a corpus"),
     ),
     "evaluate": (

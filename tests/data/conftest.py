@@ -57,7 +57,7 @@ def make_corpus(tmp_path: Path, tokenizer_file: Path) -> Callable[..., Corpus]:
             shard_tokens=shard_tokens,
             heldout_fraction=0.2,
         )
-        source = Source({"input": "made up"}, lambda: iter(documents))
+        source = Source.of({"input": "made up"}, lambda: iter(documents))
         return Corpus.open(write_corpus(config, source, Path(config.output)))
 
     return make

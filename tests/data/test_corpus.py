@@ -11,10 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from data.corpus import Corpus, check_corpus
+from data.documents import START
+from data.encoding import Encoded
 from data.errors import CorpusError
 from data.faults import Faults
 from data.manifest import MANIFEST_FILE, TRAIN, ShardInfo, file_info
-from data.shards import ShardWriter, read_shard
+from data.shard_writer import ShardWriter
+from data.shards import read_shard
+from data.staging import Staging
 from data.units import token_dtype
 
 
@@ -158,10 +162,12 @@ def test_shard_of_another_making_is_refused(tmp_path: Path, table: pa.Table, rea
 
 def test_large_vocabulary_keeps_its_ids(tmp_path: Path) -> None:
     ids = [0, 65_535, 65_536, 151_935]
-    writer = ShardWriter(tmp_path, TRAIN, token_dtype(151_936), shard_tokens=100)
-    writer.add(ids, num_bytes=9, name="ids")
+    staging = Staging(tmp_path / "out")
+    staging.open({})
+    writer = ShardWriter(staging, TRAIN, shard_tokens=100)
+    writer.add(Encoded([0], np.array(ids, dtype=token_dtype(151_936)), [4], [9], ["ids"]), START)
     (info,) = writer.finish()
-    shard = read_shard(tmp_path, info, 151_936, check_hash=True, faults=Faults())
+    shard = read_shard(staging.directory, info, 151_936, check_hash=True, faults=Faults())
     assert shard.tokens.dtype == np.int32
     assert shard.document(0).tolist() == ids
 

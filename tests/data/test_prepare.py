@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,8 +17,6 @@ from data.errors import CorpusError
 from data.manifest import MANIFEST_FILE
 from data.prepare import prepare, write_corpus
 from data.tokenizer import train_bpe
-
-ROOT = Path(__file__).parents[2]
 
 
 def write_jsonl(path: Path, num_documents: int = 60) -> Path:
@@ -42,6 +38,10 @@ def config(tmp_path: Path) -> PrepareConfig:
 
 def names_in(directory: Path) -> set[str]:
     return {path.name for path in directory.iterdir()}
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 def test_corpus_holds_the_text(config: PrepareConfig) -> None:
@@ -87,9 +87,7 @@ def test_manifest_lists_every_file_and_its_counts(config: PrepareConfig) -> None
 def test_same_input_gives_the_same_bytes(config: PrepareConfig, tmp_path: Path) -> None:
     first = prepare(config)
     second = prepare(dataclasses.replace(config, output=str(tmp_path / "again")))
-    assert names_in(first) == names_in(second)
-    for name in names_in(first):
-        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+    assert contents(first) == contents(second)
 
 
 def test_seed_moves_documents_between_the_splits(config: PrepareConfig, tmp_path: Path) -> None:
@@ -159,35 +157,34 @@ def test_output_below_a_file_is_refused(config: PrepareConfig) -> None:
         prepare(dataclasses.replace(config, output=f"{config.input}/out"))
 
 
+def made_up(number: int) -> Document:
+    return Document(f"document {number}", "made up", str(number))
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, CorpusError, MemoryError])
-def test_interruption_leaves_nothing_half_made(
+def test_interruption_leaves_what_is_finished_and_no_corpus(
     config: PrepareConfig, tmp_path: Path, error: type[BaseException], tokenizer_file: Path
 ) -> None:
     def documents() -> Iterator[Document]:
-        for number in range(5000):
-            yield Document(f"document {number}", "made up", str(number))
+        yield from map(made_up, range(5000))
         # By now shards have been written.
         assert any(path.name.endswith("00000.parquet") for path in tmp_path.rglob("*"))
         raise error
 
     given = dataclasses.replace(config, tokenizer=str(tokenizer_file))
     with pytest.raises(error):
-        write_corpus(given, Source({}, documents), Path(config.output))
+        write_corpus(given, Source.of({}, documents), Path(config.output))
+    assert names_in(tmp_path) == {"text.jsonl", "out.partial"}
+    whole = Source.of({}, lambda: map(made_up, range(5000)))
+    resumed, fresh = (write_corpus(given, whole, tmp_path / name) for name in ("out", "fresh"))
+    assert contents(resumed) == contents(fresh)
+    assert names_in(tmp_path) == {"text.jsonl", "out", "fresh"}
+
+
+def test_a_mistake_before_the_first_shard_leaves_nothing(config: PrepareConfig, tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match="text_column=words is not in"):
+        prepare(dataclasses.replace(config, text_column="words"))
     assert names_in(tmp_path) == {"text.jsonl"}
-
-
-def test_killed_run_leaves_no_corpus_and_the_next_one_works(config: PrepareConfig, tmp_path: Path) -> None:
-    program = (
-        "import os, pathlib, sys\n"
-        "from data import prepare\n"
-        "prepare.write_manifest = lambda directory, manifest: os.kill(os.getpid(), 9)\n"
-        "prepare.prepare(prepare.PrepareConfig(sys.argv[1], sys.argv[2], vocab_size=300))\n"
-    )
-    killed = subprocess.run([sys.executable, "-c", program, config.input, config.output], cwd=ROOT, check=False)
-    assert killed.returncode == -9
-    assert not Path(config.output).exists()
-    prepare(config)
-    Corpus.open(config.output).verify(progress=False)
 
 
 def test_output_that_appears_meanwhile_is_not_overwritten(
@@ -196,15 +193,14 @@ def test_output_that_appears_meanwhile_is_not_overwritten(
     output = Path(config.output)
 
     def documents() -> Iterator[Document]:
-        yield from (Document(f"document {number}", "made up", str(number)) for number in range(50))
+        yield from map(made_up, range(50))
         output.mkdir(exist_ok=True)
         (output / "other").write_text("faster")
 
     given = dataclasses.replace(config, tokenizer=str(tokenizer_file))
     with pytest.raises(CorpusError, match="exists already"):
-        write_corpus(given, Source({}, documents), output)
-    assert (output / "other").read_text() == "faster"
-    assert names_in(tmp_path) == {"text.jsonl", "out"}
+        write_corpus(given, Source.of({}, documents), output)
+    assert names_in(output) == {"other"}
 
 
 def test_corpus_is_readable_by_everybody_the_umask_allows(config: PrepareConfig) -> None:

@@ -148,11 +148,10 @@ def test_settings_that_would_be_ignored_are_refused(tmp_path: Path) -> None:
 
 def test_hub_errors_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(**arguments: object) -> None:
-        assert (arguments["path"], arguments["name"], arguments["split"]) == ("owner/name", "en", "test")
-        assert arguments["streaming"] is True
+        assert (arguments["path"], arguments["name"]) == ("owner/name", "en")
         raise ConnectionError("cannot reach\nthe hub")
 
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)
     config = PrepareConfig("owner/name", "unused", dataset_config="en", dataset_split="test")
     with pytest.raises(CorpusError, match=r"^input=owner/name cannot be read: cannot reach the hub$"):
         next(dataset_source(config).documents())

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -125,3 +126,11 @@ def test_missing_end_of_document_token_names_the_setting(tokenizer: Tokenizer, t
     tokenizer.save(tmp_path / "tokenizer.json")
     with pytest.raises(CorpusError, match=r"eod_token=</s> is not in"):
         Tokenizer.from_path(tmp_path, eod_token="</s>")
+
+
+def test_a_copy_for_another_process_takes_special_tokens_of_a_text_as_text() -> None:
+    tokenizer = train_bpe(["some text"], 300, progress=False)
+    text = [f"a page about {tokenizer.eod_token}"]
+    ids = tokenizer.encode_batch(text)
+    assert tokenizer.eod_id not in ids[0]
+    assert pickle.loads(pickle.dumps(tokenizer)).encode_batch(text) == ids
