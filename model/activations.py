@@ -114,7 +114,7 @@ def stage_bytes(
     mtp: MtpConfig,
     vocab_size: int,
     seq_length: int,
-    tokens: int,
+    tokens: float,
     tensor: int,
     recompute: frozenset[str],
     last: bool,

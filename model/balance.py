@@ -115,6 +115,12 @@ class Balance(nn.Module):
         recording: whether passes also note what `train.routing` reports.
     """
 
+    counts: Tensor
+    bias: Tensor | None
+    seen: Tensor
+    mean_scores: Tensor
+    notes: Tensor
+
     def __init__(self, config, pg_collection):
         super().__init__()
         settings, self.num_experts, self.k = config.balance, config.shape.experts, config.shape.experts_per_token

@@ -1,8 +1,12 @@
 """The collectives that the model uses, differentiable where a gradient passes, alike on gloo and NCCL."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+type Gradients = tuple[Tensor | None, ...]  # one for each input of a function
 
 
 def sum_over(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -16,7 +20,7 @@ def sum_over(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 class PendingSum:
     """A sum over a group that is under way."""
 
-    def __init__(self, total: Tensor, work: dist.Work | None):
+    def __init__(self, total: Tensor, work: dist.Work | None) -> None:
         self._total, self._work = total, work
 
     def wait(self) -> Tensor:
@@ -41,14 +45,20 @@ def max_over(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return largest
 
 
+def _everyone() -> dist.ProcessGroup:
+    world = dist.group.WORLD
+    assert world is not None, "no process group was started"
+    return world
+
+
 def sum_over_all(x: Tensor) -> Tensor:
     """The sum of x over every process of the job, without gradient."""
-    return sum_over(x, dist.group.WORLD)
+    return sum_over(x, _everyone())
 
 
 def max_over_all(x: Tensor) -> Tensor:
     """The elementwise maximum of x over every process of the job, without gradient."""
-    return max_over(x, dist.group.WORLD)
+    return max_over(x, _everyone())
 
 
 def from_last(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -73,14 +83,14 @@ def gather_counts(counts: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 class _ExchangeRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
         ctx.send, ctx.receive, ctx.group = send, receive, group
         out = x.new_empty(sum(receive), *x.shape[1:])
         dist.all_to_all_single(out, x.contiguous(), receive, send, group=group)
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
         return _ExchangeRows.apply(grad, ctx.receive, ctx.send, ctx.group), None, None, None
 
 
@@ -98,14 +108,14 @@ def exchange_rows(x: Tensor, send: list[int], receive: list[int], group: dist.Pr
 
 class _GatherParts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         out = x.new_empty(group.size() * x.numel())
         dist.all_gather_into_tensor(out, x.contiguous().flatten(), group=group)
         return out.view(group.size(), *x.shape)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
         out = grad.new_empty(grad[0].numel())
         dist.reduce_scatter_tensor(out, grad.contiguous().flatten(), group=ctx.group)
         return out.view(grad.shape[1:]), None
@@ -128,14 +138,14 @@ def earlier_parts(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 class _ExchangeEqual(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         out = torch.empty_like(x)
         dist.all_to_all_single(out, x, group=group)
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
         return _ExchangeEqual.apply(grad.contiguous(), ctx.group), None
 
 
@@ -156,12 +166,12 @@ def sequence_to_heads(x_RLN: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 class _AttachLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, loss: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
         ctx.save_for_backward(loss)
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
         (loss,) = ctx.saved_tensors
         return grad, torch.ones_like(loss)
 

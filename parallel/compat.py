@@ -7,8 +7,11 @@ a test for each that fails once upstream no longer needs the patch.
 import contextlib
 import importlib
 import types
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 # megatron-core modules on our path that name the "cuda" device outright (0.19.2).
@@ -26,8 +29,8 @@ CUDA_BOUND_MODULES = (
 )
 
 
-def _on_cpu(factory):
-    def build(*args, **kwargs):
+def _on_cpu(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def build(*args: Any, **kwargs: Any) -> Tensor:
         if kwargs.get("device") == "cuda":
             kwargs["device"] = "cpu"
         return factory(*args, **kwargs)
@@ -38,11 +41,11 @@ def _on_cpu(factory):
 class _Delegate(types.ModuleType):
     """A module that answers like another one, but for the names set on it."""
 
-    def __init__(self, original: types.ModuleType, **replaced):
+    def __init__(self, original: types.ModuleType, **replaced: Any) -> None:
         super().__init__(original.__name__)
         self.__dict__.update(replaced, _original=original)
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._original, name)
 
 
@@ -62,7 +65,8 @@ def replace_cuda_device() -> None:
     """Symbols: `torch` in CUDA_BOUND_MODULES, 0.19.x. Reason: `device="cuda"` and `torch.cuda.current_device()`."""
     stand_in = _torch_on_cpu()
     for name in CUDA_BOUND_MODULES:
-        importlib.import_module(name).torch = stand_in
+        module: Any = importlib.import_module(name)
+        module.torch = stand_in
 
 
 class cuda_type_names(TorchFunctionMode):
@@ -71,14 +75,14 @@ class cuda_type_names(TorchFunctionMode):
     Reason: they compare with names such as "torch.cuda.FloatTensor". Inside this context CPU tensors answer so.
     """
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             return result.replace("torch.", "torch.cuda.", 1)
         return result
 
 
-def optimizer_context(device: torch.device) -> contextlib.AbstractContextManager:
+def optimizer_context(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Where megatron-core's optimizer is built, stepped and saved: see `cuda_type_names`."""
     return cuda_type_names() if device.type == "cpu" else contextlib.nullcontext()
 

@@ -1,8 +1,9 @@
 """The megatron-core engine: DDP, distributed optimizer, schedules, gradient clipping behind three calls."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -12,8 +13,13 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamPredicate, ParamWithNamePredicate
 from megatron.core.optimizer.param_layout import FullParamLayout
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
 
 from parallel import compat
+
+type State = dict[str, Any]  # megatron-core's sharded state dict
 
 
 @dataclass(frozen=True)
@@ -26,12 +32,14 @@ class AdamW:
     clip: float
 
 
-def _finalize(model, num_tokens=None, **kwargs) -> None:
+def _finalize(model: list[DistributedDataParallel], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
     """Sums gradients over ranks. Losses are already divided by their global counts, so nothing is divided here."""
     finalize_model_grads(model, None, **kwargs)
 
 
-def run_schedule(chunks: list[torch.nn.Module], batches: list, tokens: int, forward_only: bool) -> list:
+def run_schedule(
+    chunks: Sequence[MegatronModule], batches: Sequence[Any], tokens: int, forward_only: bool
+) -> list[Any]:
     """Runs megatron-core's schedule (plain, pipelined or interleaved) over micro-batches of ``tokens`` tokens each.
 
     Args:
@@ -40,8 +48,11 @@ def run_schedule(chunks: list[torch.nn.Module], batches: list, tokens: int, forw
         What the network returned for each micro-batch, on the last pipeline stage; an empty list elsewhere.
     """
 
-    def forward_step(iterator, model):
-        return model(next(iterator)), lambda losses: (losses.total, torch.tensor(1, dtype=torch.int), losses)
+    def count(losses: Any) -> tuple[Tensor, Tensor, Any]:
+        return losses.total, torch.tensor(1, dtype=torch.int), losses
+
+    def forward_step(iterator: Iterator[Any], model: MegatronModule) -> tuple[Any, Callable[..., Any]]:
+        return model(next(iterator)), count
 
     return get_forward_backward_func()(
         forward_step_func=forward_step,
@@ -60,7 +71,7 @@ def _ddp_config() -> DistributedDataParallelConfig:
     )
 
 
-def buffer_layout(chunk: torch.nn.Module, groups) -> FullParamLayout:
+def buffer_layout(chunk: MegatronModule, groups: ProcessGroupCollection) -> FullParamLayout:
     """Where the parameters of a pipeline stage lie in the flat buffers of each type; needs no numbers in them."""
     layout = DistributedOptimizer.compute_full_param_layout(
         [parameter for parameter in chunk.parameters() if parameter.requires_grad],
@@ -80,13 +91,13 @@ def buffer_layout(chunk: torch.nn.Module, groups) -> FullParamLayout:
     return layout
 
 
-def wrap(chunk: torch.nn.Module, groups) -> DistributedDataParallel:
+def wrap(chunk: MegatronModule, groups: ProcessGroupCollection) -> DistributedDataParallel:
     """One pipeline stage with the buffers that its gradients are gathered and summed in."""
     layout = buffer_layout(chunk, groups)
     return DistributedDataParallel(chunk.config, _ddp_config(), chunk, pg_collection=groups, full_param_layout=layout)
 
 
-def allocated_bytes(chunk: torch.nn.Module, groups) -> dict[str, int]:
+def allocated_bytes(chunk: MegatronModule, groups: ProcessGroupCollection) -> dict[str, int]:
     """Bytes that training a pipeline stage takes on this process: weights, gradients, optimizer; padding included.
 
     AdamW's two moments, and a float32 copy of what is not float32, exist for this process's part of each buffer.
@@ -105,7 +116,7 @@ def allocated_bytes(chunk: torch.nn.Module, groups) -> dict[str, int]:
     return total
 
 
-def sharded_weights(chunks: list, metadata: dict | None = None) -> dict:
+def sharded_weights(chunks: Sequence[MegatronModule], metadata: State | None = None) -> State:
     """megatron-core's sharded state dict of the weights: model0, model1, ... for the process's pipeline stages.
 
     The names of these parts stay out of the checkpoint, whose layers are numbered through the whole model.
@@ -113,7 +124,7 @@ def sharded_weights(chunks: list, metadata: dict | None = None) -> dict:
     return {f"model{index}": chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(chunks)}
 
 
-def load_weights(chunks: list, state: dict) -> None:
+def load_weights(chunks: Sequence[MegatronModule], state: State) -> None:
     """Takes what `sharded_weights` described and the checkpoint filled."""
     for index, chunk in enumerate(chunks):
         chunk.load_state_dict(state[f"model{index}"])
@@ -128,7 +139,14 @@ class MegatronEngine:
         decays: whether weight decay applies to a parameter, by name.
     """
 
-    def __init__(self, chunks: list, groups, adamw: AdamW, device: torch.device, decays: Callable[[str], bool]):
+    def __init__(
+        self,
+        chunks: Sequence[MegatronModule],
+        groups: ProcessGroupCollection,
+        adamw: AdamW,
+        device: torch.device,
+        decays: Callable[[str], bool],
+    ) -> None:
         self.chunks, self.groups, self.device, self.adamw = chunks, groups, device, adamw
         config = chunks[0].config
         config.finalize_model_grads_func = _finalize
@@ -167,7 +185,7 @@ class MegatronEngine:
             group["weight_decay"] = self.adamw.weight_decay * group["wd_mult"]
             group["betas"], group["eps"] = self.adamw.betas, self.adamw.eps
 
-    def train_step(self, batches: list, tokens: int, lr: float) -> tuple[list, float]:
+    def train_step(self, batches: Sequence[Any], tokens: int, lr: float) -> tuple[list[Any], float]:
         """One optimizer step over this rank's micro-batches of ``tokens`` tokens each.
 
         Returns:
@@ -200,7 +218,7 @@ class MegatronEngine:
         self.optimizer.step_with_ready_grads()
         return grad_norm
 
-    def sharded_state_dict(self, is_loading: bool) -> dict:
+    def sharded_state_dict(self, is_loading: bool) -> State:
         """Model and optimizer as megatron-core's sharded state dict, for saving or as a template for loading."""
         if is_loading:
             self._allocate_moments()
@@ -222,7 +240,7 @@ class MegatronEngine:
                     }
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Takes what `sharded_state_dict` described and the checkpoint filled."""
         load_weights(self.chunks, state)
         with compat.optimizer_context(self.device):

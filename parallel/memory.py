@@ -16,9 +16,14 @@ TENSOR, EXPERT = "tensor", "expert"
 class Weight(Protocol):
     """One parameter of the model: its numbers, what it is cut over (`TENSOR`, `EXPERT` or neither), its type."""
 
-    numel: int
-    cut: str
-    float32: bool
+    @property
+    def numel(self) -> int: ...
+
+    @property
+    def cut(self) -> str: ...
+
+    @property
+    def float32(self) -> bool: ...
 
 
 def held(weight: Weight, topology: Topology) -> float:

@@ -7,11 +7,11 @@ the tensors. Its tensors are whole, whatever layout of processes wrote them.
 import dataclasses
 import io
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -31,6 +31,8 @@ from torch.distributed.checkpoint.planner import (
     WriteItem,
     WriteItemType,
 )
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 FORMAT = CheckpointingConfig("torch_dist", 1)
 COMMON = ShardedObject("common_state", None, (1,), (0,)).unique_key  # where megatron-core keeps all but tensors
@@ -57,7 +59,7 @@ class _Reader(dcp.FileSystemReader):
     """Reads the table of contents once, not once a tensor."""
 
     @cache  # noqa: B019 (one reader a checkpoint, for as long as it is read)
-    def read_metadata(self, *args, **kwargs) -> Metadata:
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return super().read_metadata(*args, **kwargs)
 
 
@@ -98,7 +100,9 @@ class _Planner(dcp.DefaultSavePlanner):
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         if write_item.type == WriteItemType.BYTE_IO:
             return self.state_dict[write_item.index.fqn]  # already as megatron-core stores it
-        chunk = self._chunks[write_item.index.fqn, write_item.index.offset[0]]
+        offset = write_item.index.offset
+        assert offset is not None  # `_item` gives one to every chunk
+        chunk = self._chunks[write_item.index.fqn, offset[0]]
         tensor = chunk.make()
         if tuple(tensor.shape) != chunk.shape or tensor.dtype != chunk.dtype:
             raise RuntimeError(f"{chunk.name} was made as {tuple(tensor.shape)} {tensor.dtype}, not as planned")
@@ -121,13 +125,13 @@ def _item(chunk: Chunk) -> WriteItem:
 class _Writer(dcp.FileSystemWriter):
     """Writes a file for each tensor: within a file PyTorch's writer keeps hold of what it has written."""
 
-    def write_data(self, plan: SavePlan, planner: dcp.SavePlanner) -> Future:
+    def write_data(self, plan: SavePlan, planner: dcp.SavePlanner) -> Future[list[WriteResult]]:
         written = []
         for number, (_, items) in enumerate(groupby(plan.items, key=lambda item: item.index.fqn)):
             prefix = dataclasses.replace(plan.storage_data, prefix=f"{plan.storage_data.prefix}{number}_")
             part = dataclasses.replace(plan, items=list(items), storage_data=prefix)
             written += super().write_data(part, planner).wait()
-        done: torch.futures.Future = torch.futures.Future()
+        done: Future[list[WriteResult]] = Future()
         done.set_result(written)
         return done
 

@@ -8,6 +8,7 @@ and those processes.
 
 import math
 from dataclasses import dataclass, field
+from typing import Protocol
 
 RECOMPUTE_POLICIES = ("none", "selective", "full")
 # Parts of a layer without its dense projections; `model.recompute` knows them by the same names.
@@ -18,8 +19,45 @@ class TopologyError(ValueError):
     """A layout that cannot be built; the message names the sizes that clash, why, and the nearest valid values."""
 
 
-def _setting(default, text: str):
+def _setting[T](default: T, text: str) -> T:
     return field(default=default, metadata={"help": text})
+
+
+class Shape(Protocol):
+    """What a layout depends on of a model; `model.config.ModelConfig` has it."""
+
+    @property
+    def pattern(self) -> str: ...
+
+    @property
+    def repeats(self) -> int: ...
+
+    @property
+    def layers(self) -> str: ...
+
+    @property
+    def stages(self) -> tuple[str, ...]: ...
+
+    @property
+    def attention_heads(self) -> int: ...
+
+    @property
+    def key_value_heads(self) -> int: ...
+
+    @property
+    def linear_key_heads(self) -> int: ...
+
+    @property
+    def dense_size(self) -> int: ...
+
+    @property
+    def experts(self) -> int: ...
+
+    @property
+    def expert_size(self) -> int: ...
+
+    @property
+    def shared_expert_size(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -88,8 +126,8 @@ def _require_known(value: str, setting: str, choices: tuple[str, ...]) -> None:
         raise TopologyError(f"{setting}={value!r} is not known: choose {', '.join(choices[:-1])} or {choices[-1]}")
 
 
-def resolve(parallel: ParallelConfig, model, world: int) -> Topology:
-    """The layout of ``world`` processes for a model (a ModelConfig or anything with its head and expert counts).
+def resolve(parallel: ParallelConfig, model: Shape, world: int) -> Topology:
+    """The layout of ``world`` processes for a model.
 
     Raises:
         TopologyError: sizes that do not fit the processes, the heads, the experts or the pattern.
@@ -130,7 +168,7 @@ def resolve(parallel: ParallelConfig, model, world: int) -> Topology:
     return Topology(world, *sizes)
 
 
-def _spread_experts(parallel: ParallelConfig, model, routing: int) -> int:
+def _spread_experts(parallel: ParallelConfig, model: Shape, routing: int) -> int:
     """Processes that share a layer's experts, of the ``routing`` ones of a pipeline stage.
 
     Tensor and context ranks of a stage route tokens of their own, so experts spread over them as well.

@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 from dataclasses import replace
+from typing import Any
 
 import yaml
 from hydra import compose as hydra_compose
@@ -77,13 +78,14 @@ def compose(arguments: list[str], planned: bool = False) -> Config:
     return replace(config, run=replace(config.run, name=config.run.name or recipe))
 
 
-def _composed(recipe: str, overrides: list[str]) -> dict:
+def _composed(recipe: str, overrides: list[str]) -> dict[str, Any]:
     with initialize_config_dir(str(usage.RECIPES.resolve()), version_base=None):
         composed = hydra_compose(recipe, [_checked(override) for override in overrides])
-    return OmegaConf.to_container(composed, resolve=True)
+    values: Any = OmegaConf.to_container(composed, resolve=True)  # a recipe is a dict with names as its keys
+    return values
 
 
-def _origin_model(run: dict, recipe: str) -> list[str]:
+def _origin_model(run: dict[str, Any], recipe: str) -> list[str]:
     """The model of the run that `run.init` names, as overrides; of the run itself once it has begun."""
     config = RunConfig(**{key: run[key] for key in ("name", "dir", "init") if run.get(key)})
     begun = RunReference(config.name or recipe, config.dir)
@@ -154,8 +156,8 @@ def train(arguments: list[str]) -> int:
         return run_training(config)
     check_login(config.wandb)
     dataset = front.ensure_corpus(config.data)
-    if done:
-        require_same_data(last_checkpoint(config.run.path), dataset.identity(config.seed), config.data.on_change)
+    if before := last_checkpoint(config.run.path):
+        require_same_data(before, dataset.identity(config.seed), config.data.on_change)
     return front.launch(["-m", "train", "train", *arguments], processes)
 
 

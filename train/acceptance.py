@@ -8,6 +8,7 @@ tokens that a pass of the trunk yields in the mean, 1 + the sum of the cumulativ
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -69,7 +70,7 @@ class Measurement:
         values = {metrics.heldout_acceptance(step): share for step, share in conditional}
         return values | {metrics.HELDOUT_ACCEPTED_LENGTH: self.tally.accepted_length}
 
-    def content(self) -> dict:
+    def content(self) -> dict[str, Any]:
         """For a file: token ids of prompts and texts, rounds by accepted tokens, and what follows from them."""
         return {
             "prompts": self.prompts,

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -15,7 +16,7 @@ from train.runs import COUNTS, STATE_FILE, checkpoint_path
 from train.settings import ConfigError
 
 
-def save(job: Job, engine: MegatronEngine, step: int, data: dict) -> Path:
+def save(job: Job, engine: MegatronEngine, step: int, data: dict[str, Any]) -> Path:
     """Writes the state after ``step`` steps; every rank takes part. The step's old checkpoint, if any, is replaced.
 
     ``data`` says what was read and how far: `Dataset.identity` and its cursors.

@@ -11,34 +11,30 @@ from data.config import DataConfig, check_data
 from data.errors import CorpusError
 from model.config import BalanceConfig, ModelConfig, ModelError, MtpConfig, check_balance, check_model
 from parallel.topology import ParallelConfig, Topology, TopologyError, check_length, microbatches, resolve
-from train.settings import ConfigError, from_dict, hint, leaves, to_dict
+from train.settings import ConfigError, from_dict, hint, leaves, setting, to_dict
 
 USER_ERRORS = (ConfigError, ModelError, TopologyError, CorpusError)
 CONFIG_FILE = "config.yaml"
-
-
-def _setting(default, text: str):
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """How long a run is, where it lives, and what it writes on the way."""
 
-    name: str = _setting("", "the run and its directory; empty takes the recipe's; an old name resumes")
-    dir: str = _setting("runs", "directory that holds the runs")
-    init: str | None = _setting(
+    name: str = setting("", "the run and its directory; empty takes the recipe's; an old name resumes")
+    dir: str = setting("runs", "directory that holds the runs")
+    init: str | None = setting(
         None,
         "run (its name, or its directory) whose last weights, and model settings, a new run starts from",
     )
-    steps: int = _setting(300, "optimizer steps of the whole run")
-    save_every: int = _setting(0, "steps between checkpoints; 0 saves only at the end")
-    eval_every: int = _setting(0, "steps between held-out evaluations; 0 evaluates only at the end")
-    eval_samples: int = _setting(64, "held-out sequences of one evaluation")
-    eval_prompts: int = _setting(16, "held-out prompts on which an evaluation checks MTP drafts (not over a pipeline)")
-    log_every: int = _setting(10, "steps between logged lines")
-    dry_run: bool = _setting(False, "builds one process's part without numbers, says what it would take, and ends")
-    max_time: float | None = _setting(None, "minutes after which the run saves and stops; null: no limit")
+    steps: int = setting(300, "optimizer steps of the whole run")
+    save_every: int = setting(0, "steps between checkpoints; 0 saves only at the end")
+    eval_every: int = setting(0, "steps between held-out evaluations; 0 evaluates only at the end")
+    eval_samples: int = setting(64, "held-out sequences of one evaluation")
+    eval_prompts: int = setting(16, "held-out prompts on which an evaluation checks MTP drafts (not over a pipeline)")
+    log_every: int = setting(10, "steps between logged lines")
+    dry_run: bool = setting(False, "builds one process's part without numbers, says what it would take, and ends")
+    max_time: float | None = setting(None, "minutes after which the run saves and stops; null: no limit")
 
     @property
     def path(self) -> Path:
@@ -48,6 +44,7 @@ class RunConfig:
     @property
     def origin(self) -> "RunReference":
         """The run that `init` names."""
+        assert self.init is not None, "only a run with run.init has an origin"
         path = Path(self.init) if "/" in self.init else Path(self.dir) / self.init
         return RunReference(path.name, str(path.parent))
 
@@ -56,12 +53,12 @@ class RunConfig:
 class BatchConfig:
     """Sequences of a step. ``global_`` is batch.global: the other spelling is a Python keyword."""
 
-    global_: int = _setting(16, "sequences of one optimizer step, over all processes")
-    micro: int = _setting(8, "sequences that a process computes at once")
-    schedule: tuple[tuple[int, int], ...] = _setting(
+    global_: int = setting(16, "sequences of one optimizer step, over all processes")
+    micro: int = setting(8, "sequences that a process computes at once")
+    schedule: tuple[tuple[int, int], ...] = setting(
         (), "[[tokens, sequences], ...]: from so many tokens on, so many sequences a step; before: batch.global"
     )
-    length_schedule: tuple[tuple[int, int], ...] = _setting(
+    length_schedule: tuple[tuple[int, int], ...] = setting(
         (), "[[tokens, length], ...]: from so many tokens on, sequences are cut into pieces of that length"
     )
 
@@ -70,33 +67,33 @@ class BatchConfig:
 class OptimConfig:
     """AdamW and its learning-rate schedule."""
 
-    lr: float = _setting(3e-4, "peak learning rate")
-    min_lr: float = _setting(3e-5, "learning rate at the last step")
-    schedule: str = _setting("cosine", "learning rate after the warm-up: cosine or wsd (stable, then decay)")
-    warmup_steps: int = _setting(0, "steps of linear warm-up")
-    decay_fraction: float = _setting(0.2, "wsd: share of run.steps in which the learning rate decays")
-    decay_shape: str = _setting("sqrt", "wsd: shape of the decay, linear or sqrt (1 - sqrt of its progress)")
-    betas: tuple[float, float] = _setting((0.9, 0.95), "AdamW's decay rates of the gradient's two moments")
-    eps: float = _setting(1e-8, "AdamW's epsilon")
-    weight_decay: float = _setting(0.1, "decoupled weight decay")
-    clip: float = _setting(1.0, "largest norm of the whole gradient; 0 does not clip")
+    lr: float = setting(3e-4, "peak learning rate")
+    min_lr: float = setting(3e-5, "learning rate at the last step")
+    schedule: str = setting("cosine", "learning rate after the warm-up: cosine or wsd (stable, then decay)")
+    warmup_steps: int = setting(0, "steps of linear warm-up")
+    decay_fraction: float = setting(0.2, "wsd: share of run.steps in which the learning rate decays")
+    decay_shape: str = setting("sqrt", "wsd: shape of the decay, linear or sqrt (1 - sqrt of its progress)")
+    betas: tuple[float, float] = setting((0.9, 0.95), "AdamW's decay rates of the gradient's two moments")
+    eps: float = setting(1e-8, "AdamW's epsilon")
+    weight_decay: float = setting(0.1, "decoupled weight decay")
+    clip: float = setting(1.0, "largest norm of the whole gradient; 0 does not clip")
 
 
 @dataclass(frozen=True)
 class WandbConfig:
     """Weights & Biases beside metrics.jsonl, which is always written."""
 
-    mode: str = _setting("offline", "offline (files in the run's directory), online or disabled")
-    project: str = _setting("tessera", "project that the run is filed under")
-    entity: str | None = _setting(None, "user or team; null takes the account's default")
+    mode: str = setting("offline", "offline (files in the run's directory), online or disabled")
+    project: str = setting("tessera", "project that the run is filed under")
+    entity: str | None = setting(None, "user or team; null takes the account's default")
 
 
 @dataclass(frozen=True)
 class Config:
     """Everything that decides a training run."""
 
-    seed: int = _setting(1234, "seed of the initialisation and of the order of the data")
-    rank: int = _setting(0, "dry run: which process of parallel.world is built")
+    seed: int = setting(1234, "seed of the initialisation and of the order of the data")
+    rank: int = setting(0, "dry run: which process of parallel.world is built")
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
@@ -112,8 +109,8 @@ class Config:
 class RunReference:
     """An existing run."""
 
-    name: str = _setting("tiny", "name of the run")
-    dir: str = _setting("runs", "directory that holds the runs")
+    name: str = setting("tiny", "name of the run")
+    dir: str = setting("runs", "directory that holds the runs")
 
     @property
     def path(self) -> Path:

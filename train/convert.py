@@ -8,22 +8,19 @@ runs/NAME/config.yaml  runs/NAME/checkpoints/step_00000000/  runs/NAME/tokenizer
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from data.config import DataConfig
 from model.config import BalanceConfig, MtpConfig, check_model
 from model.hf_config import check_exportable, from_hf
 from train.config import Config, RunConfig, RunReference, load_config
 from train.runs import checkpoint_path, require_checkpoint
-from train.settings import ConfigError
+from train.settings import ConfigError, setting
 
 HF_CONFIG = "config.json"
 TOKENIZER_DIR = "tokenizer"  # of an imported run: the files that came with the model
 EXPERTS = ("separate", "stacked")
 DTYPES = ("bfloat16", "float32")
-
-
-def _setting(default, text: str):
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
@@ -32,17 +29,17 @@ class ExportConfig:
 
     out: str = field(metadata={"help": "directory to make; must not exist yet"})
     run: RunReference = field(default_factory=RunReference)
-    step: int | None = _setting(None, "which checkpoint, by its step; null takes the last")
-    dtype: str | None = _setting(
+    step: int | None = setting(None, "which checkpoint, by its step; null takes the last")
+    dtype: str | None = setting(
         None,
         "bfloat16 or float32; null takes the model's. Norms, routers, A_log and dt_bias stay float32, as in training",
     )
-    experts: str = _setting(
+    experts: str = setting(
         "separate",
         "routed experts one by one (separate: vLLM, SGLang, transformers), or stacked, all of a layer as one",
     )
-    shard_size: float = _setting(4.0, "GB of a file, at most (but a tensor is never cut)")
-    max_length: int | None = _setting(
+    shard_size: float = setting(4.0, "GB of a file, at most (but a tensor is never cut)")
+    max_length: int | None = setting(
         None, "longest text in tokens, max_position_embeddings; null: data.seq_length, or what YaRN stretches to"
     )
 
@@ -51,8 +48,8 @@ class ExportConfig:
 class NewRun:
     """The run that an import makes."""
 
-    name: str = _setting("imported", "the new run and its directory; must not exist yet")
-    dir: str = _setting("runs", "directory that holds the runs")
+    name: str = setting("imported", "the new run and its directory; must not exist yet")
+    dir: str = setting("runs", "directory that holds the runs")
 
 
 @dataclass(frozen=True)
@@ -61,10 +58,10 @@ class ImportConfig:
 
     hf: str = field(metadata={"help": "directory of a qwen3_next checkpoint: config.json and safetensors files"})
     run: NewRun = field(default_factory=NewRun)
-    dtype: str | None = _setting(None, "type to train in, bfloat16 or float32; null takes config.json's")
-    mtp: bool = _setting(True, "takes the multi-token-prediction layer, if there is one; false leaves it out")
-    corpus: str = _setting("", "corpus that evaluate and generate of the new run read, prepared with its tokenizer")
-    seq_length: int = _setting(4096, "tokens of a sample when the new run is evaluated")
+    dtype: str | None = setting(None, "type to train in, bfloat16 or float32; null takes config.json's")
+    mtp: bool = setting(True, "takes the multi-token-prediction layer, if there is one; false leaves it out")
+    corpus: str = setting("", "corpus that evaluate and generate of the new run read, prepared with its tokenizer")
+    seq_length: int = setting(4096, "tokens of a sample when the new run is evaluated")
 
 
 def check_export(config: ExportConfig) -> tuple[Config, Path]:
@@ -129,7 +126,7 @@ def check_import(config: ImportConfig) -> Config:
     )
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict[str, Any]:
     """A JSON object.
 
     Raises:

@@ -8,7 +8,7 @@ from model.config import MtpConfig
 from parallel.topology import Topology
 from train.config import Config
 from train.footprint import Footprint, footprint, planned_vocab
-from train.settings import ConfigError
+from train.settings import ConfigError, setting
 
 GIB = 2**30
 HOUR = 3600
@@ -42,20 +42,16 @@ PEERS = (
 LENGTHS = (4096, 32768)  # pretraining, and its long-context stage
 
 
-def _setting(default, text: str):
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True)
 class Budget:
     """What is to be bought."""
 
-    tokens: float = _setting(15e12, "tokens to train on")
-    gpu: str = _setting("H200", "GPU to train on: H100, H200 or B200")
-    mfu: float = _setting(0.4, "share of the GPU's dense bfloat16 peak that training reaches")
-    price: float | None = _setting(None, "USD a GPU-hour; null: no money is shown")
-    propose: int = _setting(0, "instead, so many layouts for parallel.world GPUs, fastest first")
-    compare: bool = _setting(False, "also Qwen3-Next's published comparison with Qwen3-32B and Qwen3-30B-A3B")
+    tokens: float = setting(15e12, "tokens to train on")
+    gpu: str = setting("H200", "GPU to train on: H100, H200 or B200")
+    mfu: float = setting(0.4, "share of the GPU's dense bfloat16 peak that training reaches")
+    price: float | None = setting(None, "USD a GPU-hour; null: no money is shown")
+    propose: int = setting(0, "instead, so many layouts for parallel.world GPUs, fastest first")
+    compare: bool = setting(False, "also Qwen3-Next's published comparison with Qwen3-32B and Qwen3-30B-A3B")
 
 
 @dataclass(frozen=True)
@@ -170,6 +166,7 @@ def comparison_lines(config: Config, vocab_size: int, budget: Budget, peers: dic
     ratios = {}
     for peer in PEERS:
         model = peers[peer.recipe].model
+        assert model.vocab_size is not None  # every peer's recipe gives it
         for length in LENGTHS:
             own = [cost.training_flops(config.model, MtpConfig(steps=n), vocab_size, length) for n in (0, 1)]
             other = cost.training_flops(model, MtpConfig(steps=0), model.vocab_size, length)

@@ -106,7 +106,7 @@ def report(values: dict[str, float]) -> str:
         f"the unigram entropy {entropy:.4f}; "
         f"{values[metrics.HELDOUT_BITS_PER_BYTE]:.4f} bits a byte"
     )
-    deeper = (metrics.heldout_mtp_loss(""), metrics.heldout_acceptance(""), metrics.HELDOUT_ACCEPTED_LENGTH)
+    deeper = (metrics.HELDOUT_MTP_LOSS, metrics.HELDOUT_ACCEPTANCE, metrics.HELDOUT_ACCEPTED_LENGTH)
     return "; ".join([text, *(f"{name} {value:.4f}" for name, value in values.items() if name.startswith(deeper))])
 
 

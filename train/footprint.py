@@ -132,8 +132,8 @@ def _recomputed_bytes(config: Config, topology: Topology, pipeline_rank: int) ->
         for symbol in set("".join(model.stages[number] for number in numbers))
     ]
     if numbers[-1] == len(model.stages) - 1 and config.mtp.keys == INFERENCE and LAYER in parts:
-        sizes = (model, config.mtp, length, topology.tensor)
-        kept += [[activations.mtp_bytes(*sizes, again, topology.expert_tensor) for again in (frozenset(), parts)]]
+        steps = (model, config.mtp, length, topology.tensor)
+        kept += [[activations.mtp_bytes(*steps, again, topology.expert_tensor) for again in (frozenset(), parts)]]
     return _tokens(config, topology) * max(whole - part for whole, part in kept)
 
 

@@ -17,11 +17,16 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from data.config import DataConfig
 from data.dataset import Dataset
 from parallel.topology import ParallelConfig
 from train.settings import ConfigError
+
+if TYPE_CHECKING:  # torch takes seconds to import, which a mistake in the settings should not wait for
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig
 
 CPU_PROCESSES = 2
 GRACE_S = 600  # saving the largest models takes minutes; only then are stopping workers killed
@@ -127,7 +132,7 @@ def launch(command: list[str], processes: int) -> int:
     return 0
 
 
-def _grace(launch_config: type) -> dict[str, int]:
+def _grace(launch_config: "type[LaunchConfig]") -> dict[str, Any]:
     """The time that stopping workers get. torch 2.11 has no such setting: there it is torchrun's own 30 s."""
     known = {item.name for item in dataclasses.fields(launch_config)}
     return {"shutdown_timeout": GRACE_S} if "shutdown_timeout" in known else {}
@@ -185,13 +190,14 @@ def _quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def _failure(error) -> int:
-    """Says in one line which worker failed first and how (a ChildFailedError); returns the exit code."""
+def _failure(error: "ChildFailedError") -> int:
+    """Says in one line which worker failed first and how; returns the exit code."""
     rank, failure = error.get_first_failure()
     if failure.exitcode in (128 + signal.SIGINT, 128 + signal.SIGTERM):
         return failure.exitcode
-    if failure.exitcode == 2 and isinstance(failure.message, dict):
-        print(f"error: {failure.message['message'].partition(': ')[2]}", file=sys.stderr)
+    message: Any = failure.message  # declared as text; a dict where the worker left its exception
+    if failure.exitcode == 2 and isinstance(message, dict):
+        print(f"error: {message['message'].partition(': ')[2]}", file=sys.stderr)
         return 2
     if failure.exitcode < 0:
         cause = "was killed by " + failure.signal_name()

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -149,7 +150,7 @@ def _tokenizer(run: Config) -> Tokenizer:
     return Tokenizer.from_path(imported / TOKENIZER_FILE, _end_token(imported))
 
 
-def _write_json(path: Path, values: dict) -> None:
+def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
@@ -200,7 +201,7 @@ def import_run(config: ImportConfig, run: Config) -> Path:
 
 
 def _write_checkpoint(
-    pieces: list[hf.Piece], reader: Reader, notes: dict, path: Path, dtype: torch.dtype, where: str
+    pieces: list[hf.Piece], reader: Reader, notes: dict[str, Any], path: Path, dtype: torch.dtype, where: str
 ) -> None:
     broken: list[str] = []
     size = sum(entry.end - entry.begin for entry in reader.entries.values())

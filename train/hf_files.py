@@ -9,6 +9,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -68,7 +69,8 @@ def plan_files(tensors: list[Planned], limit: int) -> dict[str, list[Planned]]:
 
 
 def _header(tensors: list[Planned]) -> bytes:
-    entries, place = {"__metadata__": {"format": "pt"}}, 0
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    place = 0
     for tensor in tensors:
         end = place + tensor.num_bytes
         entries[tensor.name] = {
@@ -89,7 +91,8 @@ class Writer:
         self._directory = directory
         self._files = plan_files(tensors, limit)
         self._waiting = [(name, tensor) for name, group in self._files.items() for tensor in group][::-1]
-        self._name, self._file = "", None
+        self._name = ""
+        self._file: BinaryIO | None = None
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Writes the next tensor, in the type that was planned.
@@ -100,12 +103,8 @@ class Writer:
         file, planned = self._waiting.pop()
         if (name, tuple(tensor.shape)) != (planned.name, planned.shape):
             raise RuntimeError(f"{name} {tuple(tensor.shape)} came where {planned.name} {planned.shape} was planned")
-        if file != self._name:
-            self._finish_file()
-            self._name, self._file = file, (self._directory / file).open("wb")
-            self._file.write(_header(self._files[file]))
         numbers = tensor.detach().to(planned.dtype).contiguous()
-        self._file.write(numbers.flatten().view(torch.uint8).numpy())
+        self._opened(file).write(numbers.flatten().view(torch.uint8).numpy())
 
     def close(self) -> None:
         """Ends the last file and writes the index of several.
@@ -121,6 +120,13 @@ class Writer:
             size = sum(tensor.num_bytes for group in self._files.values() for tensor in group)
             index = {"metadata": {"total_size": size}, "weight_map": where}
             (self._directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def _opened(self, name: str) -> BinaryIO:
+        if self._file is None or name != self._name:
+            self._finish_file()
+            self._name, self._file = name, (self._directory / name).open("wb")
+            self._file.write(_header(self._files[name]))
+        return self._file
 
     def _finish_file(self) -> None:
         if self._file is not None:

@@ -36,7 +36,7 @@ class StopRequest:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._note)
 
-    def _note(self, number: int, frame) -> None:
+    def _note(self, number: int, frame: object) -> None:
         self._signal = number
 
     def agreed(self) -> int:
@@ -56,7 +56,7 @@ def train_step(
     Args:
         recording: whether the routers note what a logged step reports.
     """
-    counts = sum(count_targets(batch.documents, job.config.mtp.steps) for batch in batches)
+    counts = torch.stack([count_targets(batch.documents, job.config.mtp.steps) for batch in batches]).sum(dim=0)
     counts = sum_over(counts.to(job.device), job.groups.dp).cpu()
     ready = [microbatch(job, batch, counts, tokens_before) for batch in batches]
     routing.begin_step(job, ready, recording)
@@ -102,7 +102,8 @@ def fit(
     save: Callable[[int], None],
 ) -> tuple[int, int]:
     """Trains to the end of the run or to a request to stop; returns the steps done and the reason (0: the end)."""
-    run, reason, values = job.config.run, 0, {}
+    run, reason = job.config.run, 0
+    values: dict[str, float] = {}
     schedule, seq_length = batch_schedule(job.config), job.config.data.seq_length
     speed = Speedometer(job)
     for step in range(loader.step + 1, run.steps + 1):
@@ -147,9 +148,9 @@ def run_training(config: Config) -> int:
     if start >= config.run.steps:
         name, steps = config.run.name, config.run.steps
         raise ConfigError(f"run.steps={steps} but run.name={name} has done {start}: raise run.steps")
-    if start:
-        require_same_data(last_checkpoint(config.run.path), identity, config.data.on_change)
-        checkpoint.load(engine, last_checkpoint(config.run.path))
+    if before := last_checkpoint(config.run.path):
+        require_same_data(before, identity, config.data.on_change)
+        checkpoint.load(engine, before)
     if job.is_first:
         save_config(config)
         print("\n".join([*describe(config, job.topology), *job.describe(), f"starting after step {start}"]), flush=True)

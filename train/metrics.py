@@ -35,6 +35,8 @@ DATA_SKIPPED_TOKENS = "data_skipped_tokens"  # positions that damaged parts of t
 HELDOUT_LM_LOSS = "heldout_lm_loss"
 HELDOUT_BITS_PER_BYTE = "heldout_bits_per_byte"
 HELDOUT_UNIGRAM_ENTROPY = "heldout_unigram_entropy"  # nats a token, of knowing only frequencies
+HELDOUT_MTP_LOSS = "heldout_mtp_loss"
+HELDOUT_ACCEPTANCE = "heldout_acceptance"
 HELDOUT_ACCEPTED_LENGTH = "heldout_accepted_length"  # tokens that a pass of the trunk yields with MTP drafts
 
 METRICS_FILE = "metrics.jsonl"
@@ -47,7 +49,7 @@ def mtp_loss(depth: int) -> str:
 
 def heldout_mtp_loss(depth: int) -> str:
     """Name of the held-out loss of multi-token-prediction step ``depth``, from 1."""
-    return f"heldout_mtp_loss/{depth}"
+    return f"{HELDOUT_MTP_LOSS}/{depth}"
 
 
 def of_layer(name: str, layer: str) -> str:
@@ -57,7 +59,7 @@ def of_layer(name: str, layer: str) -> str:
 
 def heldout_acceptance(step: int) -> str:
     """Name of the share of drafts, right so far, whose token number ``step`` is accepted, from 1."""
-    return f"heldout_acceptance/{step}"
+    return f"{HELDOUT_ACCEPTANCE}/{step}"
 
 
 class MetricsLog:

@@ -7,6 +7,7 @@ layouts; how fast the best one is, only running it tells.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 from model.config import LAYER, check_model
 from model.cost import ROUTED, TRAINING_FACTOR, forward_flops
@@ -146,7 +147,7 @@ def candidates(config: Config, world: int, machine: Machine) -> Iterator[tuple[C
         routing = world // pipeline
         for expert in divisors(routing):
             for micro, policy in product(micros, RECOMPUTE_POLICIES):
-                sizes = {"tensor": tensor, "pipeline": pipeline, "context": context, "expert": expert}
+                sizes: dict[str, Any] = {"tensor": tensor, "pipeline": pipeline, "context": context, "expert": expert}
                 parallel = replace(cut.parallel, **sizes, recompute=policy, world=world)
                 candidate = replace(cut, parallel=parallel, batch=replace(cut.batch, micro=micro))
                 topology = valid(candidate, world)

@@ -3,21 +3,17 @@
 from dataclasses import dataclass, field
 
 from train.config import Config, RunReference, check_choice, check_least
-from train.settings import ConfigError
-
-
-def _setting(default, text: str):
-    return field(default=default, metadata={"help": text})
+from train.settings import ConfigError, setting
 
 
 @dataclass(frozen=True)
 class Measurement:
     """What `bench` measures."""
 
-    sequences: tuple[int, ...] = _setting((2, 4, 8), "sequences of a step, one after the other")
-    repeats: int = _setting(7, "steps of each size; their median counts")
-    peers: bool = _setting(True, "times transformers' Qwen3-Next beside ours; patterns of GE and *E only")
-    output: str = _setting("bench.json", "where the numbers go")
+    sequences: tuple[int, ...] = setting((2, 4, 8), "sequences of a step, one after the other")
+    repeats: int = setting(7, "steps of each size; their median counts")
+    peers: bool = setting(True, "times transformers' Qwen3-Next beside ours; patterns of GE and *E only")
+    output: str = setting("bench.json", "where the numbers go")
 
 
 @dataclass(frozen=True)
@@ -32,13 +28,13 @@ class EvaluateConfig:
     """What `evaluate` measures."""
 
     run: RunReference = field(default_factory=RunReference)
-    samples: int | None = _setting(None, "held-out sequences; null takes the run's run.eval_samples")
-    draft: int | None = _setting(None, "tokens of an MTP draft, whose acceptance is measured; null: mtp.steps; 0: none")
-    prompts: int = _setting(64, "held-out prompts that drafts continue")
-    prompt_tokens: int = _setting(32, "tokens of a prompt, at the most")
-    tokens: int = _setting(64, "tokens that each prompt is continued by")
-    dtype: str | None = _setting(None, "type that the weights are rounded to first: float32 or bfloat16; null: none")
-    output: str | None = _setting(None, "JSON file for prompts, texts and the acceptance of their drafts")
+    samples: int | None = setting(None, "held-out sequences; null takes the run's run.eval_samples")
+    draft: int | None = setting(None, "tokens of an MTP draft, whose acceptance is measured; null: mtp.steps; 0: none")
+    prompts: int = setting(64, "held-out prompts that drafts continue")
+    prompt_tokens: int = setting(32, "tokens of a prompt, at the most")
+    tokens: int = setting(64, "tokens that each prompt is continued by")
+    dtype: str | None = setting(None, "type that the weights are rounded to first: float32 or bfloat16; null: none")
+    output: str | None = setting(None, "JSON file for prompts, texts and the acceptance of their drafts")
 
 
 @dataclass(frozen=True)
@@ -46,11 +42,11 @@ class GenerateConfig:
     """What `generate` writes."""
 
     run: RunReference = field(default_factory=RunReference)
-    prompt: str = _setting("def ", "text to continue")
-    tokens: int = _setting(100, "tokens to write")
-    temperature: float = _setting(0.0, "0 takes the likeliest token; 1 samples from the model's distribution")
-    seed: int = _setting(1234, "seed of the sampling")
-    draft: int = _setting(0, "tokens that the MTP layer drafts ahead for one pass of the model to check; 0: none")
+    prompt: str = setting("def ", "text to continue")
+    tokens: int = setting(100, "tokens to write")
+    temperature: float = setting(0.0, "0 takes the likeliest token; 1 samples from the model's distribution")
+    seed: int = setting(1234, "seed of the sampling")
+    draft: int = setting(0, "tokens that the MTP layer drafts ahead for one pass of the model to check; 0: none")
 
 
 def check_generate(config: GenerateConfig) -> None:

@@ -7,7 +7,9 @@ runs/NAME/wandb/                          Weights & Biases files
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from data.config import CONTINUE
 from parallel.topology import Topology
@@ -56,7 +58,7 @@ def last_checkpoint(run: Path) -> Path | None:
     return max((path.parent for path in run.glob(f"checkpoints/step_*[0-9]/{STATE_FILE}")), default=None)
 
 
-def read_state(checkpoint: Path) -> dict:
+def read_state(checkpoint: Path) -> dict[str, Any]:
     """What a checkpoint says of itself: its step, the fingerprint of its data and its layout.
 
     Raises:
@@ -102,7 +104,7 @@ def check_origin(config: Config) -> None:
         )
 
 
-def require_same_data(checkpoint: Path, identity: dict, on_change: str) -> None:
+def require_same_data(checkpoint: Path, identity: Mapping[str, Any], on_change: str) -> None:
     """Refuses to go on with data that put other tokens into the samples to come.
 
     Args:

@@ -10,7 +10,7 @@ import json
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 MISSING = "???"  # what a recipe writes where the user must give a value
@@ -28,6 +28,11 @@ class Setting:
     annotation: Any
     default: Any
     help: str
+
+
+def setting[T](default: T, text: str) -> T:
+    """A field of a tree: its default and what it means."""
+    return field(default=default, metadata={"help": text})
 
 
 def settings(cls: type, prefix: str = "") -> Iterator[Setting]:
@@ -124,7 +129,7 @@ def takes_text(annotation: Any) -> bool:
     return set(_options(annotation)) - {type(None)} == {str}
 
 
-def _default(item: dataclasses.Field) -> Any:
+def _default(item: dataclasses.Field[Any]) -> Any:
     if item.default_factory is not dataclasses.MISSING:
         return item.default_factory()
     return MISSING if item.default is dataclasses.MISSING else item.default
@@ -135,7 +140,7 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
     built = {}
     for item in dataclasses.fields(cls):
         key, annotation = item.name.removesuffix("_"), hints[item.name]
-        if dataclasses.is_dataclass(annotation):
+        if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
             built[item.name] = _build(annotation, values.get(key, {}), f"{prefix}{key}.")
             continue
         value = values.get(key, _default(item))

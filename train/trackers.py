@@ -73,11 +73,12 @@ class WandbTracker:
         import wandb
 
         check_login(config.wandb)
+        mode: Any = config.wandb.mode  # one of the names that wandb knows: `train.config` has checked it
         self._failures = (wandb.Error, OSError)  # OSError: its background process is gone
         self._run = None
         try:
             self._run = wandb.init(
-                mode=config.wandb.mode,
+                mode=mode,
                 project=config.wandb.project,
                 entity=config.wandb.entity,
                 name=config.run.name,

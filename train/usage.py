@@ -135,7 +135,7 @@ def command_help(command: str) -> str:
 def _settings(cls: type) -> list[str]:
     listed = list(settings(cls))
     width = max(len(f"{setting.path}={_shown(setting)}") for setting in listed)
-    lines = []
+    lines: list[str] = []
     for _, section in groupby(listed, key=lambda setting: setting.path.rpartition(".")[0]):
         lines += [""] if lines else []
         for setting in section:
