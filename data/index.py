@@ -55,9 +55,9 @@ def measure(reader: Reader, packing: str, seq_length: int, cache: Path, skips: b
         with journal.open("a", encoding="utf-8") as file, count_bar(f"counting {reader.path}", len(missing)) as bar:
             for unit, entry in _scan_all(reader, missing, seq_length if packing == BEST_FIT else None):
                 bar.update()
+                if isinstance(entry, BrokenUnit) and not skips:
+                    raise entry
                 if isinstance(entry, BrokenUnit):
-                    if not skips:
-                        raise entry
                     broken.append(str(entry))
                     continue
                 entries[unit] = entry

@@ -184,9 +184,10 @@ def check_model(model: ModelConfig, mtp: MtpConfig) -> None:
         ("attention_heads", "key_value_heads"),
         ("linear_value_heads", "linear_key_heads"),
     ):
-        if getattr(model, many) % getattr(model, few):
+        heads, groups = getattr(model, many), getattr(model, few)
+        if heads % groups:
             raise ModelError(
-                f"model.{many}={getattr(model, many)} is not a multiple of model.{few}={getattr(model, few)}: "
+                f"model.{many}={heads} is not a multiple of model.{few}={groups}: "
                 f"each key head serves the same number of {many.replace('_', ' ')}"
             )
     if model.rotary_dim % 2 or not 0 <= model.rotary_dim <= model.head_dim:

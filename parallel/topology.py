@@ -138,8 +138,9 @@ def resolve(parallel: ParallelConfig, model: Shape, world: int) -> Topology:
             f"(NPROC={parallel.world}) or drop parallel.world"
         )
     for name in ("tensor", "pipeline", "context", "expert_tensor"):
-        if getattr(parallel, name) < 1:
-            raise TopologyError(f"parallel.{name}={getattr(parallel, name)} must be at least 1")
+        size = getattr(parallel, name)
+        if size < 1:
+            raise TopologyError(f"parallel.{name}={size} must be at least 1")
     _require_known(parallel.recompute, "parallel.recompute", RECOMPUTE_POLICIES)
     for part in parallel.recompute_modules:
         _require_known(part, "parallel.recompute_modules", RECOMPUTABLE)

@@ -1,5 +1,6 @@
 """Every recipe composes, fits its machines and stays short; the large one has its model's published numbers."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,9 @@ import pytest
 from model.config import check_model
 from parallel.topology import microbatches, resolve
 from train import usage
-from train.__main__ import compose
+from train.__main__ import compose, run
 from train.config import Config
+from train.footprint import footprint, planned_vocab
 
 # Arguments that a recipe cannot do without, the processes that it is made for, and over how many its experts go.
 CORPUS = ["data.corpus=corpora/mine"]
@@ -36,6 +38,20 @@ def test_a_recipe_composes_and_fits_its_processes(recipe):
     assert topology.expert == expert
     assert microbatches(topology, config.batch.global_, config.batch.micro) >= 1
     assert config.optim.warmup_steps < config.run.steps
+
+
+@pytest.mark.parametrize("recipe", usage.recipes())
+def test_a_recipe_builds_on_meta_as_its_estimate_says(recipe: str, capsys: pytest.CaptureFixture[str]):
+    from train.dry_run import dry_run  # imports megatron-core, which the rest of this file does without
+
+    config, processes, _ = composed(recipe)
+    topology = resolve(config.parallel, config.model, processes)
+    vocab_size = planned_vocab(config, topology)
+    formula = footprint(config, topology, vocab_size, pipeline_rank=0).parameters
+    assert f"; {formula:,} parameters\n" in dry_run(config, topology, vocab_size)
+    arguments = [argument for argument in NEEDS.get(recipe, ([],))[0] if argument not in CORPUS]
+    assert run(["estimate", "-cn", recipe, *arguments]) == 0
+    assert re.search(r"^  [\d,]+ GPU-hours; ", capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("path", RECIPE_FILES, ids=lambda path: path.relative_to(usage.RECIPES).as_posix())
