@@ -1,6 +1,6 @@
 """What a run trains on: the sources that its settings name, opened, measured and mixed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,8 @@ from data.stream import ORDER_VERSION, TokenStream, permutation
 from data.tokenizer import Tokenizer
 from data.units import Sizes
 
-READERS = dict(zip(DIRECT_ENDINGS, (ParquetReader, JsonlReader, ArrowReader), strict=True))
+KINDS: tuple[Callable[..., Reader], ...] = (ParquetReader, JsonlReader, ArrowReader)
+READERS = dict(zip(DIRECT_ENDINGS, KINDS, strict=True))
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class Dataset:
         paths = [path for path, _ in source_paths(config)]
         if "" in paths:
             raise CorpusError("data.corpus is empty: set it to a directory made by prepare, or to embedded")
-        corpora = {path: Corpus.open(_prepared(path, config)) for path in paths if _prepared(path, config)}
+        prepared = {path: _prepared(path, config) for path in paths}
+        corpora = {path: Corpus.open(directory) for path, directory in prepared.items() if directory is not None}
         self.corpora = list(corpora.values())
         self.tokenizer = _tokenizer(config, corpora)
         self.sources = [self._open(path, corpora.get(path)) for path in paths]
@@ -113,7 +115,7 @@ class Dataset:
         """
         config = self.config
         corpus = [source.sizes.digest for source in self.sources]
-        found = {
+        found: dict[str, str | int | float] = {
             "data.corpus": corpus[0] if len(corpus) == 1 else digest_of(corpus),
             "data.tokenizer": self.tokenizer.sha256,
             "data.seq_length": config.seq_length,
@@ -151,7 +153,7 @@ class Dataset:
                 share = sizes.num_tokens / source.whole.num_tokens
                 line += f", {share:.2%} of {source.whole.num_tokens:,} (data.subset={self.config.subset})"
             if self.config.packing == BEST_FIT:
-                places = int(sizes.samples.sum()) * (self.config.seq_length + 1)
+                places = int(sizes.packed.sum()) * (self.config.seq_length + 1)
                 line += f"; best-fit packing fills {sizes.num_tokens / places:.2%} of all places"
             if sizes.empty.any():
                 line += f"; {sizes.empty.sum():,} empty documents left out"
@@ -161,14 +163,17 @@ class Dataset:
 
     def _open(self, path: str, corpus: Corpus | None) -> Source:
         config = self.config
-        if corpus is not None:
-            train, heldout = PreparedReader(corpus, TRAIN), PreparedReader(corpus, HELDOUT)
-        else:
-            train, heldout = _split_units(_direct(path, config, self.tokenizer), config.heldout_fraction)
+        train, heldout = self._splits(path, corpus)
         whole = train.known()
         if config.subset < 1:
             train = Subset(train, config.subset, config.subset_seed)
         return Source(path, train, self._measure(train, config.packing), heldout, whole)
+
+    def _splits(self, path: str, corpus: Corpus | None) -> tuple[Reader, Reader]:
+        """Readers for training and of held-out documents."""
+        if corpus is not None:
+            return PreparedReader(corpus, TRAIN), PreparedReader(corpus, HELDOUT)
+        return _split_units(_direct(path, self.config, self.tokenizer), self.config.heldout_fraction)
 
     def _measure(self, reader: Reader, packing: str) -> Sizes:
         cache = Path(self.config.cache).expanduser()

@@ -17,6 +17,7 @@ from dataclasses import replace
 from hashlib import sha256
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -66,7 +67,7 @@ def measure(reader: Reader, packing: str, seq_length: int, cache: Path, skips: b
     return _sizes(reader, entries, packing, broken)
 
 
-def _sizes(reader: Reader, entries: dict[int, list], packing: str, broken: list[str]) -> Sizes:
+def _sizes(reader: Reader, entries: dict[int, list[Any]], packing: str, broken: list[str]) -> Sizes:
     nothing = [0, 0, 0, 0, ""]
     columns = list(zip(*(entries.get(unit, nothing) for unit in range(reader.num_units)), strict=True))
     documents, tokens, samples, empty = (np.array(column, dtype=np.int64) for column in columns[:4])
@@ -75,11 +76,12 @@ def _sizes(reader: Reader, entries: dict[int, list], packing: str, broken: list[
     return replace(sizes, samples=samples) if packing == BEST_FIT else sizes
 
 
-def _scan(reader: Reader, unit: int, seq_length: int | None) -> list | BrokenUnit:
+def _scan(reader: Reader, unit: int, seq_length: int | None) -> list[Any] | BrokenUnit:
     """[documents, tokens, samples, empty documents, hash of all tokens] of a unit."""
     try:
-        if reader.known() is not None:  # only samples are missing: lengths will do
-            lengths, empty, digest = reader.lengths(unit, Faults()), 0, reader.known().digest
+        known = reader.known()
+        if known is not None:  # only samples are missing: lengths will do
+            lengths, empty, digest = reader.lengths(unit, Faults()), 0, known.digest
         else:
             documents = reader.read(unit, Faults())
             lengths, empty = documents.lengths, documents.empty
@@ -93,12 +95,12 @@ def _scan(reader: Reader, unit: int, seq_length: int | None) -> list | BrokenUni
     return [len(lengths), int(lengths.sum()), samples, empty, digest]
 
 
-def _scan_here(task: tuple[int, int | None]) -> list | BrokenUnit:
+def _scan_here(task: tuple[int, int | None]) -> list[Any] | BrokenUnit:
     unit, seq_length = task
     return _scan(pool.reader(0), unit, seq_length)
 
 
-def _scan_all(reader: Reader, units: list[int], seq_length: int | None) -> Iterator[tuple[int, list | BrokenUnit]]:
+def _scan_all(reader: Reader, units: list[int], seq_length: int | None) -> Iterator[tuple[int, list[Any] | BrokenUnit]]:
     processes = min(os.cpu_count() or 1, len(units))
     if reader.num_bytes < MIN_PARALLEL_BYTES or processes < 2 or reader.in_process:
         for unit in units:
@@ -110,7 +112,7 @@ def _scan_all(reader: Reader, units: list[int], seq_length: int | None) -> Itera
         yield from zip(units, workers.map(_scan_here, [(unit, seq_length) for unit in units]), strict=True)
 
 
-def _read_journal(journal: Path) -> dict[int, list]:
+def _read_journal(journal: Path) -> dict[int, list[Any]]:
     """What earlier passes counted; a line torn off by a crash is left out."""
     if not journal.is_file():
         return {}

@@ -5,6 +5,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from data.errors import CorpusError, one_line
 
@@ -127,7 +128,7 @@ def read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
-def _from_fields(fields: dict) -> Manifest:
+def _from_fields(fields: dict[str, Any]) -> Manifest:
     splits = {split: tuple(ShardInfo(**shard) for shard in fields["splits"][split]["shards"]) for split in SPLITS}
     return Manifest(
         vocab_size=fields["vocab_size"],

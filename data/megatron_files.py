@@ -71,7 +71,7 @@ class MegatronReader(Reader):
         return Path(f"{self._prefix}.bin").stat().st_size
 
     @property
-    def identity(self) -> list:
+    def identity(self) -> list[Any]:
         stats = [Path(f"{self._prefix}{ending}").stat() for ending in (".bin", ".idx")]
         return ["megatron", str(self._prefix), self._tokenizer, [[s.st_size, s.st_mtime_ns] for s in stats]]
 

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
 
+import numpy as np
+
 from data.packing import Sample
 from data.pool import UnitCache
 from data.stream import TokenStream, permutation
@@ -52,7 +54,7 @@ class Mixture:
     def _stage(self, index: int) -> int:
         return max(stage for stage, first in enumerate(self._firsts) if first <= index)
 
-    def _order_block(self, stage: int, block: int):
+    def _order_block(self, stage: int, block: int) -> np.ndarray:
         size = BLOCK_SAMPLES
         if stage + 1 < len(self._firsts):
             size = min(size, self._firsts[stage + 1] - self._firsts[stage] - block * BLOCK_SAMPLES)

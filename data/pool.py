@@ -35,7 +35,7 @@ class UnitCache:
         self._skips = on_corrupt == SKIP
         self._kept: OrderedDict[Key, Unit | None] = OrderedDict()
         self._kept_tokens = 0
-        self._coming: dict[Key, Future] = {}
+        self._coming: dict[Key, Future[tuple[Any, Faults]]] = {}
         # Workers are spared what is read in this process: it would only be copied and imported there.
         readers = [None if reader.in_process else reader for reader, _ in sources]
         self._workers = Workers(readers, workers) if workers and any(readers) else None
@@ -121,11 +121,11 @@ class Workers:
         self._restarts = 0
         self._pool = self._start()
 
-    def submit(self, key: Key) -> Future:
+    def submit(self, key: Key) -> Future[tuple[Any, Faults]]:
         try:
             return self._pool.submit(_read_unit, key)
         except BrokenProcessPool as error:
-            broken: Future = Future()
+            broken: Future[tuple[Any, Faults]] = Future()
             broken.set_exception(error)
             return broken
 
@@ -160,7 +160,7 @@ class Workers:
 _readers: list[Reader | None] = []  # of this worker process
 
 
-def start_worker(readers: list[Reader | None]) -> None:
+def start_worker(readers: Sequence[Reader | None]) -> None:
     """First call in a worker process."""
     serve_parent()
     _readers[:] = readers
@@ -168,14 +168,16 @@ def start_worker(readers: list[Reader | None]) -> None:
 
 def reader(source: int) -> Reader:
     """A source of this worker process."""
-    return _readers[source]
+    found = _readers[source]
+    assert found is not None  # one that costs nothing to read stays where it is asked for
+    return found
 
 
 def _read_unit(key: Key) -> tuple[Any, Faults]:
     """A unit or what is wrong with it, and the faults met on the way."""
     faults = Faults()
     try:
-        return _readers[key[0]].read(key[1], faults), faults
+        return reader(key[0]).read(key[1], faults), faults
     except BrokenUnit as error:
         return error, faults
 

@@ -4,6 +4,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from hashlib import sha256
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -37,7 +38,7 @@ class Reader(ABC):
 
     @property
     @abstractmethod
-    def identity(self) -> list:
+    def identity(self) -> list[Any]:
         """Of JSON: changes whenever the documents may have changed. Costs no reading."""
 
     @abstractmethod
@@ -78,7 +79,7 @@ class PreparedReader(Reader):
         return sum(shard.size for shard in self._shards)
 
     @property
-    def identity(self) -> list:
+    def identity(self) -> list[Any]:
         return ["prepared", self.corpus.fingerprint, self.split]
 
     def label(self, unit: int) -> str:
@@ -128,7 +129,7 @@ class ChosenUnits(Wrapped):
         return self._base.num_bytes * self.num_units // max(1, self._base.num_units)
 
     @property
-    def identity(self) -> list:
+    def identity(self) -> list[Any]:
         return [*self._base.identity, "units", digest_of(self._units)]
 
     def label(self, unit: int) -> str:
@@ -144,8 +145,8 @@ class ChosenUnits(Wrapped):
         sizes = self._base.known()
         if sizes is None:
             return None
-        counts = (column[self._units] for column in (sizes.documents, sizes.tokens, sizes.empty))
-        return Sizes(*counts, digest_of([sizes.digest, self._units]))
+        documents, tokens, empty = (column[self._units] for column in (sizes.documents, sizes.tokens, sizes.empty))
+        return Sizes(documents, tokens, empty, digest_of([sizes.digest, self._units]))
 
 
 class Subset(Wrapped):
@@ -161,7 +162,7 @@ class Subset(Wrapped):
         self._limit, self._seed = int(fraction * 2**64), seed
 
     @property
-    def identity(self) -> list:
+    def identity(self) -> list[Any]:
         return [*self._base.identity, "subset", self._limit, self._seed]
 
     def read(self, unit: int, faults: Faults) -> Unit:
@@ -190,7 +191,7 @@ class Joined(Reader):
         return sum(reader.num_bytes for reader in self._readers)
 
     @property
-    def identity(self) -> list:
+    def identity(self) -> list[Any]:
         return [reader.identity for reader in self._readers]
 
     def label(self, unit: int) -> str:
@@ -206,14 +207,15 @@ class Joined(Reader):
         return reader.lengths(own, faults)
 
     def known(self) -> Sizes | None:
-        parts = [reader.known() for reader in self._readers]
-        if None in parts:
+        parts = [sizes for reader in self._readers if (sizes := reader.known()) is not None]
+        if len(parts) < len(self._readers):
             return None
         columns = zip(*((part.documents, part.tokens, part.empty) for part in parts), strict=True)
-        return Sizes(*map(np.concatenate, columns), digest_of([part.digest for part in parts]))
+        documents, tokens, empty = map(np.concatenate, columns)
+        return Sizes(documents, tokens, empty, digest_of([part.digest for part in parts]))
 
 
-def digest_of(values: list) -> str:
+def digest_of(values: list[Any]) -> str:
     """SHA-256 of a list of JSON."""
     return sha256(json.dumps(values).encode()).hexdigest()
 

@@ -7,6 +7,7 @@ documents and then demanded of all others; where they do not, it is appended.
 import itertools
 from abc import abstractmethod
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -35,7 +36,7 @@ class RowReader(Reader):
         return sum(file.size for file in self.files)
 
     @property
-    def identity(self) -> list:
+    def identity(self) -> list[Any]:
         files = [[file.path, file.size, file.version] for file in self.files]
         return ["rows", self.column, self.tokenizer.sha256, self.tokenizer.eod_id, files]
 

@@ -83,7 +83,8 @@ class ShardWriter:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        counts = {"documents": len(self._tokens), "tokens": self._pending_tokens, "bytes": sum(self._bytes)}
-        shard = ShardInfo(**asdict(file_info(path)), **counts)
+        documents, num_bytes = len(self._tokens), sum(self._bytes)
+        info = asdict(file_info(path))
+        shard = ShardInfo(**info, documents=documents, tokens=self._pending_tokens, bytes=num_bytes)
         self._staging.note(Finished(self._split, shard, self._following, self._blank, self._place))
         self._start()

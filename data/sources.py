@@ -33,7 +33,7 @@ def dataset_source(config: PrepareConfig) -> Source:
             documents = (_document(row, number, config) for number, row in enumerate(rows, begin.number))
             yield from in_batches(documents, begin, rows.state_dict)
 
-    description = {"input": config.input, "text_column": config.text_column}
+    description: dict[str, str | int] = {"input": config.input, "text_column": config.text_column}
     return Source(description, batches, identity=_identity(arguments, split, config))
 
 

@@ -48,7 +48,7 @@ class TokenStream:
         source: int = 0,
     ) -> None:
         if packing == BEST_FIT:
-            self.samples_per_epoch = int(sizes.samples.sum())
+            self.samples_per_epoch = int(sizes.packed.sum())
         else:
             self.samples_per_epoch = num_samples(sizes.num_tokens, seq_length)
         if self.samples_per_epoch == 0:
@@ -63,7 +63,7 @@ class TokenStream:
         self.shuffle, self.packing = shuffle, packing
         self.cache = cache or UnitCache([(reader, sizes)])
         self._source = source
-        self._unit_sizes = sizes.samples if packing == BEST_FIT else sizes.tokens
+        self._unit_sizes = sizes.packed if packing == BEST_FIT else sizes.tokens
         self._window: tuple[int, int] | None = None  # the epoch and window that the last sample was taken from
         self._document_layout = lru_cache(KEPT_LAYOUTS)(self._lay_out_documents)
         self._bins = lru_cache(KEPT_LAYOUTS)(self._pack_unit)
@@ -126,6 +126,11 @@ class TokenStream:
     def _unit(self, unit_index: int) -> Unit | None:
         return self.cache.get((self._source, unit_index))
 
+    def _whole_unit(self, unit_index: int) -> Unit:
+        unit = self._unit(unit_index)
+        assert unit is not None  # a broken unit's documents are not laid out
+        return unit
+
     def _read_ahead(self, epoch: int, window: int) -> None:
         """Tells the cache what this window needs, and the next."""
         if self._window == (epoch, window):
@@ -152,13 +157,13 @@ class TokenStream:
         return self._lay_out(self._unit_sizes, epoch, 0)
 
     def _lay_out_documents(self, epoch: int, unit_index: int) -> tuple[np.ndarray, np.ndarray]:
-        return self._lay_out(self._unit(unit_index).lengths, epoch, 1 + unit_index)
+        return self._lay_out(self._whole_unit(unit_index).lengths, epoch, 1 + unit_index)
 
     def _pack_unit(self, unit_index: int) -> Bins:
-        return best_fit(self._unit(unit_index).lengths, self.seq_length)
+        return best_fit(self._whole_unit(unit_index).lengths, self.seq_length)
 
     def _order_bins(self, epoch: int, unit_index: int) -> np.ndarray:
-        return permutation(int(self.sizes.samples[unit_index]), self.seed, epoch, 1 + unit_index)
+        return permutation(int(self.sizes.packed[unit_index]), self.seed, epoch, 1 + unit_index)
 
     def _lay_out(self, lengths: np.ndarray, *key: int) -> tuple[np.ndarray, np.ndarray]:
         """Items in the order of this `key`, and where each ends when they are laid end to end."""

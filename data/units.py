@@ -64,6 +64,12 @@ class Sizes:
     def num_tokens(self) -> int:
         return int(self.tokens.sum())
 
+    @property
+    def packed(self) -> np.ndarray:
+        """`samples`, for best-fit packing."""
+        assert self.samples is not None
+        return self.samples
+
 
 def ended(
     tokens: np.ndarray, lengths: np.ndarray, appends: bool, eod_id: int, vocab_size: int, label: str, empty: int
