@@ -8,9 +8,9 @@ layer scores 1.0, whatever the layout. f carries no gradient, so
 
 needs f only when the gradient passes by. Each forward pass starts a sum of its counts over the ranks, and the
 backward pass reads all that have arrived: with one micro-batch that is the whole batch. With several, all are counted
-in a pass ahead of the step ("exact"), or f is estimated ("online", see `Balance.share`).
+in a pass ahead of the step ("exact"), or f is estimated ("online", see `Online.share`).
 
-Shape suffixes: T tokens, E experts, K experts per token, R sequences of a micro-batch.
+Shape suffixes: T tokens, E experts, K experts per token, R sequences of a micro-batch, M micro-batches, U uses.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from model.forecast import Forecast
 from model.recompute import first_time
 from parallel.collectives import PendingSum, start_sum, sum_over
 
@@ -71,31 +72,35 @@ class _HangLoss(torch.autograd.Function):
 class Online:
     """The counts of a step's micro-batches as they come, for one use of a router, and what was made of them.
 
+    Args:
+        expected_ME: what the micro-batches are expected to count, on any scale.
     Attributes:
         forward_sums: one sum over the ranks for each forward pass. Backward passes come in the same order.
     """
 
-    def __init__(self, k: int):
-        self.k = k
+    def __init__(self, k: int, expected_ME: Tensor):
+        self.k, self.expected_ME = k, expected_ME
         self.forward_sums: list[PendingSum] = []
+        self.seen_E = torch.zeros(expected_ME.shape[1], dtype=torch.int64, device=expected_ME.device)
         self.added = self.backward_passes = 0
         self.done = self.given = 0.0  # share of the batch's assignments behind us, and what they were given of f
 
-    def new_sums(self) -> list[Tensor]:
-        """The sums that were not handed out before."""
-        found = [counts.wait() for counts in self.forward_sums[self.added :]]
+    def settle(self) -> Tensor:
+        """int64 [E]: all that the forward passes so far have counted."""
+        for counts in self.forward_sums[self.added :]:
+            self.seen_E += counts.wait()
         self.added = len(self.forward_sums)
-        return found
+        return self.seen_E
 
-    def share(self, seen_E: Tensor, last_E: Tensor, total: int) -> Tensor:
+    def share(self, total: int) -> Tensor:
         """f for the next backward pass.
 
-        What has not been seen is taken to be like the last step. What the passes so far were given too much or too
-        little, compared with what is known now, is in part taken back from those to come.
+        Assignments that have not been seen are taken to be spread as expected. What the passes so far were given too
+        much or too little, compared with what is known now, is in part taken back from those to come.
         """
-        seen, assignments = seen_E.double(), self.k * max(total, 1)
+        seen, assignments = self.settle().double(), self.k * max(total, 1)
         to_come = (assignments - seen.sum()).clamp(min=0)
-        estimate = shares(seen + to_come * shares(last_E))
+        estimate = shares(seen + to_come * shares(self.expected_ME[self.added :].sum(dim=0)))
         share = estimate
         if self.backward_passes:
             owed = self.done * estimate - self.given
@@ -112,6 +117,8 @@ class Balance(nn.Module):
     Attributes:
         counts: int64 [uses, E], assignments of valid tokens in the whole last step; saved with the model.
         bias: float32 [E], added to the scores to choose experts, or None; saved with the model.
+        counted_UME: the step's counts by micro-batch, where they were counted ahead of it.
+        histogram_MB: what a step's micro-batches hold, where its loads are to be foretold.
         recording: whether passes also note what `train.routing` reports.
     """
 
@@ -131,26 +138,27 @@ class Balance(nn.Module):
         self.bias_rate = settings.bias_rate
         self.group, self.local_group = pg_collection.tp_dp_cp, pg_collection.tp_cp
         self.register_buffer("bias", torch.zeros(self.num_experts) if self.bias_rate else None)
-        self.recording, self.ahead, self.known = True, False, False
+        self.ahead: list[list[Tensor]] | None = None  # counts of each use's passes, while they are counted ahead
+        self.online: list[Online] = []
         self.set_uses(1)
 
     def set_uses(self, uses: int) -> None:
         """How often a step uses the layer: each use has counts of its own, and the loss is the mean over them."""
         shape = (uses, self.num_experts)
-        self.online = [Online(self.k) for _ in range(uses)]
         self.register_buffer("counts", torch.zeros(shape, dtype=torch.int64))
-        self.register_buffer("seen", torch.zeros(shape, dtype=torch.int64), persistent=False)
         self.register_buffer("mean_scores", torch.zeros(shape), persistent=False)
         self.register_buffer("notes", torch.zeros(len(NOTES)), persistent=False)
+        self.forecast = Forecast(uses, self.num_experts)
+        self.begin_step(recording=True)
 
     def forward(
         self, weights_TK: Tensor, logits_TE: Tensor, scores_TE: Tensor, experts_TK: Tensor, tokens: RoutedTokens
     ) -> Tensor:
         """The weights unchanged, with the balance loss hung onto them; counts the experts."""
-        if self.ahead:
-            self.seen[tokens.use] += self.count(experts_TK, tokens)[0]
+        if self.ahead is not None:
+            self.ahead[tokens.use].append(self.count(experts_TK, tokens)[0])
             return weights_TK
-        if first_time() and not self.known:
+        if first_time() and self.counted_UME is None:
             counts_E = self.count(experts_TK, tokens)[0]
             self.online[tokens.use].forward_sums.append(start_sum(counts_E, self.group))
         if not torch.is_grad_enabled() or not (self.global_weight or self.local_weight or self.recording):
@@ -180,16 +188,9 @@ class Balance(nn.Module):
 
     def share(self, tokens: RoutedTokens) -> Tensor:
         """float64 [E]: f over the global batch, as far as it is known. Called once a backward pass."""
-        if self.known:
+        if self.counted_UME is not None:
             return shares(self.counts[tokens.use])
-        self.settle()
-        return self.online[tokens.use].share(self.seen[tokens.use], self.counts[tokens.use], tokens.total)
-
-    def settle(self) -> None:
-        """Adds the sums of forward passes that have not been added yet to what has been seen."""
-        for use, online in enumerate(self.online):
-            for counts in online.new_sums():
-                self.seen[use] += counts
+        return self.online[tokens.use].share(tokens.total)
 
     @torch.no_grad()
     def note(
@@ -211,25 +212,46 @@ class Balance(nn.Module):
             ]
         )
 
-    def begin_step(self, recording: bool) -> None:
-        """Forgets what an earlier step may have left."""
-        self.settle()
-        self.online = [Online(self.k) for _ in self.online]
-        for sums in (self.seen, self.mean_scores, self.notes):
-            sums.zero_()
-        self.recording, self.ahead, self.known = recording, False, False
+    def begin_step(self, recording: bool, histogram_MB: Tensor | None = None) -> None:
+        """Forgets what an earlier step may have left.
+
+        Args:
+            histogram_MB: the buckets of each micro-batch's tokens over all ranks, where loads are to be foretold.
+        """
+        for online in self.online:
+            online.settle()
+        expected_UME = self.mean_scores.new_zeros(len(self.counts), 0, self.num_experts)
+        if histogram_MB is not None:
+            expected_UME = self.forecast.counts(histogram_MB, self.counts)
+        self.online = [Online(self.k, expected_ME) for expected_ME in expected_UME]
+        self.mean_scores.zero_()
+        self.notes.zero_()
+        self.recording, self.histogram_MB, self.counted_UME = recording, histogram_MB, None
 
     def end_step(self) -> None:
         """Keeps the counts of the step that has ended, and moves the bias towards experts that had too little.
 
         The bias: DeepSeek-V3 report, 2024, section 2.1.2, "auxiliary-loss-free load balancing".
         """
-        self.settle()
-        if not self.known:
-            self.counts.copy_(self.seen)
+        if self.counted_UME is None:
+            self.counts.copy_(torch.stack([online.settle() for online in self.online]))
+        if self.histogram_MB is not None:
+            self.forecast.learn(self.histogram_MB, self.by_micro_batch())
         if self.bias is not None:
             load = self.counts.sum(dim=0).double()
             self.bias += self.bias_rate * (load.mean() - load).sign().to(self.bias.dtype)
+
+
+    def by_micro_batch(self) -> Tensor:
+        """int64 [U, M, E]: what the step's micro-batches have counted."""
+        if self.counted_UME is not None:
+            return self.counted_UME
+        return torch.stack([torch.stack([counts.wait() for counts in use.forward_sums]) for use in self.online])
+
+    def take_counts(self, counted_UME: Tensor) -> None:
+        """Ends the counting ahead of a step with what it has counted, summed over the ranks."""
+        self.ahead, self.counted_UME = None, counted_UME
+        self.counts.copy_(counted_UME.sum(dim=1))
 
 
 def shares(counts: Tensor) -> Tensor:
@@ -243,12 +265,10 @@ def counting_ahead(balances: Iterable[Balance], group) -> Iterator[None]:
     """Forward passes inside, without gradients, count the step to come; one sum over the ranks for all layers."""
     balances = list(balances)
     for balance in balances:
-        balance.ahead = True
+        balance.ahead = [[] for _ in balance.counts]
     yield
     if balances:
-        seen = sum_over(torch.cat([balance.seen for balance in balances]), group)
-        parts = seen.split([len(balance.seen) for balance in balances])
-        for balance, counts in zip(balances, parts, strict=True):
-            balance.counts.copy_(counts)
-            balance.seen.zero_()
-            balance.ahead, balance.known = False, True
+        own = [torch.stack([torch.stack(passes) for passes in balance.ahead]) for balance in balances]
+        parts = sum_over(torch.cat(own), group).split([len(part) for part in own])
+        for balance, counted_UME in zip(balances, parts, strict=True):
+            balance.take_counts(counted_UME)

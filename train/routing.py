@@ -8,7 +8,8 @@ from torch import Tensor
 
 from model.balance import NOTES, Balance, counting_ahead, shares
 from model.batch import MicroBatch
-from parallel.collectives import max_over_all, sum_over_all
+from model.forecast import histogram
+from parallel.collectives import max_over_all, sum_over, sum_over_all
 from parallel.engine_megatron import run_schedule
 from train import metrics
 from train.build import Job
@@ -25,16 +26,21 @@ def begin_step(job: Job, batches: list[MicroBatch], recording: bool) -> None:
     """Before a step: counts its experts ahead if they must be known before they can be counted on the way.
 
     One micro-batch is counted in its own forward pass. With several, balance.mode=exact counts all ahead, and so does
-    the first step of a run, which has no last step to learn from.
+    the first step of a run, which has no last step to learn from; else their loads are foretold from their tokens.
     """
-    own = balances(job)
+    own, settings = balances(job), job.config.balance
+    several = len(batches) > 1 and settings.scope == "global" and settings.weight > 0
+    histogram_MB = histograms(job, batches) if several and settings.mode == "online" else None
     for balance in own.values():
-        balance.begin_step(recording)
-    settings = job.config.balance
-    if len(batches) == 1 or settings.scope != "global" or not settings.weight:
-        return
-    if settings.mode == "exact" or not _has_counts(job, own):
+        balance.begin_step(recording, histogram_MB)
+    if several and (settings.mode == "exact" or not _has_counts(job, own)):
         count_ahead(job, batches)
+
+
+def histograms(job: Job, batches: list[MicroBatch]) -> Tensor:
+    """int64 [M, B]: what each micro-batch of the step holds over all ranks, by bucket of tokens."""
+    own = [histogram(batch.tokens_KRL[0], batch.token_weights_KT[0] > 0) for batch in batches]
+    return sum_over(torch.stack(own), job.groups.dp_cp)
 
 
 def _has_counts(job: Job, own: dict[int, Balance]) -> bool:

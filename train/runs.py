@@ -17,7 +17,8 @@ from train.config import CONFIG_FILE, Config, RunReference, load_config
 from train.settings import ConfigError, leaves, to_dict
 
 STATE_FILE = "state.json"
-COUNTS = "router.balance.counts"  # in a checkpoint: what a router counted in the last step, which is no weight
+# In a checkpoint: what a router has counted, and learnt of it, which is no weight.
+COUNTS = tuple(f"router.balance.{name}" for name in ("counts", "forecast.squares", "forecast.products"))
 # Settings of a model that its weights' shapes follow from.
 SHAPES = (
     "layers",

@@ -9,6 +9,7 @@ import torch
 from model import reference, reference_balance
 from model.balance import NOTES, counting_ahead
 from model.config import BalanceConfig, MtpConfig
+from model.forecast import Forecast, histogram
 from model.router import Router
 from model.stack import hybrid_config
 from tests.model.helpers import (
@@ -144,31 +145,73 @@ def counts_of(router: Router, hidden: torch.Tensor, token_weight: torch.Tensor) 
     return counts
 
 
+def tokens_of(parts: list, seed: int) -> list[list[int]]:
+    """Ids for the valid tokens of each micro-batch, which prefers a few."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randint(90 * m, 90 * m + 200, (int((weight > 0).sum()),), generator=generator).tolist()
+        for m, (_, weight) in enumerate(parts)
+    ]
+
+
+def histogram_of(tokens: list[list[int]]) -> torch.Tensor:
+    return torch.stack([histogram(torch.tensor(row), torch.ones(len(row), dtype=torch.bool)) for row in tokens])
+
+
+def past_steps(router: Router) -> list[tuple[list[list[int]], torch.Tensor]]:
+    """Lets the router go through two steps; returns each micro-batch's tokens and counts."""
+    history = []
+    for step in (1, 2):
+        parts = micro_batches(3, shift=0.5 * step)
+        tokens = tokens_of(parts, seed=step)
+        router.balance.begin_step(recording=False, histogram_MB=histogram_of(tokens))
+        all_forwards_first(router, parts)
+        router.balance.end_step()
+        history.append((tokens, torch.stack([counts_of(router, *part) for part in parts])))
+    return history
+
+
 @pytest.mark.parametrize("in_flight", [1, 2, 4, 6])
 @pytest.mark.parametrize("first", [True, False])
 def test_the_online_estimate_equals_its_twin(make_router: Callable, in_flight: int, first: bool) -> None:
-    """With and without a last step; six micro-batches, the fourth of which is padding and all unequal."""
+    """With and without steps before it; six micro-batches, the fourth of which is padding and all unequal."""
     router, parts = make_router(), micro_batches(6)
     parts[3][1].zero_()
-    if not first:
-        all_forwards_first(router, micro_batches(3, shift=0.5))
-        router.balance.end_step()
+    history = [] if first else past_steps(router)
     last = router.balance.counts[0].double()
     assert bool(last.any()) is not first
-    router.balance.begin_step(recording=False)
+    tokens = tokens_of(parts, seed=3)
+    router.balance.begin_step(recording=False, histogram_MB=histogram_of(tokens))
     found = gradient(router, lambda: one_forward_one_backward(router, parts, in_flight))
 
-    shares = reference_balance.online_shares(torch.stack([counts_of(router, *part) for part in parts]), last, in_flight)
+    expected_ME = reference_balance.forecast(history, tokens, last)
+    counts_ME = torch.stack([counts_of(router, *part) for part in parts])
+    shares = reference_balance.online_shares(counts_ME, expected_ME, in_flight)
     weight = router.weight.detach().requires_grad_()
     loss = 0.0
     for (hidden, token_weight), share in zip(parts, shares, strict=True):
         scores, _, _ = reference.route(hidden @ weight.T, router.k)
         loss = loss + router.num_experts * (share @ (token_weight @ scores))
     (expected,) = torch.autograd.grad(WEIGHT * loss, weight)
+    # Two ways of solving least squares whose ridge is a thirtieth of the mean square: 1e-13 was seen.
     assert_close(found, expected, FLOAT64_TOLERANCE, "the gradient")
     exact = WEIGHT * twin_gradient(router, parts)
     off = ((found - exact).norm() / exact.norm()).item()
     assert off < FLOAT64_TOLERANCE if in_flight == len(parts) else off > 1e-3
+
+
+def test_a_forecast_learns_what_kinds_of_text_ask(make_router: Callable) -> None:
+    """Two kinds of text with tokens and experts of their own: once seen, a step's order of them is foretold."""
+    forecast, kinds = Forecast(1, 4), torch.tensor([[90, 10, 0, 0], [0, 0, 30, 70]])
+    text = histogram_of([list(range(25)), list(range(500, 525))])
+    plain = forecast.counts(text, kinds.sum(dim=0, keepdim=True))
+    assert_close(plain[0], kinds.sum(dim=0).expand(2, 4) / 2.0, FLOAT64_TOLERANCE, "what is known of no text")
+    for _ in range(8):
+        forecast.learn(text, kinds[None])
+    order = [1, 0, 0, 1, 1]
+    found = forecast.counts(text[order], kinds.sum(dim=0, keepdim=True) * 2.5)[0]
+    # The ridge keeps about a twentieth of the way back to the mean of both kinds.
+    assert_close(found, kinds[order].double(), 0.1, "the forecast")
 
 
 def test_the_micro_term_and_scope(make_router: Callable) -> None:
