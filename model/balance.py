@@ -219,7 +219,7 @@ class Balance(nn.Module):
             histogram_MB: the buckets of each micro-batch's tokens over all ranks, where loads are to be foretold.
         """
         for online in self.online:
-            online.settle()
+            online.settle()  # no sum over the ranks is left under way
         expected_UME = self.mean_scores.new_zeros(len(self.counts), 0, self.num_experts)
         if histogram_MB is not None:
             expected_UME = self.forecast.counts(histogram_MB, self.counts)
@@ -234,13 +234,17 @@ class Balance(nn.Module):
         The bias: DeepSeek-V3 report, 2024, section 2.1.2, "auxiliary-loss-free load balancing".
         """
         if self.counted_UME is None:
-            self.counts.copy_(torch.stack([online.settle() for online in self.online]))
+            self.counts.copy_(self.seen())
         if self.histogram_MB is not None:
             self.forecast.learn(self.histogram_MB, self.by_micro_batch())
         if self.bias is not None:
             load = self.counts.sum(dim=0).double()
             self.bias += self.bias_rate * (load.mean() - load).sign().to(self.bias.dtype)
 
+
+    def seen(self) -> Tensor:
+        """int64 [U, E]: what the step's forward passes so far have counted."""
+        return torch.stack([online.settle() for online in self.online])
 
     def by_micro_batch(self) -> Tensor:
         """int64 [U, M, E]: what the step's micro-batches have counted."""

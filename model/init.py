@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.deltanet import draw_decay, draw_time_step_bias
 from model.network import LanguageModel
@@ -95,6 +95,29 @@ def initialise(model: LanguageModel, sharded: ShardedStateDict, seed: int) -> No
             raise RuntimeError(f"parameter {name} is missing from the sharded state dict")
         entry = entries[id(parameter)]
         parameter.copy_(_draw(entry, _rule_for(entry.key, table), seed))
+
+
+# What stays wide whatever the model's type, by name ending: routing and decay rates do not bear bfloat16's 8 bits,
+# nor counts its gaps.
+WIDE = {
+    "router.weight": (torch.float32, torch.float64),
+    "balance.bias": (torch.float32, torch.float64),
+    "balance.counts": (torch.int64,),
+    "forecast.squares": (torch.float64,),
+    "forecast.products": (torch.float64,),
+    "A_log": (torch.float32, torch.float64),
+    "dt_bias": (torch.float32, torch.float64),
+}
+
+
+def narrowed(model: nn.Module) -> list[str]:
+    """Parameters and buffers of `WIDE` that have another type than they must, as something that wraps a model does."""
+    found = []
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        allowed = next((types for ending, types in WIDE.items() if name.endswith(ending)), (tensor.dtype,))
+        if tensor.dtype not in allowed:
+            found.append(f"{name} is {tensor.dtype}, not {allowed[0]}".replace("torch.", ""))
+    return found
 
 
 def suspicious(model: LanguageModel) -> list[str]:

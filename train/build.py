@@ -6,7 +6,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from data.dataset import Dataset
-from model.init import initialise, suspicious
+from model.init import initialise, narrowed, suspicious
 from model.network import LanguageModel
 from model.stack import hybrid_config
 from parallel import groups as process_groups
@@ -149,5 +149,13 @@ def draw_weights(job: Job) -> None:
 
 
 def build_engine(job: Job) -> MegatronEngine:
-    """Wraps the model, whose parameters are filled, for training."""
-    return MegatronEngine(job.chunks, job.groups, adamw(job.config.optim), job.device, decays)
+    """Wraps the model, whose parameters are filled, for training.
+
+    Raises:
+        RuntimeError: wrapping made something narrower that must stay wide.
+    """
+    engine = MegatronEngine(job.chunks, job.groups, adamw(job.config.optim), job.device, decays)
+    found = [fault for chunk in engine.ddp for fault in narrowed(chunk)]
+    if found:
+        raise RuntimeError("the engine changed types that training relies on: " + "; ".join(found))
+    return engine

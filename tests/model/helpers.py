@@ -64,8 +64,7 @@ def routed(weight_T: Tensor, total: int | None = None, rows: int = 1, use: int =
 
 def noted_balance_loss(balance: Balance) -> Tensor:
     """The balance loss of the forward passes since the last step, from what the router has counted and noted."""
-    seen_UE = torch.stack([online.settle() for online in balance.online])
-    return balance.num_experts * (shares(seen_UE) * balance.mean_scores).sum()
+    return balance.num_experts * (shares(balance.seen()) * balance.mean_scores).sum()
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:

@@ -151,6 +151,31 @@ def test_suspicious_names_planted_faults(fresh: Callable) -> None:
     ]
 
 
+def test_what_must_stay_wide_is_named_once_it_is_narrowed(fresh: Callable) -> None:
+    """As megatron-core's wrapper for bfloat16 models does with all that it wraps."""
+    network = fresh(replace(FLOAT32, dtype="bfloat16", pattern="GE"), balance=BalanceConfig(bias_rate=1e-3))
+    assert narrowed(network) == []
+    network.bfloat16()
+    network.decoder.layers[1].mlp.router.balance.counts = torch.zeros(2)
+    layers = "decoder.layers.{}."
+    assert sorted(narrowed(network)) == sorted(
+        [
+            f"{layers.format(0)}self_attention.A_log is bfloat16, not float32",
+            f"{layers.format(0)}self_attention.dt_bias is bfloat16, not float32",
+            *(
+                f"{layers.format(1)}mlp.router.{name} is {found}, not {wanted}"
+                for name, found, wanted in (
+                    ("weight", "bfloat16", "float32"),
+                    ("balance.bias", "bfloat16", "float32"),
+                    ("balance.counts", "float32", "int64"),
+                    ("balance.forecast.squares", "bfloat16", "float64"),
+                    ("balance.forecast.products", "bfloat16", "float64"),
+                )
+            ),
+        ]
+    )
+
+
 def test_a_parameter_without_a_rule_is_an_error(build: Callable, groups) -> None:
     network = build(FLOAT32, MtpConfig())
     network.decoder.layers[0].novelty = torch.nn.Parameter(torch.empty(3))

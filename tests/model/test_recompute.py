@@ -56,13 +56,11 @@ def run(network: LanguageModel, parts: set[str]) -> tuple[dict[str, torch.Tensor
     ids[1, -3:] = -1
     with kept_storages() as storages:
         losses = network(micro_batch(random_tokens(*ids.shape), ids, MTP.steps))
-        for balance in network.balances().values():
-            balance.settle()
-        counted = [balance.seen.clone() for balance in network.balances().values()]
+        counted = [balance.seen() for balance in network.balances().values()]
     losses.total.backward()
     noted = [noted_balance_loss(balance) for balance in network.balances().values()]
     assert all(
-        torch.equal(balance.seen, before) for balance, before in zip(network.balances().values(), counted, strict=True)
+        torch.equal(balance.seen(), before) for balance, before in zip(network.balances().values(), counted, strict=True)
     ), "experts were counted again in the backward pass"
     notes = torch.stack([balance.notes for balance in network.balances().values()])
     found = {"total": losses.total.detach(), "router losses": torch.stack(noted), "notes": notes.clone()}

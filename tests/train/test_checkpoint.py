@@ -9,7 +9,8 @@ import torch
 from megatron.core import parallel_state
 
 from model.batch import MicroBatch, count_targets
-from model.config import ModelConfig
+from model.config import BalanceConfig, ModelConfig
+from model.init import WIDE
 from parallel import groups as process_groups
 from parallel.engine_megatron import run_schedule
 from parallel.topology import ParallelConfig
@@ -19,13 +20,14 @@ from tests.parallel.tiny import (
     MODEL,
     PIPELINED,
     build_tiny,
+    fill,
     parameters,
     part_of,
     random_batch,
     start_engine,
     tiny_config,
 )
-from train.build import Job
+from train.build import Job, build_engine
 from train.checkpoint import load, load_model, save
 from train.config import BatchConfig, RunConfig
 from train.loop import step_metrics, train_step
@@ -35,10 +37,11 @@ from train.settings import ConfigError
 
 HALF, STEPS, ROWS, MICRO_BATCHES = 3, 6, 4, 2
 DATA = {"identity": {"seed": 1, "data.seq_length": 64}, "samples": HALF * ROWS, "sources": {}}
+BFLOAT16 = "DP2 in bfloat16"
 # Name -> layout and model. bfloat16 also has float32 parameters, whose optimizer state lies apart.
 CASES: dict[str, tuple[ParallelConfig, ModelConfig]] = {
     "EP2": (ParallelConfig(expert=2), MODEL),
-    "DP2 in bfloat16": (ParallelConfig(expert=1), replace(MODEL, dtype="bfloat16")),
+    BFLOAT16: (ParallelConfig(expert=1), replace(MODEL, dtype="bfloat16")),
     "TP2": (ParallelConfig(tensor=2), MODEL),
     "PP2": (ParallelConfig(pipeline=2), PIPELINED),
     "PP2, interleaved": (ParallelConfig(pipeline=2), INTERLEAVED),
@@ -50,7 +53,8 @@ def _job(name: str, runs: Path, parallel: ParallelConfig | None = None, model: M
         parallel_state.destroy_model_parallel()
     layout, shape = CASES[name]
     run = RunConfig(name=name, dir=str(runs))
-    job = build_tiny(tiny_config(model or shape, parallel or layout, run=run))
+    balance = BalanceConfig(weight=0.01, z_weight=0.001, bias_rate=0.01 if name == BFLOAT16 else 0.0)
+    job = build_tiny(tiny_config(model or shape, parallel or layout, run=run, balance=balance))
     batch = BatchConfig(global_=ROWS, micro=ROWS // job.topology.data // MICRO_BATCHES)
     return replace(job, config=replace(job.config, batch=batch))
 
@@ -67,6 +71,22 @@ def _train(job: Job, engine, first: int, last: int) -> list[dict[str, float]]:
 
 def _weights(job: Job) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in parameters(job).items()}
+
+
+def _wide(job: Job) -> dict[str, torch.Tensor]:
+    """What stays wide in a bfloat16 model, by name."""
+    (network,) = job.chunks
+    named = (*network.named_parameters(), *network.named_buffers())
+    return {name: x.detach().clone() for name, x in named if name.endswith(tuple(WIDE))}
+
+
+def _refusal(runs: Path) -> str:
+    """What a run says whose model something has made bfloat16 throughout."""
+    job = _job(BFLOAT16, runs)
+    fill(job)[0].bfloat16()
+    with pytest.raises(RuntimeError) as caught:
+        build_engine(job)
+    return str(caught.value)
 
 
 @torch.no_grad()
@@ -95,6 +115,8 @@ def _straight_and_save(runs: Path) -> dict:
         _train(job, engine, 1, HALF)
         for _ in range(2):  # the second replaces the first
             save(job, engine, HALF, DATA)
+        if name == BFLOAT16:
+            found["wide"] = _wide(job)
     return found
 
 
@@ -106,9 +128,11 @@ def _resume(runs: Path) -> dict:
         job = _job(name, runs)
         engine = start_engine(job)
         load(engine, checkpoint_path(job.config.run.path, HALF))
+        if name == BFLOAT16:
+            found["wide"] = _wide(job)
         predictions = _predictions(job)
         found[name] = _train(job, engine, HALF + 1, STEPS), _weights(job), predictions
-    return found | {"settings": _settings_after_loading(runs)}
+    return found | {"settings": _settings_after_loading(runs), "refusal": _refusal(runs)}
 
 
 def _settings_after_loading(runs: Path) -> set[tuple]:
@@ -161,6 +185,26 @@ def test_resuming_is_bit_for_bit(straight, resumed, name: str):
             assert torch.equal(after[name][1][parameter], value), parameter
 
 
+def test_what_must_stay_wide_does_and_comes_back_bit_for_bit(straight, resumed):
+    """In a bfloat16 model: routers, their counts, bias and what they learnt of them, and decay rates."""
+    types = {name: types[0] for name, types in WIDE.items()}
+    for before, after in zip(straight, resumed, strict=True):
+        saved, loaded = before["wide"], after["wide"]
+        assert saved.keys() == loaded.keys()
+        assert {ending for name in saved for ending in types if name.endswith(ending)} == types.keys()
+        for name, value in saved.items():
+            assert value.dtype == next(kind for ending, kind in types.items() if name.endswith(ending)), name
+            assert value.any(), f"{name} is all zero, as it was before training"
+            assert loaded[name].dtype == value.dtype and torch.equal(loaded[name], value), name
+
+
+def test_a_model_made_narrow_is_refused(resumed):
+    for rank in resumed:
+        assert rank["refusal"].startswith("the engine changed types that training relies on: ")
+        for name in ("router.weight is bfloat16, not float32", "A_log is bfloat16", "balance.bias is bfloat16"):
+            assert name in rank["refusal"]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_one_process_reads_the_weights_of_two(resumed, alone, name: str):
     compared = set()
@@ -169,9 +213,9 @@ def test_one_process_reads_the_weights_of_two(resumed, alone, name: str):
             compared.add(kind)
             # The weights are the same numbers; sums over experts, heads and ranks are taken in another order, which
             # moves values of size 5 by a few roundings of float32 (2.4e-7 each) or of bfloat16 (0.016 each).
-            tolerance = 0.1 if "bfloat16" in name else 1e-5
+            tolerance = 0.1 if name == BFLOAT16 else 1e-5
             torch.testing.assert_close(alone[name][kind], expected, rtol=0.0, atol=tolerance)
-    assert compared == ({"losses", "logits"} if name in ("EP2", "DP2 in bfloat16") else {"losses"})
+    assert compared == ({"losses", "logits"} if name in ("EP2", BFLOAT16) else {"losses"})
 
 
 def test_a_run_goes_on_with_the_settings_it_is_given(resumed):
