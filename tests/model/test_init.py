@@ -8,11 +8,11 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from torch.nn import functional as F
 
-from model.config import ModelConfig, MtpConfig
-from model.init import _draw, initialise, rules, suspicious
+from model.config import BalanceConfig, ModelConfig, MtpConfig
+from model.init import _draw, initialise, narrowed, rules, suspicious
 from model.network import LanguageModel
 from model.stack import hybrid_config
-from tests.model.helpers import SMALL
+from tests.model.helpers import BALANCE, SMALL
 
 FLOAT32 = replace(SMALL, dtype="float32", pattern="GE*E")
 
@@ -25,8 +25,14 @@ def sharded_state(network: LanguageModel, groups) -> dict:
 def fresh(build: Callable, groups) -> Callable[..., LanguageModel]:
     """A model as a run starts it."""
 
-    def make(shape: ModelConfig = FLOAT32, steps: int = 2, seed: int = 1, vocab_size: int = 40) -> LanguageModel:
-        network = build(shape, MtpConfig(steps=steps), vocab_size)
+    def make(
+        shape: ModelConfig = FLOAT32,
+        steps: int = 2,
+        seed: int = 1,
+        vocab_size: int = 40,
+        balance: BalanceConfig = BALANCE,
+    ) -> LanguageModel:
+        network = build(shape, MtpConfig(steps=steps), vocab_size, balance=balance)
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter.fill_(torch.nan)  # so that what is left out shows
@@ -153,7 +159,7 @@ def test_suspicious_names_planted_faults(fresh: Callable) -> None:
 
 def test_what_must_stay_wide_is_named_once_it_is_narrowed(fresh: Callable) -> None:
     """As megatron-core's wrapper for bfloat16 models does with all that it wraps."""
-    network = fresh(replace(FLOAT32, dtype="bfloat16", pattern="GE"), balance=BalanceConfig(bias_rate=1e-3))
+    network = fresh(replace(FLOAT32, dtype="bfloat16", pattern="GE"), steps=0, balance=BalanceConfig(bias_rate=1e-3))
     assert narrowed(network) == []
     network.bfloat16()
     network.decoder.layers[1].mlp.router.balance.counts = torch.zeros(2)
