@@ -241,7 +241,6 @@ class Balance(nn.Module):
             load = self.counts.sum(dim=0).double()
             self.bias += self.bias_rate * (load.mean() - load).sign().to(self.bias.dtype)
 
-
     def seen(self) -> Tensor:
         """int64 [U, E]: what the step's forward passes so far have counted."""
         return torch.stack([online.settle() for online in self.online])

@@ -59,9 +59,8 @@ def run(network: LanguageModel, parts: set[str]) -> tuple[dict[str, torch.Tensor
         counted = [balance.seen() for balance in network.balances().values()]
     losses.total.backward()
     noted = [noted_balance_loss(balance) for balance in network.balances().values()]
-    assert all(
-        torch.equal(balance.seen(), before) for balance, before in zip(network.balances().values(), counted, strict=True)
-    ), "experts were counted again in the backward pass"
+    again = [balance.seen() for balance in network.balances().values()]
+    assert all(map(torch.equal, again, counted)), "experts were counted again in the backward pass"
     notes = torch.stack([balance.notes for balance in network.balances().values()])
     found = {"total": losses.total.detach(), "router losses": torch.stack(noted), "notes": notes.clone()}
     found |= {name: parameter.grad.clone() for name, parameter in network.named_parameters()}
