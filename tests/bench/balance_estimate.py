@@ -3,14 +3,14 @@
     python -m tests.bench.balance_estimate          prints the table of RESULTS.md
 
 64 experts, top-4; a step has 8 micro-batches on each of 4 data-parallel ranks, and each of these 32 holds tokens of one
-of 12 domains, drawn anew every step. Domains prefer tokens of their own out of one vocabulary, and a state is the
+of 14 domains, drawn anew every step. Domains prefer tokens of their own out of one vocabulary, and a state is the
 embedding of its token with noise. One router layer, driven through the code of a training run: forward and backward
 passes in the order of a pipeline stage that holds 1, 2 or 4 micro-batches. The four ranks are parts of one batch here,
 which the sum over ranks makes of them anyway. Between steps the router moves by 0.3 % of its norm along its balance
 gradient and at random, so that what past steps taught is a little out of date.
 
-The domains are as hard as those of a toy whose figures the project was given as its goal (`GIVEN`): they were chosen so
-that what does not depend on our estimate reads as it does there.
+The domains were chosen so that what does not depend on our estimate reads as in an earlier toy of the same sizes, whose
+states were not made of tokens (`GIVEN`).
 """
 
 from collections import defaultdict
@@ -33,7 +33,7 @@ from parallel.topology import Topology
 EXPERTS, TOP_K, HIDDEN, ROW_NORM = 64, 4, 48, 0.7
 RANKS, MICRO_BATCHES, TOKENS = 4, 8, 128  # TOKENS: of a rank's micro-batch
 # Standard deviations: of a domain's preferences (logits of tokens), and of a state's noise where an embedding's is 1.
-VOCAB, DOMAINS, APART, NOISE = 512, 12, 3.5, 0.3
+VOCAB, DOMAINS, APART, NOISE = 512, 14, 3.0, 0.3
 SEEDS, STEPS, MOVE = 8, 6, 0.003
 IN_FLIGHT = (1, 2, 4)
 MICRO, SYNCHRONISED = "micro-batch of one rank", "micro-batch, summed over ranks"
@@ -59,7 +59,7 @@ def so_far(in_flight: int) -> str:
 
 
 ESTIMATES = (BLIND, *map(online, IN_FLIGHT))
-# Cosine and length over the exact gradient's in the toy that ours is to be like; two lengths were not given.
+# Cosine and length over the exact gradient's in the earlier toy; two lengths were not noted there.
 GIVEN = {
     MICRO: (0.72, 5.1),
     SYNCHRONISED: (0.87, 1.75),
@@ -191,7 +191,7 @@ def measure(groups) -> dict[tuple[str, bool], Nearness]:
 def table(results: dict[tuple[str, bool], Nearness]) -> str:
     """The results in Markdown."""
     lines = [
-        "| counts that the gradient reads | given | first step | later steps |",
+        "| counts that the gradient reads | earlier toy | first step | later steps |",
         "|---|---|---|---|",
     ]
     for name in (MICRO, SYNCHRONISED, *map(so_far, IN_FLIGHT), *ESTIMATES):

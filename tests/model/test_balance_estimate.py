@@ -13,9 +13,9 @@ def later_steps(groups) -> dict[str, Nearness]:
 
 @pytest.mark.parametrize("name", GIVEN)
 def test_the_toy_is_as_hard_as_the_one_it_is_like(later_steps: dict, name: str) -> None:
-    """Means over 8 seeds of 5 steps scatter by about 0.01 of a cosine and 10 % of a length."""
+    """Means over 8 seeds of 5 steps scatter by 0.02 of a cosine and a tenth of a length."""
     cosine, length = GIVEN[name]
-    assert later_steps[name].cosine == pytest.approx(cosine, abs=0.015)
+    assert later_steps[name].cosine == pytest.approx(cosine, abs=0.02)
     if length:
         assert later_steps[name].ratio == pytest.approx(length, rel=0.1)
 
