@@ -156,7 +156,7 @@ def one_seed(seed: int, groups, note: Callable[[str, bool, Tensor, Tensor], None
     weight, text = normalise_rows(weight, std=ROW_NORM * HIDDEN**-0.5), Text(generator)
     for step in range(STEPS):
         (micro_batches, histogram_MB), found = text.draw_step(), {}
-        told = {name: histogram_MB for name in map(online, IN_FLIGHT)} | {BLIND: one_bucket(histogram_MB)}
+        told = dict.fromkeys(map(online, IN_FLIGHT), histogram_MB) | {BLIND: one_bucket(histogram_MB)}
         for name, router in routers.items():
             with torch.no_grad():
                 router.weight.copy_(weight)
