@@ -131,7 +131,7 @@ class BalanceConfig:
     weight: float = _setting(1e-3, "weight of the load-balancing loss; a balanced layer adds 1.0 x weight")
     scope: str = _setting("global", "tokens whose load is evened out: global (batch), micro (-batch) or sequence")
     micro_weight: float = _setting(0.01, "global: share of the weight that evens out each micro-batch besides")
-    mode: str = _setting("online", "global, several micro-batches: online (foretells some) or exact (a pass more a step)")
+    mode: str = _setting("online", "global, several micro-batches: online (foretells loads) or exact (a pass more)")
     z_weight: float = _setting(0.0, "weight of the router's z-loss, the mean of logsumexp(logits)^2 per layer")
     bias_rate: float = _setting(0.0, "step of the bias that chooses experts with too little load; 0: no bias")
     forced: bool = _setting(False, "benchmarks only: experts in turn, perfectly balanced, whatever the token")
