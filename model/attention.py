@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.transformer.module import MegatronModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.backends import accelerated
@@ -26,8 +26,8 @@ from parallel.collectives import gather_parts, heads_to_sequence, sequence_to_he
 class GatedAttentionSubmodules:
     """The parts that a backend chooses."""
 
-    linear_qkv: type
-    linear_proj: type
+    linear_qkv: Callable[..., nn.Module]
+    linear_proj: Callable[..., nn.Module]
     norm: type
 
 
@@ -44,6 +44,7 @@ def rotary_frequencies(shape: ModelConfig, device: torch.device | None = None) -
     plain = 1.0 / shape.rope_base ** (2 * pairs / max(shape.rotary_dim, 1))
     if shape.yarn_factor == 1:
         return plain
+    assert shape.yarn_original_length is not None  # `check_model` wants it with a factor
     first, last = (
         shape.rotary_dim
         * math.log(shape.yarn_original_length / (turns * 2 * math.pi))
@@ -172,7 +173,8 @@ class GatedAttention(MegatronModule):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents, *chain: Tensor) -> Tensor:
         """softmax(Q K^T / sqrt(D)) V: [T, N, D]; ``chain``: the keys and values of `chain_attention`."""
         if chain:
-            return chain_attention(query, key, value, *chain, documents)
+            keys, values = chain
+            return chain_attention(query, key, value, keys, values, documents)
         if key.shape[0] > query.shape[0]:
             return attention_of_part(query, key, value, documents)
         return packed_attention(query, key, value, documents)

@@ -4,7 +4,7 @@ Step 0 predicts the next token; step k >= 1 is the k-th multi-token-prediction s
 predicts token t+k+1. A target counts only inside the document of its position t.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -93,6 +93,11 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same micro-batch on ``device``."""
-        tensors = (self.tokens_KRL, self.targets_KT, self.weights_KT, self.token_weights_KT)
-        moved = (send(x, device) for x in tensors)
-        return MicroBatch(*moved, self.documents.to(device), self.token_counts, self.predict, self.tokens_before)
+        return replace(
+            self,
+            tokens_KRL=send(self.tokens_KRL, device),
+            targets_KT=send(self.targets_KT, device),
+            weights_KT=send(self.weights_KT, device),
+            token_weights_KT=send(self.token_weights_KT, device),
+            documents=self.documents.to(device),
+        )

@@ -171,6 +171,7 @@ class Chains:
         return attend(query, key, value, documents)
 
     def _later(self, attend: Callable, query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
+        assert self.prefix is not None  # the first step has left it
         self.steps.append((key, value))
         keys, values = (torch.stack(part, dim=1) for part in zip(*self.steps, strict=True))
         return attend(query, *self.prefix, documents, keys, values)

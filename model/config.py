@@ -120,7 +120,7 @@ class MtpConfig:
         """What each step's loss is multiplied by once so many tokens are behind; the sum is `weight_at`."""
         shares = self.step_weights
         if isinstance(shares, float):
-            shares = [shares**step for step in range(self.steps)]
+            shares = tuple(shares**step for step in range(self.steps))
         return [self.weight_at(tokens) * share / sum(shares) for share in shares]
 
 

@@ -8,7 +8,7 @@ backward pass costs twice the forward pass, and recomputed activations count onc
 of the square.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -168,7 +168,7 @@ def stage_flops(
     symbols: str, shape: ModelConfig, mtp: MtpConfig, vocab_size: int, seq_length: int, last: bool
 ) -> dict[str, float]:
     """Operations a token of the forward pass of a pipeline stage, by part; head and MTP are the last one's."""
-    flops: Counter[str] = Counter()
+    flops: defaultdict[str, float] = defaultdict(float)
     for symbol, number in Counter(symbols).items():
         for part, each in layer_flops(symbol, shape, seq_length).items():
             flops[part] += number * each

@@ -37,7 +37,8 @@ class Memory:
     def __init__(self, rows: int, room: int, device: torch.device):
         self.length_R = torch.zeros(rows, dtype=torch.int64, device=device)
         self.room = room
-        self.length, self.count_R = 0, None  # of the block
+        self.length = 0  # of the block
+        self.count_R: Tensor | None = None
         self._keys: dict[int, tuple[Tensor, Tensor]] = {}
         self._inputs: dict[int, Tensor] = {}  # of the convolution, those before the block and the block's: [R, W, C]
         self._states: dict[int, list[Tensor]] = {}  # before the block, then those that `keep` may choose: [R, V, D, D]

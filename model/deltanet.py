@@ -4,6 +4,7 @@ Shape suffixes: R rows, L length, T = R*L, K key heads, V value heads, D dimensi
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -69,8 +70,8 @@ def prepare_delta(
 class GatedDeltaNetSubmodules:
     """The parts that a backend chooses."""
 
-    in_proj: type
-    out_proj: type
+    in_proj: Callable[..., nn.Module]
+    out_proj: Callable[..., nn.Module]
     out_norm: type
 
 

@@ -1,10 +1,11 @@
 """The dense feed-forward network: SwiGLU, as a layer of its own and as the core of the shared expert."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 from megatron.core.transformer.module import MegatronModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.backends import accelerated
@@ -21,8 +22,8 @@ def swiglu_pairs(mixed: Tensor) -> Tensor:
 class SwiGLUSubmodules:
     """The parts that a backend chooses."""
 
-    linear_fc1: type
-    linear_fc2: type
+    linear_fc1: Callable[..., nn.Module]
+    linear_fc2: Callable[..., nn.Module]
 
 
 class SwiGLU(MegatronModule):
@@ -56,6 +57,8 @@ class Dense(SwiGLU):
         """What megatron-core's layer calls to build its MLP."""
         return partial(cls, submodules=submodules)
 
-    def forward(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, None]:
+    def forward(  # type: ignore[override]  # megatron-core calls the MLP of a layer so
+        self, hidden_states: Tensor, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, None]:
         """hidden [T, 1, H] -> [T, 1, H]; the padding mask is for mixtures of experts."""
         return super().forward(hidden_states), None

@@ -19,7 +19,7 @@ def send(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not x.is_cuda else x.to(device)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Documents(PackedSeqParams):
     """megatron-core's packing record (thd layout), with what a pure-torch module needs beside it.
 
@@ -32,10 +32,10 @@ class Documents(PackedSeqParams):
         whole: the record of the whole sequences; None where the rows are whole.
     """
 
-    ids_RL: Tensor = None
-    position_RL: Tensor = None
+    ids_RL: Tensor
+    position_RL: Tensor
     single: bool = False
-    before_R: Tensor = None
+    before_R: Tensor
     start: int = 0
     whole: "Documents | None" = None
 
@@ -103,6 +103,7 @@ def attention_mask(documents: Documents, queries: int, keys: int) -> Tensor | No
         queries, keys: tokens of both in all rows; more keys than queries are those of the whole rows.
     """
     whole = documents if queries == keys else documents.whole
+    assert whole is not None, "only a part of the rows has other keys than its own"
     if whole is documents and documents.single:
         return None
     same = documents.ids_RL[:, None, :, None] == whole.ids_RL[:, None, None, :]

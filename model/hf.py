@@ -47,6 +47,11 @@ def _norm(ours: str, theirs: str, width: Callable[[ModelConfig], int], shift: fl
     return Rule(ours, (theirs,), lambda shape: (width(shape),), shift=shift, float32=True)
 
 
+def _vocabulary(shape: ModelConfig) -> tuple[int, int]:
+    assert shape.vocab_size is not None  # a model that exists has its rows
+    return shape.vocab_size, shape.hidden_size
+
+
 def _hidden(shape: ModelConfig) -> int:
     return shape.hidden_size
 
@@ -161,9 +166,9 @@ MIXTURE = (
 )
 MIXERS = {"G": DELTA_NET, "*": ATTENTION}
 ENDS = (
-    Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), lambda s: (s.vocab_size, s.hidden_size)),
+    Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), _vocabulary),
     _norm("decoder.final_norm.weight", "model.norm.weight", _hidden),
-    Rule("output_layer.weight", ("lm_head.weight",), lambda s: (s.vocab_size, s.hidden_size)),
+    Rule("output_layer.weight", ("lm_head.weight",), _vocabulary),
 )
 MTP_ENDS = (
     _norm("enorm.weight", "pre_fc_norm_embedding.weight", _hidden),
@@ -219,8 +224,9 @@ class Piece:
         """
         if self.shift:
             (stored,) = theirs
-            known = exact is not None and torch.equal((exact + self.shift).to(stored.dtype), stored)
-            return exact if known else stored.float() - self.shift
+            if exact is not None and torch.equal((exact + self.shift).to(stored.dtype), stored):
+                return exact
+            return stored.float() - self.shift
         flat = torch.cat([tensor.reshape(-1, self.shape[-1]) for tensor in theirs]) if len(theirs) > 1 else theirs[0]
         if self.rows is None:
             return flat.reshape(self.shape)
@@ -249,7 +255,7 @@ def _experts(rule: Rule, shape: ModelConfig, ours: str, theirs: str, stacked: bo
         if stacked:
             whole = (size[0], size[1] * size[2], size[3]) if len(size) == 4 else size
             span = None if count == shape.experts else slice(first, first + count)
-            parts = (Part(f"{theirs}{EXPERTS}{names[0]}", whole, span),)
+            parts: tuple[Part, ...] = (Part(f"{theirs}{EXPERTS}{names[0]}", whole, span),)
         else:
             each = range(first, first + count)
             parts = tuple(Part(f"{theirs}{EXPERTS}{i}.{name}", size[-2:]) for i in each for name in names[1:])

@@ -69,7 +69,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             part = slice(start, start + chunk)
             weight = weight_T[part] if train else None
             losses[part], grad = softmax_gradient(hidden_TH[part] @ head_VH.t(), target_T[part], weight, group)
-            if train:
+            if grad_hidden is not None:
                 torch.mm(grad, head_VH, out=grad_hidden[part])
             if learns:
                 # A single product is rounded once, several are summed in float32.
@@ -77,7 +77,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 left, right = grad.t(), hidden_TH[part]
                 grad_head = left @ right if once else add_product(left, right, grad_head)
         if train:
-            ctx.save_for_backward(grad_hidden, grad_head.to(head_VH.dtype) if learns else None)
+            ctx.save_for_backward(grad_hidden, None if grad_head is None else grad_head.to(head_VH.dtype))
         ctx.mark_non_differentiable(losses)
         return (losses * weight_T).sum(), losses
 

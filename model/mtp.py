@@ -103,7 +103,7 @@ class MtpLayer(MegatronModule):
     def _steps(
         self, documents: Documents, routed: list[RoutedTokens], rotary: list[Tensor], memory, hidden_T1H, *embeddings
     ) -> tuple[Tensor, ...]:
-        states, step = [hidden_T1H], partial(self, documents=documents, memory=memory)
+        states, step = [hidden_T1H], partial(self.__call__, documents=documents, memory=memory)
         for embedding, table, tokens in zip(embeddings, rotary, routed, strict=True):
             states.append(step(states[-1], embedding, table, routed=tokens))
         return tuple(states[1:])

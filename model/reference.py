@@ -157,8 +157,9 @@ def gated_delta_net(hidden_TH: Tensor, weights: Weights, shape: ModelConfig, ids
             value_head = key_head * ratio + i
             step = F.softplus(a[..., i] + weights["dt_bias"][value_head])
             decay, write = -weights["A_log"][value_head].exp() * step, torch.sigmoid(b[..., i])
-            arguments = (part[:, :, None] for part in (q, k, values[i], decay, write))
-            out = gated_delta_rule(*arguments, ids_RL)[:, :, 0]
+            # One head: [R, L, ...] -> [R, L, 1, ...].
+            queries, keys, values_i, decays, writes = (x[:, :, None] for x in (q, k, values[i], decay, write))
+            out = gated_delta_rule(queries, keys, values_i, decays, writes, ids_RL)[:, :, 0]
             heads.append(rms_norm(out, weights["out_norm.weight"], shape.norm_eps) * F.silu(gates[i]))
     return torch.cat(heads, dim=-1).flatten(0, 1) @ weights["out_proj.weight"].T
 
@@ -177,7 +178,8 @@ def gated_attention(hidden_TH: Tensor, weights: Weights, shape: ModelConfig, ids
         key = rotate(rms_norm(key, weights["k_layernorm.weight"], shape.norm_eps), table)
         for index, query in enumerate(queries):
             query = rotate(rms_norm(query, weights["q_layernorm.weight"], shape.norm_eps), table)
-            out = attention(*(part.view(*ids_RL.shape, 1, dim) for part in (query, key, value)), ids_RL)
+            one_q, one_k, one_v = (part.view(*ids_RL.shape, 1, dim) for part in (query, key, value))
+            out = attention(one_q, one_k, one_v, ids_RL)
             heads.append(out.flatten(0, 1) * (torch.sigmoid(gates[index]) if shape.attention_gate else 1))
     return torch.cat(heads, dim=1).flatten(1) @ weights["linear_proj.weight"].T
 
@@ -187,7 +189,7 @@ def route(logits_TE: Tensor, k: int) -> tuple[Tensor, list[list[int]], list[list
     scores, chosen, shares = [], [], []
     for logits in logits_TE:
         score = logits.exp() / logits.exp().sum()
-        best = sorted(range(logits.numel()), key=lambda i, score=score: -score[i].item())[:k]
+        best = sorted(range(logits.numel()), key=score.tolist().__getitem__, reverse=True)[:k]
         scores.append(score)
         chosen.append(best)
         shares.append([score[i] / sum(score[j] for j in best) for i in best])
@@ -208,7 +210,8 @@ def experts(
     out = []
     for x, indices, token_shares in zip(x_TH, chosen, shares, strict=True):
         visits = zip(indices, token_shares, strict=True)
-        out.append(sum(share * swiglu(x, first[index], second[index]) for index, share in visits))
+        parts = (share * swiglu(x, first[index], second[index]) for index, share in visits)
+        out.append(sum(parts, torch.zeros_like(x)))
     return torch.stack(out)
 
 

@@ -69,7 +69,8 @@ def multi_token_prediction(
         read: embeddings of the tokens that each step reads; weights: those of the MTP layer.
         tables: rotary table of each step; token_weights: of the step's balance loss.
     """
-    states, balance, keys = [hidden_TH], hidden_TH.new_zeros(()), []
+    states, balance = [hidden_TH], hidden_TH.new_zeros(())
+    keys: list[Keys] = []
     own, eps = under(weights, "mtp_model_layer."), shape.norm_eps
     attending, mixing = under(own, "layers.0."), under(own, "layers.1.")
     for embedding, table, token_weight in zip(read, tables, token_weights, strict=True):

@@ -14,9 +14,11 @@ def rotary_frequency(i: int, shape: ModelConfig) -> float:
     theta, d = shape.rope_base ** (-2 * i / shape.rotary_dim), shape.rotary_dim
     if shape.yarn_factor == 1:
         return theta
+    length = shape.yarn_original_length
+    assert length is not None
 
     def dimension(turns: float) -> float:  # the i whose wavelength 2 pi base^(2i / d) goes that often into L
-        return d / 2 * math.log(shape.yarn_original_length / (2 * math.pi * turns), shape.rope_base)
+        return d / 2 * math.log(length / (2 * math.pi * turns), shape.rope_base)
 
     first, last = max(0, math.floor(dimension(32))), min(d - 1, math.ceil(dimension(1)))
     g = 1 - min(1.0, max(0.0, (i - first) / (last - first)))

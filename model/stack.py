@@ -49,13 +49,13 @@ ALWAYS = {
 }
 
 
-@dataclass
+@dataclass(kw_only=True)
 class HybridConfig(TransformerConfig):
     """megatron-core's configuration, carrying the settings of ours that it has no field for."""
 
-    shape: ModelConfig | None = None
-    mtp: MtpConfig | None = None
-    balance: BalanceConfig | None = None
+    shape: ModelConfig
+    mtp: MtpConfig
+    balance: BalanceConfig
     recompute: frozenset[str] = frozenset()  # parts computed again in the backward pass (`model.recompute`)
 
 
