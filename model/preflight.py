@@ -217,9 +217,3 @@ def cases(shape: ModelConfig, device: torch.device, dtype: torch.dtype = torch.b
     """Every kernel that a model of this shape runs on."""
     parts = [layer_cases, mixing_cases, head_cases] + [expert_cases] * ("E" in shape.layers)
     return [case for part in parts for case in part(shape, device, dtype)]
-
-
-def wrong_kernels(shape: ModelConfig, device: torch.device) -> dict[str, float]:
-    """The kernels that this machine computes wrongly, with their errors."""
-    errors = {case.name: error(case) for case in cases(shape, device)}
-    return {name: value for name, value in errors.items() if value > TOLERANCE}

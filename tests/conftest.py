@@ -2,6 +2,7 @@
 
 import signal
 
+import hypothesis
 import pytest
 
 
@@ -14,8 +15,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure() -> None:
     """Lets Ctrl-C through to the commands under test where pytest itself was started in a shell's background.
 
-    Such a process ignores SIGINT, and so would every process that it starts.
+    Such a process ignores SIGINT, and so would every process that it starts. Hypothesis measures no time: a busy
+    machine is not a failure.
     """
+    hypothesis.settings.register_profile("patient", deadline=None)
+    hypothesis.settings.load_profile("patient")
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it

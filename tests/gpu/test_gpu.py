@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from model import preflight
 from model.batch import MicroBatch, count_targets
 from model.chain import chain_attention
 from model.config import ModelConfig, MtpConfig
@@ -20,6 +19,7 @@ from model.stack import hybrid_config
 from parallel import groups as process_groups
 from parallel.topology import Topology
 from tests.model.helpers import randomise
+from train.doctor import check_kernels
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parents[2]
@@ -55,7 +55,7 @@ QWEN3_NEXT = ModelConfig(
 
 @pytest.mark.parametrize("shape", [SHAPE, QWEN3_NEXT], ids=["tiny", "Qwen3-Next"])
 def test_every_kernel_equals_its_twin(shape: ModelConfig) -> None:
-    assert preflight.wrong_kernels(shape, torch.device("cuda")) == {}
+    assert check_kernels(shape, torch.device("cuda"), show=False) == []
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["whole rows", "packed"])
