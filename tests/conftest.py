@@ -1,9 +1,31 @@
-"""What all tests share: GPU tests skip, with their reason, where there is no GPU."""
+"""What all tests share: which are quick, and that GPU tests skip, with their reason, where there is no GPU."""
 
 import signal
+from pathlib import Path
 
 import hypothesis
 import pytest
+
+# What trains runs or starts many processes: all other tests are marked `quick`.
+LONG = (
+    "gpu/",
+    "parallel/test_collectives.py",
+    "parallel/test_compat.py",
+    "parallel/test_dense.py",
+    "parallel/test_dist.py",
+    "parallel/test_engine.py",
+    "parallel/test_memory.py",
+    "parallel/test_parity.py",
+    "serving/",
+    "test_launch.py",
+    "train/test_checkpoint.py",
+    "train/test_commands.py",
+    "train/test_dry_run.py",
+    "train/test_front.py",
+    "train/test_hf_layouts.py",
+    "train/test_hf_memory.py",
+    "train/test_training.py",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,8 +47,13 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips the tests marked `gpu` on a machine without an NVIDIA GPU."""
+    """Marks the quick tests, and skips those marked `gpu` on a machine without an NVIDIA GPU."""
+    for item in items:
+        place = item.path.relative_to(Path(__file__).parent).as_posix()
+        if not place.startswith(LONG) and not item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.quick)
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not on_gpu:
         return

@@ -5,26 +5,49 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 
-from parallel.collectives import wait_for_all
+from parallel.collectives import sum_over_all, wait_for_all
 from parallel.engine_megatron import MegatronEngine, load_weights, sharded_weights
 from parallel.stored import StoredTensors
 from train.build import Job
+from train.footprint import checkpoint_bytes
 from train.runs import COUNTS, STATE_FILE, checkpoint_path
 from train.settings import ConfigError
+
+
+def require_room(job: Job) -> None:
+    """Refuses, on every process alike, what would not fit the disk of the run.
+
+    Raises:
+        ConfigError: its disk has no room for a checkpoint.
+    """
+    run, needed = job.config.run, checkpoint_bytes(job.config, job.vocab_size)
+    free = shutil.disk_usage(run.path).free if job.is_first else 0
+    free = int(sum_over_all(torch.tensor(free, device=job.device)))
+    if free < needed:
+        raise ConfigError(
+            f"run.dir={run.dir} has {free / 1e9:,.3f} GB free, and a checkpoint takes {needed / 1e9:,.3f} GB: make "
+            f"room, or choose another run.dir"
+        )
 
 
 def save(job: Job, engine: MegatronEngine, step: int, data: dict[str, Any]) -> Path:
     """Writes the state after ``step`` steps; every rank takes part. The step's old checkpoint, if any, is replaced.
 
     ``data`` says what was read and how far: `Dataset.identity` and its cursors.
+
+    Raises:
+        ConfigError: the disk has no room for it.
     """
     path = checkpoint_path(job.config.run.path, step)
     partial = path.with_name(path.name + ".partial")
     if job.is_first:
         shutil.rmtree(partial, ignore_errors=True)
+    require_room(job)
+    if job.is_first:
         partial.mkdir(parents=True)
     wait_for_all()
     dist_checkpointing.save(engine.sharded_state_dict(is_loading=False), str(partial))

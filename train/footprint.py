@@ -69,6 +69,14 @@ def held_weights(config: Config, topology: Topology, vocab_size: int, pipeline_r
     ]
 
 
+def checkpoint_bytes(config: Config, vocab_size: int) -> int:
+    """Bytes of a checkpoint: every weight in its own type, and in float32 itself and AdamW's two moments."""
+    model = config.model
+    weights = cost.stage_weights(model.layers, model, config.mtp, vocab_size, first=True, last=True)
+    element, state = ELEMENT_BYTES[model.dtype], (1 + memory.MOMENTS) * memory.FLOAT32_BYTES
+    return sum(weight.numel * ((memory.FLOAT32_BYTES if weight.float32 else element) + state) for weight in weights)
+
+
 def footprint(config: Config, topology: Topology, vocab_size: int, pipeline_rank: int) -> Footprint:
     """What a process at this place of the pipeline holds and sends in a step of the first batch size."""
     model, element = config.model, ELEMENT_BYTES[config.model.dtype]

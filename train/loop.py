@@ -138,6 +138,7 @@ def run_training(config: Config) -> int:
     """The train command, in each of its processes; returns the exit code."""
     job = build_job(config)
     refuse_wrong_kernels(config.model, job.device, job.is_first)
+    checkpoint.require_room(job)
     start = steps_done(config, job.topology)
     if config.run.init and not start:
         checkpoint.load_model(job, require_checkpoint(config.run.origin))

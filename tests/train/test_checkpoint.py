@@ -1,8 +1,11 @@
 """Checkpoints: a resumed run is the run that never stopped, and the weights load on any layout."""
 
 import json
+import math
+import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,12 +16,14 @@ from model.config import BalanceConfig, ModelConfig
 from model.init import WIDE
 from parallel import groups as process_groups
 from parallel.engine_megatron import run_schedule
+from parallel.stored import StoredTensors
 from parallel.topology import ParallelConfig
 from tests.dist import run_ranks
 from tests.parallel.tiny import (
     INTERLEAVED,
     MODEL,
     PIPELINED,
+    VOCAB,
     build_tiny,
     fill,
     parameters,
@@ -27,9 +32,11 @@ from tests.parallel.tiny import (
     start_engine,
     tiny_config,
 )
+from train import checkpoint
 from train.build import Job, build_engine
 from train.checkpoint import load, load_model, save
 from train.config import BatchConfig, RunConfig
+from train.footprint import checkpoint_bytes
 from train.loop import step_metrics, train_step
 from train.metrics import GRAD_NORM
 from train.runs import checkpoint_path, last_checkpoint, read_state, require_same_data
@@ -53,6 +60,7 @@ def _job(name: str, runs: Path, parallel: ParallelConfig | None = None, model: M
         parallel_state.destroy_model_parallel()
     layout, shape = CASES[name]
     run = RunConfig(name=name, dir=str(runs))
+    run.path.mkdir(exist_ok=True)
     balance = BalanceConfig(weight=0.01, z_weight=0.001, bias_rate=0.01 if name == BFLOAT16 else 0.0)
     job = build_tiny(tiny_config(model or shape, parallel or layout, run=run, balance=balance))
     batch = BatchConfig(global_=ROWS, micro=ROWS // job.topology.data // MICRO_BATCHES)
@@ -117,7 +125,17 @@ def _straight_and_save(runs: Path) -> dict:
             save(job, engine, HALF, DATA)
         if name == BFLOAT16:
             found["wide"] = _wide(job)
-    return found
+    return found | {"full disk": _save_on_a_full_disk(job, engine)}
+
+
+def _save_on_a_full_disk(job: Job, engine) -> str:
+    """What is said of the same checkpoint where a byte of room is missing, on each process."""
+    free = checkpoint_bytes(job.config, job.vocab_size) - 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+        with pytest.raises(ConfigError) as refusal:
+            save(job, engine, HALF + 1, DATA)
+    return str(refusal.value)
 
 
 def _resume(runs: Path) -> dict:
@@ -239,6 +257,21 @@ def test_the_directory_of_a_checkpoint(straight, runs):
         "expert_tensor": 1,
     }
     assert read_state(path) == {"step": HALF, "data": DATA, "layout": layout}
+
+
+def test_a_checkpoint_is_as_large_as_is_asked_for_ahead(straight, runs):
+    for name, (layout, model) in CASES.items():
+        stored = StoredTensors(checkpoint_path(runs / name, HALF))
+        written = sum(math.prod(shape) * stored.dtypes[key].itemsize for key, shape in stored.shapes.items())
+        expected = checkpoint_bytes(tiny_config(model, layout), VOCAB)
+        # Beside it lie counts of experts and padding; on the last of two pipeline stages a copy of the embedding.
+        assert expected <= written < expected * (1.04 if layout.pipeline > 1 or layout.tensor > 1 else 1.002), name
+
+
+def test_a_full_disk_is_told_on_every_process_and_costs_no_checkpoint(straight, runs):
+    for rank in straight:
+        assert re.fullmatch(r"run\.dir=\S+ has \S+ GB free, and a checkpoint takes \S+ GB: make .*", rank["full disk"])
+    assert last_checkpoint(runs / list(CASES)[-1]) == checkpoint_path(runs / list(CASES)[-1], HALF)
 
 
 def test_a_checkpoint_of_other_data_is_refused(tmp_path):
