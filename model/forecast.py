@@ -32,6 +32,9 @@ class Forecast(nn.Module):
         products: float64 [U, B, E], sum of products of histograms and counts.
     """
 
+    squares: Tensor
+    products: Tensor
+
     def __init__(self, uses: int, experts: int):
         super().__init__()
         self.register_buffer("squares", torch.zeros(BUCKETS, BUCKETS, dtype=torch.float64))

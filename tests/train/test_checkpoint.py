@@ -262,9 +262,10 @@ def test_the_directory_of_a_checkpoint(straight, runs):
 def test_a_checkpoint_is_as_large_as_is_asked_for_ahead(straight, runs):
     for name, (layout, model) in CASES.items():
         stored = StoredTensors(checkpoint_path(runs / name, HALF))
-        written = sum(math.prod(shape) * stored.dtypes[key].itemsize for key, shape in stored.shapes.items())
+        sizes = {name: math.prod(shape) * stored.dtypes[name].itemsize for name, shape in stored.shapes.items()}
+        written = sum(size for name, size in sizes.items() if ".balance." not in name)  # what routers remember is small
         expected = checkpoint_bytes(tiny_config(model, layout), VOCAB)
-        # Beside it lie counts of experts and padding; on the last of two pipeline stages a copy of the embedding.
+        # Beside it lies padding; on the last of two pipeline stages a copy of the embedding.
         assert expected <= written < expected * (1.04 if layout.pipeline > 1 or layout.tensor > 1 else 1.002), name
 
 
