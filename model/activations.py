@@ -42,11 +42,11 @@ def _attention(shape: ModelConfig, seq_length: int, element: int, recompute: fro
     return kept, 0 if "attention" in recompute else element * seq_length
 
 
-def _mixture(shape: ModelConfig, element: int, recompute: frozenset[str], expert_tensor: int) -> float:
-    shared = shape.shared_expert_size
-    # A token's rows as experts read them: all holders of an expert's parts do.
-    routed = expert_tensor * element * shape.hidden_size
-    if "experts" not in recompute:
+def _mixture(shape: ModelConfig, element: int, recompute: frozenset[str], expert_tensor: int, sent: bool) -> float:
+    shared, again = shape.shared_expert_size, "experts" in recompute
+    # A token's rows as experts read them: all holders of an expert's parts do. What came from elsewhere is kept.
+    routed = expert_tensor * element * shape.hidden_size if sent or not again else 0
+    if not again:
         routed += 5 * element * shape.expert_size
     scores = 2 * FLOAT32_BYTES * shape.experts + FLOAT32_BYTES * shape.hidden_size
     return (
@@ -55,13 +55,20 @@ def _mixture(shape: ModelConfig, element: int, recompute: frozenset[str], expert
 
 
 def layer_bytes(
-    symbol: str, shape: ModelConfig, seq_length: int, tensor: int, recompute: frozenset[str], expert_tensor: int = 1
+    symbol: str,
+    shape: ModelConfig,
+    seq_length: int,
+    tensor: int,
+    recompute: frozenset[str],
+    expert_tensor: int = 1,
+    sent: bool = False,
 ) -> float:
     """Bytes that one layer keeps for each token of this process's part of the sequence.
 
     Args:
         seq_length: tokens of a whole sequence. tensor: tensor-parallel processes.
         recompute: parts that are computed again, or {LAYER}. expert_tensor: processes that share an expert's width.
+        sent: whether other processes hold experts too, so that rows travel.
     """
     element, hidden = ELEMENT_BYTES[shape.dtype], shape.hidden_size
     if LAYER in recompute:
@@ -77,7 +84,7 @@ def layer_bytes(
     else:
         # The router reads a float32 copy; only a shared expert reads the normed input itself.
         reads = element * hidden if shape.shared_expert_size and element < FLOAT32_BYTES else 0
-        kept += reads + _mixture(shape, element, recompute, expert_tensor)
+        kept += reads + _mixture(shape, element, recompute, expert_tensor, sent)
     return kept / tensor + whole
 
 
@@ -88,6 +95,7 @@ def mtp_bytes(
     tensor: int,
     recompute: frozenset[str],
     expert_tensor: int = 1,
+    sent: bool = False,
 ) -> float:
     """Bytes that all multi-token-prediction steps keep for each token; arguments as of `layer_bytes`.
 
@@ -97,7 +105,7 @@ def mtp_bytes(
     chained = mtp.keys == INFERENCE
     if chained and LAYER in recompute:
         return mtp.steps * element * hidden / tensor
-    each = (layer_bytes(symbol, shape, seq_length, tensor, recompute, expert_tensor) for symbol in MTP_PATTERN)
+    each = (layer_bytes(symbol, shape, seq_length, tensor, recompute, expert_tensor, sent) for symbol in MTP_PATTERN)
     step = sum(each)
     step += (3 * _norm(hidden, element, recompute) + 2 * element * hidden) / tensor
     if not chained or mtp.steps < 2:
@@ -119,6 +127,7 @@ def stage_bytes(
     recompute: frozenset[str],
     last: bool,
     expert_tensor: int = 1,
+    sent: bool = False,
 ) -> float:
     """Bytes that a pipeline stage keeps for one micro-batch of ``tokens`` tokens on this process.
 
@@ -126,12 +135,18 @@ def stage_bytes(
     """
     element, hidden = ELEMENT_BYTES[shape.dtype], shape.hidden_size
     each = partial(
-        layer_bytes, shape=shape, seq_length=seq_length, tensor=tensor, recompute=recompute, expert_tensor=expert_tensor
+        layer_bytes,
+        shape=shape,
+        seq_length=seq_length,
+        tensor=tensor,
+        recompute=recompute,
+        expert_tensor=expert_tensor,
+        sent=sent,
     )
     kept = sum(each(symbol) for symbol in symbols)
     if not last:
         return kept * tokens
     kept += _norm(hidden, element, recompute) / tensor
-    kept += mtp_bytes(shape, mtp, seq_length, tensor, recompute, expert_tensor)
+    kept += mtp_bytes(shape, mtp, seq_length, tensor, recompute, expert_tensor, sent)
     kept += (1 + mtp.steps) * element * hidden
     return kept * tokens + (1 + mtp.steps) * element * vocab_size * hidden / tensor

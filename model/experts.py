@@ -52,9 +52,6 @@ class _LoopedLinear(torch.autograd.Function):
 
 def grouped_linear(x_NI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
     """Rows sorted by expert, each times its expert's matrix: [N, I] x [E, O, I] -> [N, O]; counts [E] sum to N."""
-    if x_NI.is_cuda and x_NI.dtype == torch.bfloat16:
-        offsets = counts_E.cumsum(0).int()
-        return F.grouped_mm(x_NI, weight_EOI.transpose(1, 2), offs=offsets)
     return _LoopedLinear.apply(x_NI, weight_EOI, counts_E.tolist())
 
 
@@ -122,6 +119,21 @@ def expert_rows(x_NH: Tensor, weight1_E2FH: Tensor, weight2_EHF: Tensor, share_N
     return grouped_linear(F.silu(gate) * up * share_N[:, None].to(x_NH.dtype), weight2_EHF, counts_E)
 
 
+@accelerated("model.kernel_experts")
+def mix_rows(
+    x_TH: Tensor,
+    weight1_E2FH: Tensor,
+    weight2_EHF: Tensor,
+    share_N: Tensor,
+    counts_E: Tensor,
+    order_N: Tensor,
+    inverse_TK: Tensor,
+) -> Tensor:
+    """`expert_rows` of each token's K rows, added up: [T, H]. Arguments as of `gather_rows` and `expert_rows`."""
+    rows = gather_rows(x_TH, order_N, inverse_TK)
+    return combine_rows(expert_rows(rows, weight1_E2FH, weight2_EHF, share_N, counts_E), order_N, inverse_TK)
+
+
 class Experts(MegatronModule):
     """This rank's part of the routed experts as two stacked weights: gate and up [E, 2, F, H], down [E, H, F].
 
@@ -148,6 +160,11 @@ class Experts(MegatronModule):
         """SwiGLU of each row by its expert, times its share; rows sorted by expert. An addend where the width is
         spread."""
         return expert_rows(x_NH, self.weight1, self.weight2, share_N, counts_E)
+
+    @recomputable("experts")
+    def mix(self, x_TH: Tensor, share_N: Tensor, counts_E: Tensor, order_N: Tensor, inverse_TK: Tensor) -> Tensor:
+        """What all experts make of tokens, for a rank that holds them all: see `mix_rows`."""
+        return mix_rows(x_TH, self.weight1, self.weight2, share_N, counts_E, order_N, inverse_TK)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets=(), metadata=None):
         """One tensor of all experts, cut along the experts and along their width."""
@@ -208,10 +225,13 @@ class MixtureOfExperts(MegatronModule):
         ordered, order = experts.flatten().int().sort(stable=True)
         inverse = invert(order).view(experts.shape)
         counts = count_sorted(ordered, self.router.num_experts)
-        rows = gather_rows(flat, order, inverse)
         share = permute(weights.flatten(), order, inverse.flatten())
-        compute = self.experts_over_group if self.owner_group.size() > 1 else self.experts
-        mixed = combine_rows(compute(rows, share, counts), order, inverse).view_as(hidden_states)
+        if self.owner_group.size() > 1:
+            rows = self.experts_over_group(gather_rows(flat, order, inverse), share, counts)
+            mixed = combine_rows(rows, order, inverse)
+        else:
+            mixed = self.experts.mix(flat, share, counts, order, inverse)
+        mixed = mixed.view_as(hidden_states)
         return (mixed + self.shared_expert(hidden_states) if self.shared_expert else mixed), None
 
     def experts_over_group(self, rows: Tensor, share: Tensor, counts: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model.kernel_grouped import grouped_gradient, grouped_product, tile_rows
+
 BLOCK = 1024
 
 
@@ -156,35 +158,76 @@ def swiglu_pairs(mixed: Tensor) -> Tensor:
     return _SwiGLUPairs.apply(mixed.contiguous())
 
 
-class _ExpertRows(torch.autograd.Function):
-    """Both grouped products and SwiGLU between them, so that only the first product's output is kept."""
+def _forward(x, source_N, weight1_E2FH, weight2_EHF, share_N, tiles):
+    """Both products and SwiGLU between them: the first product, and the rows [N, H] of the second."""
+    rows = share_N.numel()
+    inner_NG = grouped_product(x, weight1_E2FH.flatten(1, 2), tiles, rows, True, source_N)
+    active_NF = _swiglu_forward(inner_NG, share_N, interleaved=False)
+    return inner_NG, grouped_product(active_NF, weight2_EHF, tiles, rows, True)
 
+
+def _backward(grad, x, inner_NG, source_N, weight1_E2FH, weight2_EHF, share_N, ends_E, tiles):
+    """Gradients of the rows [N, H] that were read, of both weights and of the shares."""
+    rows = share_N.numel()
+    grad_active_NF = grouped_product(grad, weight2_EHF, tiles, rows, False, source_N)
+    grad_inner_NG, grad_share_N, active_NF = swiglu_backward(inner_NG, share_N, grad_active_NF, interleaved=False)
+    grad_weight2 = grouped_gradient(grad, active_NF, ends_E, left_source_N=source_N)
+    del grad_active_NF, active_NF
+    grad_weight1 = grouped_gradient(grad_inner_NG, x, ends_E, right_source_N=source_N).view_as(weight1_E2FH)
+    grad_x_NH = grouped_product(grad_inner_NG, weight1_E2FH.flatten(1, 2), tiles, rows, False)
+    return grad_x_NH, grad_weight1, grad_weight2, grad_share_N
+
+
+class _ExpertRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_NH, weight1_E2FH, weight2_EHF, share_N, counts_E):
-        offsets_E = counts_E.cumsum(0).int()
-        first = weight1_E2FH.flatten(1, 2)
-        inner_NG = torch.nn.functional.grouped_mm(x_NH, first.transpose(1, 2), offs=offsets_E)
-        active_NF = _swiglu_forward(inner_NG, share_N, interleaved=False)
-        ctx.save_for_backward(x_NH, inner_NG, weight1_E2FH, weight2_EHF, share_N, offsets_E)
-        return torch.nn.functional.grouped_mm(active_NF, weight2_EHF.transpose(1, 2), offs=offsets_E)
+        ends_E = counts_E.cumsum(0).int()
+        tiles = tile_rows(ends_E, x_NH.shape[0])
+        inner_NG, out_NH = _forward(x_NH, None, weight1_E2FH, weight2_EHF, share_N, tiles)
+        ctx.save_for_backward(x_NH, inner_NG, weight1_E2FH, weight2_EHF, share_N, ends_E, tiles)
+        return out_NH
 
     @staticmethod
     def backward(ctx, grad_NH: Tensor):
-        x_NH, inner_NG, weight1_E2FH, weight2_EHF, share_N, offsets_E = ctx.saved_tensors
-        grad_NH = grad_NH.contiguous()
-        product = torch.nn.functional.grouped_mm
-        grad_active_NF = product(grad_NH, weight2_EHF, offs=offsets_E)
-        grad_inner_NG, grad_share_N, active_NF = swiglu_backward(inner_NG, share_N, grad_active_NF, interleaved=False)
-        grad_weight2 = product(grad_NH.t(), active_NF, offs=offsets_E)
-        del grad_NH, grad_active_NF, active_NF
-        grad_weight1 = product(grad_inner_NG.t(), x_NH, offs=offsets_E).view_as(weight1_E2FH)
-        grad_x_NH = product(grad_inner_NG, weight1_E2FH.flatten(1, 2), offs=offsets_E)
-        return grad_x_NH, grad_weight1, grad_weight2, grad_share_N, None
+        x_NH, inner_NG, *rest = ctx.saved_tensors
+        return *_backward(grad_NH.contiguous(), x_NH, inner_NG, None, *rest), None
 
 
 def expert_rows(x_NH: Tensor, weight1_E2FH: Tensor, weight2_EHF: Tensor, share_N: Tensor, counts_E: Tensor) -> Tensor:
     """See `model.experts.expert_rows`."""
     return _ExpertRows.apply(x_NH.contiguous(), weight1_E2FH, weight2_EHF, share_N.float(), counts_E)
+
+
+class _MixRows(torch.autograd.Function):
+    """Rows are read from the tokens' states and gradients where they lie; only results are moved."""
+
+    @staticmethod
+    def forward(ctx, x_TH, weight1_E2FH, weight2_EHF, share_N, counts_E, order_N, inverse_TK):
+        ends_E, source_N = counts_E.cumsum(0).int(), order_N // inverse_TK.shape[1]
+        tiles = tile_rows(ends_E, order_N.numel())
+        inner_NG, out_NH = _forward(x_TH, source_N, weight1_E2FH, weight2_EHF, share_N, tiles)
+        ctx.save_for_backward(inverse_TK, x_TH, inner_NG, source_N, weight1_E2FH, weight2_EHF, share_N, ends_E, tiles)
+        return sum_rows(out_NH, inverse_TK)
+
+    @staticmethod
+    def backward(ctx, grad_TH: Tensor):
+        inverse_TK, *rest = ctx.saved_tensors
+        grad_x_NH, *grads = _backward(grad_TH.contiguous(), *rest)
+        return sum_rows(grad_x_NH, inverse_TK), *grads, None, None, None
+
+
+def mix_rows(
+    x_TH: Tensor,
+    weight1_E2FH: Tensor,
+    weight2_EHF: Tensor,
+    share_N: Tensor,
+    counts_E: Tensor,
+    order_N: Tensor,
+    inverse_TK: Tensor,
+) -> Tensor:
+    """See `model.experts.mix_rows`."""
+    weights = (weight1_E2FH, weight2_EHF)
+    return _MixRows.apply(x_TH.contiguous(), *weights, share_N.float(), counts_E, order_N, inverse_TK)
 
 
 @triton.jit

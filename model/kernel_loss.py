@@ -1,4 +1,5 @@
-"""Triton kernels of `model.loss`: logits are read twice and turned into their gradient in place.
+"""Triton kernels of `model.loss`: logits are read twice and turned into their gradient
+in place.
 
     m, s, t: largest logit, sum of exp(logit - m), target's logit of each row; then, over the tensor-parallel group,
     loss = log(sum of exp) - target logit      dlogit = (exp(logit) / sum of exp - [is the target]) weight
@@ -21,20 +22,19 @@ WARPS = 8
 def _row_sums(logits, target, out, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     own = logits + row * WIDTH
-    largest = tl.full([BLOCK], float("-inf"), tl.float32)
+    top = float("-inf")
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, WIDTH, BLOCK):
         column = start + tl.arange(0, BLOCK)
         x = tl.load(own + column, column < WIDTH, float("-inf")).to(tl.float32)
-        new = tl.maximum(largest, x)
-        # -inf - -inf is no number: a lane that has met no column keeps its sum of zero.
-        total = tl.where(new == float("-inf"), 0.0, total * tl.exp(largest - new) + tl.exp(x - new))
-        largest = new
-    top = tl.max(largest, 0)
+        # One for all lanes: the exponential of each column is then the only one that is taken.
+        new = tl.maximum(top, tl.max(x, 0))
+        total = total * tl.exp(top - new) + tl.exp(x - new)
+        top = new
     wanted = tl.load(target + row)
     here = (wanted >= 0) & (wanted < WIDTH)
     tl.store(out + row, top)
-    tl.store(out + rows + row, tl.sum(tl.where(largest == float("-inf"), 0.0, total * tl.exp(largest - top)), 0))
+    tl.store(out + rows + row, tl.sum(total, 0))
     tl.store(out + 2 * rows + row, tl.load(own + tl.where(here, wanted, 0), here, 0.0).to(tl.float32))
 
 
@@ -68,6 +68,20 @@ def softmax_gradient(
         logits_CV, local_C, weight_C, log_sum, width, BLOCK, num_warps=WARPS
     )
     return log_sum - wanted, logits_CV
+
+
+@triton.jit
+def _scale(x, factor, numel, BLOCK: tl.constexpr):
+    by = tl.load(factor).to(tl.float32)
+    if by != 1.0:
+        place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(x + place, tl.load(x + place, place < numel).to(tl.float32) * by, place < numel)
+
+
+def scaled(x: Tensor, factor: Tensor) -> Tensor:
+    """See `model.loss.scaled`: in place, and nothing is read or written where the factor is 1."""
+    _scale[(triton.cdiv(x.numel(), BLOCK),)](x, factor, x.numel(), BLOCK)
+    return x
 
 
 def add_product(left: Tensor, right: Tensor, total: Tensor | None) -> Tensor:

@@ -4,8 +4,8 @@ A float32 number is the sum of three bfloat16 numbers to its last bit or two, an
 exact in float32. So products with a float32 matrix are sums of bfloat16 products with its parts, accumulated in
 float32 on the matrix units: as exact as float32 arithmetic, several times as fast.
 
-    s = softmax(l)      w_k = s_k / S,  S = sum of the top k
-    dl = s (ds' - sum(s ds'))  with  ds' = ds + at each chosen expert (dw_k - sum_j w_j dw_j) / S
+    s = softmax(l)      w_k = s_k / sum of the top k
+    dl = s (ds - sum(s ds)) + at each chosen expert w_k (dw_k - sum_j w_j dw_j)
 
 Shape suffixes as in `model.router`.
 """
@@ -95,22 +95,21 @@ def _route_backward(scores, weights, experts, grad_scores, grad_weights, grad_lo
     token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     expert, slot = tl.arange(0, COLUMNS)[None, :], tl.arange(0, SLOTS)[None, :]
     inside, kept = (token < tokens) & (expert < EXPERTS), (token < tokens) & (slot < K)
-    score = tl.load(scores + token * EXPERTS + expert, inside, 0.0)
     weight = tl.load(weights + token * K + slot, kept, 0.0)
     dw = tl.load(grad_weights + token * K + slot, kept, 0.0)
-    inner = tl.sum(weight * dw, 1, keep_dims=True)
-    dscore = tl.zeros([ROWS, COLUMNS], tl.float32)
+    chosen = token * EXPERTS + tl.load(experts + token * K + slot, kept, 0)
+    picked = weight * (dw - tl.sum(weight * dw, 1, keep_dims=True))
+    dense = tl.zeros([ROWS, COLUMNS], tl.float32)
     if SCORED:
+        score = tl.load(scores + token * EXPERTS + expert, inside, 0.0)
         dscore = tl.load(grad_scores + token * EXPERTS + expert, inside, 0.0)
-    chosen = tl.load(experts + token * K + slot, kept, 0)
-    total = tl.sum(tl.load(scores + token * EXPERTS + chosen, kept, 0.0), 1, keep_dims=True)
-    picked = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for k in tl.static_range(K):
-        own = tl.load(experts + token * K + k, token < tokens, -1).to(tl.int32)
-        picked = tl.where(expert == own, tl.load(grad_weights + token * K + k, token < tokens, 0.0) - inner, picked)
-    dscore += picked / tl.where(total > 0, total, 1.0)
-    out = score * (dscore - tl.sum(score * dscore, 1, keep_dims=True))
-    tl.store(grad_logits + token * EXPERTS + expert, out, inside)
+        inner = tl.sum(score * dscore, 1, keep_dims=True)
+        dense = score * (dscore - inner)
+        picked += tl.load(scores + chosen, kept, 0.0) * (tl.load(grad_scores + chosen, kept, 0.0) - inner)
+    tl.store(grad_logits + token * EXPERTS + expert, dense, inside)
+    # The chosen are written again, by other threads than before.
+    tl.debug_barrier()
+    tl.store(grad_logits + chosen, picked, kept)
 
 
 class _Route(torch.autograd.Function):

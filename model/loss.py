@@ -56,6 +56,12 @@ def add_product(left: Tensor, right: Tensor, total: Tensor | None) -> Tensor:
     return product if total is None else total.add_(product)
 
 
+@accelerated("model.kernel_loss")
+def scaled(x: Tensor, factor: Tensor) -> Tensor:
+    """x times a scalar, rounded to x's type; x may be overwritten."""
+    return (x * factor).to(x.dtype)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_TH: Tensor, head_VH: Tensor, target_T: Tensor, weight_T: Tensor, group, train: bool):
@@ -84,9 +90,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total: Tensor, _):
         grad_hidden, grad_head = ctx.saved_tensors
-        scale = grad_total.to(grad_hidden.dtype)
-        grad_head = None if grad_head is None else grad_head * scale.to(grad_head.dtype)
-        return grad_hidden * scale, grad_head, None, None, None, None
+        grad_head = None if grad_head is None else scaled(grad_head, grad_total)
+        return scaled(grad_hidden, grad_total), grad_head, None, None, None, None
 
 
 def linear_cross_entropy(

@@ -141,10 +141,14 @@ class LanguageModel(HybridModel):
             states = [gather_from_sequence_parallel_region(x, group=self.tp_group) for x in states]
         mtp, head = self.config.mtp, self.output_layer.weight
         heads = [head, *[head.detach() if mtp.detach else head] * mtp.steps]
+        # The head works out its gradient on the way forward: it is told there what a step's loss counts for.
+        factors, dtype = [1.0, *mtp.loss_weights(batch.tokens_before)], torch.promote_types(head.dtype, torch.float32)
         results = [
-            linear_cross_entropy(hidden[:, 0], own, target, weight, self.tp_group)
-            for hidden, own, target, weight in zip(states, heads, batch.targets_KT, batch.weights_KT, strict=True)
+            linear_cross_entropy(hidden[:, 0], own, target, factor * weight, self.tp_group)
+            for hidden, own, target, weight, factor in zip(
+                states, heads, batch.targets_KT, batch.weights_KT.to(dtype), factors, strict=True
+            )
         ]
-        means = torch.stack([mean for mean, _ in results])
-        total = means @ means.new_tensor([1.0, *mtp.loss_weights(batch.tokens_before)])
-        return Losses(total, means.detach(), torch.stack([losses for _, losses in results]))
+        tokens_KT = torch.stack([losses for _, losses in results])
+        by_step = (tokens_KT * batch.weights_KT).sum(dim=1)
+        return Losses(torch.stack([mean for mean, _ in results]).sum(), by_step, tokens_KT)

@@ -19,8 +19,8 @@ from model.delta_rule import gated_delta_rule
 from model.deltanet import prepare_delta
 from model.dense import swiglu_pairs
 from model.documents import Documents
-from model.experts import combine_rows, count_sorted, expert_rows, gate_rows, gather_rows, invert
-from model.loss import add_product, softmax_gradient
+from model.experts import combine_rows, count_sorted, expert_rows, gate_rows, gather_rows, invert, mix_rows
+from model.loss import add_product, scaled, softmax_gradient
 from model.norm import gated_rms_norm, zero_centred_rms_norm
 from model.router import route, router_logits
 
@@ -164,6 +164,8 @@ def expert_cases(shape: ModelConfig, device: torch.device, dtype: torch.dtype) -
         Case("rows from experts", combine_rows, [draw.narrow(rows, hidden)], _plain(order_N, inverse_TK)),
         Case("grouped products", expert_rows, [draw.narrow(rows, hidden), *weights, draw.wide(rows).sigmoid()],
              _plain(counts_E)),
+        Case("mixture", mix_rows, [draw.narrow(tokens, hidden), *weights, draw.wide(rows).sigmoid()],
+             _plain(counts_E, order_N, inverse_TK)),
     ]  # fmt: skip
 
 
@@ -177,6 +179,11 @@ def _call_sum(function: Callable, leaves: list[Tensor]) -> Tensor:
     return function(left, right, function(left, right, total.clone()))
 
 
+def _call_scaled(function: Callable, leaves: list[Tensor]) -> Tensor:
+    x, factor = (leaf.detach() for leaf in leaves)
+    return function(x.clone(), factor)
+
+
 def head_cases(shape: ModelConfig, device: torch.device, dtype: torch.dtype) -> list[Case]:
     """The softmax of the head and the sum of the head's gradient, which are their own gradients."""
     draw, tokens = _Draw(device, dtype), ROWS * LENGTH
@@ -186,6 +193,7 @@ def head_cases(shape: ModelConfig, device: torch.device, dtype: torch.dtype) -> 
     return [
         Case("cross-entropy", softmax_gradient, leaves, partial(_call_loss, target_T)),
         Case("sum of products", add_product, products, _call_sum),
+        Case("scaled gradient", scaled, [draw.narrow(tokens, shape.hidden_size), draw.wide(1).exp()], _call_scaled),
     ]
 
 

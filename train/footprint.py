@@ -108,6 +108,11 @@ def _tokens(config: Config, topology: Topology) -> float:
     return config.batch.micro * config.data.seq_length / topology.context
 
 
+def _experts(topology: Topology) -> tuple[int, bool]:
+    """Parts of an expert's width, and whether rows travel to other holders of experts."""
+    return topology.expert_tensor, topology.expert_owners > 1
+
+
 def _activations(config: Config, topology: Topology, vocab_size: int, pipeline_rank: int, steps: int) -> float:
     stages, numbers = config.model.stages, stage_numbers(topology, pipeline_rank)
     each = [
@@ -121,7 +126,7 @@ def _activations(config: Config, topology: Topology, vocab_size: int, pipeline_r
             topology.tensor,
             recomputed(config.parallel),
             number == len(stages) - 1,
-            topology.expert_tensor,
+            *_experts(topology),
         )
         for number in numbers
     ]
@@ -136,12 +141,12 @@ def _recomputed_bytes(config: Config, topology: Topology, pipeline_rank: int) ->
     model, length, parts = config.model, config.data.seq_length, recomputed(config.parallel)
     numbers, sizes = stage_numbers(topology, pipeline_rank), (model, length, topology.tensor)
     kept = [
-        [activations.layer_bytes(symbol, *sizes, again, topology.expert_tensor) for again in (frozenset(), parts)]
+        [activations.layer_bytes(symbol, *sizes, again, *_experts(topology)) for again in (frozenset(), parts)]
         for symbol in set("".join(model.stages[number] for number in numbers))
     ]
     if numbers[-1] == len(model.stages) - 1 and config.mtp.keys == INFERENCE and LAYER in parts:
         steps = (model, config.mtp, length, topology.tensor)
-        kept += [[activations.mtp_bytes(*steps, again, topology.expert_tensor) for again in (frozenset(), parts)]]
+        kept += [[activations.mtp_bytes(*steps, again, *_experts(topology)) for again in (frozenset(), parts)]]
     return _tokens(config, topology) * max(whole - part for whole, part in kept)
 
 

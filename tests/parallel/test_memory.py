@@ -154,7 +154,7 @@ def measure_activations() -> dict[tuple[str, str], float]:
         kept = kept_bytes(job.chunks[0], rows, length, context.rank(), context.size())
         sizes = (length, rows * length // context.size(), parallel.tensor)
         parts = parallel.expert_tensor
-        counted = stage_bytes(pattern, config.model, config.mtp, VOCAB, *sizes, frozenset(), True, parts)
+        counted = stage_bytes(pattern, config.model, config.mtp, VOCAB, *sizes, frozenset(), True, parts, parts > 1)
         ratios[name, pattern] = kept / counted
         parallel_state.destroy_model_parallel()
     return ratios
