@@ -18,7 +18,9 @@ from torch import Tensor
 from model.documents import Documents
 
 TOKENS = 32  # of a program's tile
+GRADIENT_TOKENS = 16  # the same where sums for each tap are held beside it
 EPS = 1e-6  # of the L2 norm
+MAX_TAPS = 4
 PROGRAMS = 66  # that share the tokens of a head's segment in the backward pass
 
 
@@ -94,8 +96,9 @@ def _conv_backward(mixed, conv, position, d_q, d_k, d_v, d_c, d_conv, tokens, ep
     first, width = _segment(segment, KEY, VALUE, ALIGNED)
     column = tl.arange(0, COLUMNS)[None, :]
     x, own = mixed + head * EACH + first, conv + (head * CONV + first) * TAPS
-    tap = tl.arange(0, TAPS)[:, None]
-    total = tl.zeros([TAPS, COLUMNS], tl.float32)
+    # Sums over tokens stay apart until the end, tap by tap: adding up across threads costs more than all the rest.
+    sum_0 = tl.zeros([TOKENS, COLUMNS], tl.float32)
+    sum_1, sum_2, sum_3 = sum_0, sum_0, sum_0
     for block in range(tl.program_id(0), tl.cdiv(tokens, TOKENS), tl.num_programs(0)):
         token = (block * TOKENS + tl.arange(0, TOKENS)[:, None]).to(tl.int64)
         inside = (token < tokens) & (column < width)
@@ -116,9 +119,20 @@ def _conv_backward(mixed, conv, position, d_q, d_k, d_v, d_c, d_conv, tokens, ep
         tl.store(d_c + (token * HEADS + head) * CONV + first + column, dc, inside)
         for j in tl.static_range(TAPS):
             x_j = tl.load(x + (token - j) * (HEADS * EACH) + column, inside & (there >= j), 0.0).to(tl.float32)
-            total += tl.where(tap == TAPS - 1 - j, tl.sum(dc * x_j, 0)[None, :], 0.0)
-    place = ((tl.program_id(0) * HEADS + head) * CONV + first + column) * TAPS + tap
-    tl.store(d_conv + place, total, (column < width) & (tap < TAPS))
+            if j == 0:
+                sum_0 += dc * x_j
+            elif j == 1:
+                sum_1 += dc * x_j
+            elif j == 2:
+                sum_2 += dc * x_j
+            else:
+                sum_3 += dc * x_j
+    place = d_conv + ((tl.program_id(0) * HEADS + head) * CONV + first + tl.arange(0, COLUMNS)) * TAPS + TAPS - 1
+    some = tl.arange(0, COLUMNS) < width
+    tl.store(place, tl.sum(sum_0, 0), some)
+    tl.store(place - 1, tl.sum(sum_1, 0), some & (TAPS > 1))
+    tl.store(place - 2, tl.sum(sum_2, 0), some & (TAPS > 2))
+    tl.store(place - 3, tl.sum(sum_3, 0), some & (TAPS > 3))
 
 
 @triton.jit
@@ -169,8 +183,8 @@ class _PrepareDelta(torch.autograd.Function):
         *places, heads, _ = mixed.shape
         tokens = position.numel()
         taps = conv.shape[1]
-        if taps & (taps - 1):
-            raise ValueError(f"model.conv_kernel={taps} is no power of two, which the GPU kernel needs: choose 2 or 4")
+        if taps > MAX_TAPS:
+            raise ValueError(f"model.conv_kernel={taps} is more than the GPU kernel takes: choose {MAX_TAPS} or fewer")
         columns, aligned = triton.next_power_of_2(max(key_dim, value_dim)), math.gcd(key_dim, value_dim, 16)
         ctx.sizes = (heads, ratio, key_dim, value_dim, taps, TOKENS, columns, aligned)
         ctx.eps = eps
@@ -187,12 +201,13 @@ class _PrepareDelta(torch.autograd.Function):
         mixed, conv, A_log, dt_bias, position = ctx.saved_tensors
         heads, ratio, key_dim, value_dim = ctx.sizes[:4]
         tokens, blocks = position.numel(), triton.cdiv(position.numel(), TOKENS)
-        programs = min(PROGRAMS, blocks)
+        programs = min(PROGRAMS, triton.cdiv(tokens, GRADIENT_TOKENS))
+        sizes = (*ctx.sizes[:5], GRADIENT_TOKENS, *ctx.sizes[6:])
         d_q, d_k, d_v, d_z, d_g, d_beta = (grad.contiguous() for grad in (d_q, d_k, d_v, d_z, d_g, d_beta))
         d_c = mixed.new_empty(tokens, heads * (2 * key_dim + ratio * value_dim))
         d_conv = torch.empty(programs, *conv.shape, dtype=torch.float32, device=mixed.device)
         _conv_backward[(programs, heads, 2 + ratio)](
-            mixed, conv, position, d_q, d_k, d_v, d_c, d_conv, tokens, ctx.eps, *ctx.sizes
+            mixed, conv, position, d_q, d_k, d_v, d_c, d_conv, tokens, ctx.eps, *sizes
         )
         d_mixed = torch.empty_like(mixed)
         d_heads = torch.empty(blocks, heads, 2, ratio, dtype=torch.float32, device=mixed.device)

@@ -169,11 +169,15 @@ def _forward(x, source_N, weight1_E2FH, weight2_EHF, share_N, tiles):
 def _backward(grad, x, inner_NG, source_N, weight1_E2FH, weight2_EHF, share_N, ends_E, tiles):
     """Gradients of the rows [N, H] that were read, of both weights and of the shares."""
     rows = share_N.numel()
-    grad_active_NF = grouped_product(grad, weight2_EHF, tiles, rows, False, source_N)
+    # A gradient's product reads its rows once for every tile: there gathering on the way costs more than a copy.
+    grad_NH = grad if source_N is None else grad.index_select(0, source_N)
+    grad_active_NF = grouped_product(grad_NH, weight2_EHF, tiles, rows, False)
     grad_inner_NG, grad_share_N, active_NF = swiglu_backward(inner_NG, share_N, grad_active_NF, interleaved=False)
-    grad_weight2 = grouped_gradient(grad, active_NF, ends_E, left_source_N=source_N)
-    del grad_active_NF, active_NF
-    grad_weight1 = grouped_gradient(grad_inner_NG, x, ends_E, right_source_N=source_N).view_as(weight1_E2FH)
+    grad_weight2 = grouped_gradient(grad_NH, active_NF, ends_E)
+    del grad_NH, grad_active_NF, active_NF
+    x_NH = x if source_N is None else x.index_select(0, source_N)
+    grad_weight1 = grouped_gradient(grad_inner_NG, x_NH, ends_E).view_as(weight1_E2FH)
+    del x_NH
     grad_x_NH = grouped_product(grad_inner_NG, weight1_E2FH.flatten(1, 2), tiles, rows, False)
     return grad_x_NH, grad_weight1, grad_weight2, grad_share_N
 
@@ -199,7 +203,7 @@ def expert_rows(x_NH: Tensor, weight1_E2FH: Tensor, weight2_EHF: Tensor, share_N
 
 
 class _MixRows(torch.autograd.Function):
-    """Rows are read from the tokens' states and gradients where they lie; only results are moved."""
+    """Nothing is kept for the backward pass of the rows but what the first product made of them."""
 
     @staticmethod
     def forward(ctx, x_TH, weight1_E2FH, weight2_EHF, share_N, counts_E, order_N, inverse_TK):

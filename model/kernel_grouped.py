@@ -2,8 +2,7 @@
 
 Hundreds of experts leave each a few hundred rows or fewer: time goes into the edges of tiles, into reading every weight
 and into writing every gradient. So a program computes one tile and several share a multiprocessor, one's writing
-behind another's products; and rows that several experts want are read from where they lie (``source``), so that no
-copy of them is ever written.
+behind another's products; and a product reads rows that several experts want from where they lie (``source``).
 
     product:   y_n = x_source(n) W_e(n)^T,  or  x_source(n) W_e(n)
     gradient:  dW_e = sum over the rows n of e of  left_n right_n^T
@@ -106,49 +105,33 @@ def grouped_product(
 
 
 @triton.jit
-def _gradient(left, left_source, right, right_source, ends, out, OUT: tl.constexpr, IN: tl.constexpr,
-              LEFT_GATHERED: tl.constexpr, RIGHT_GATHERED: tl.constexpr, TILE: tl.constexpr,
-              INNER: tl.constexpr):  # fmt: skip
+def _gradient(left, right, ends, out, OUT: tl.constexpr, IN: tl.constexpr, TILE: tl.constexpr, INNER: tl.constexpr):
     ACROSS: tl.constexpr = (IN + TILE - 1) // TILE
     DOWN: tl.constexpr = (OUT + TILE - 1) // TILE
     tile = tl.program_id(0)
     expert = tile // (DOWN * ACROSS)
     top, side = tile // ACROSS % DOWN * TILE, tile % ACROSS * TILE
-    o, i = top + tl.arange(0, TILE)[None, :], side + tl.arange(0, TILE)[None, :]
+    o = top + tl.arange(0, TILE)[None, :]
     first, last = tl.load(ends + expert - 1, expert > 0, 0), tl.load(ends + expert)
     total = tl.zeros([TILE, TILE], tl.float32)
     for start in range(first, last, INNER):
-        row = start + tl.arange(0, INNER)
-        inside = row < last
-        left_row, right_row = row.to(tl.int64), row.to(tl.int64)
-        if LEFT_GATHERED:
-            left_row = tl.load(left_source + row, inside, 0).to(tl.int64)
-        if RIGHT_GATHERED:
-            right_row = tl.load(right_source + row, inside, 0).to(tl.int64)
-        a = tl.load(left + left_row[:, None] * OUT + o, inside[:, None] & (o < OUT), 0.0)
-        b = tl.load(right + right_row[:, None] * IN + i, inside[:, None] & (i < IN), 0.0)
-        total = tl.dot(a.T, b, total)
+        row = start + tl.arange(0, INNER)[:, None]
+        # Rows of the next expert are zero on the left, so that they add nothing.
+        a = tl.load(left + row.to(tl.int64) * OUT + o, (row < last) & (o < OUT), 0.0)
+        total = tl.dot(a.T, right.load([start, side]), total)
     out.store([expert, top, side], total.to(out.dtype)[None, :, :])
 
 
-def grouped_gradient(
-    left: Tensor,
-    right: Tensor,
-    ends_E: Tensor,
-    left_source_N: Tensor | None = None,
-    right_source_N: Tensor | None = None,
-) -> Tensor:
-    """The sum over each expert's rows of left^T right: [E, O, I]; zero for an expert without rows.
-
-    Args:
-        left: [N, O], right: [N, I]; or fewer rows, with the row of each n in ``..._source_N``.
-    """
-    experts, rows_out, columns = ends_E.numel(), left.shape[1], right.shape[1]
-    out_EOI = left.new_empty(experts, rows_out, columns)
+def grouped_gradient(left_NO: Tensor, right_NI: Tensor, ends_E: Tensor) -> Tensor:
+    """The sum over each expert's rows of left^T right: [E, O, I]; zero for an expert without rows."""
+    experts, height, width = ends_E.numel(), left_NO.shape[1], right_NI.shape[1]
+    if not left_NO.shape[0]:
+        return left_NO.new_zeros(experts, height, width)
+    out_EOI = left_NO.new_empty(experts, height, width)
     tile, inner, warps, stages = GRADIENT
+    right = TensorDescriptor.from_tensor(right_NI, [inner, tile])
     target = TensorDescriptor.from_tensor(out_EOI, [1, tile, tile])
-    _gradient[(experts * triton.cdiv(rows_out, tile) * triton.cdiv(columns, tile),)](
-        left, left_source_N, right, right_source_N, ends_E, target, rows_out, columns, left_source_N is not None,
-        right_source_N is not None, tile, inner, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    _gradient[(experts * triton.cdiv(height, tile) * triton.cdiv(width, tile),)](
+        left_NO, right, ends_E, target, height, width, tile, inner, num_warps=warps, num_stages=stages
+    )
     return out_EOI
