@@ -156,15 +156,17 @@ class Experts(MegatronModule):
             weight.tensor_model_parallel, weight.partition_dim, weight.partition_stride = True, WIDTH_DIM, 1
 
     @recomputable("experts")
-    def forward(self, x_NH: Tensor, share_N: Tensor, counts_E: Tensor) -> Tensor:
-        """SwiGLU of each row by its expert, times its share; rows sorted by expert. An addend where the width is
-        spread."""
-        return expert_rows(x_NH, self.weight1, self.weight2, share_N, counts_E)
+    def forward(self, x_TH: Tensor, share_N: Tensor, counts_E: Tensor, order_N: Tensor, inverse_TK: Tensor) -> Tensor:
+        """What all experts make of tokens, on a rank that holds them all: see `mix_rows`."""
+        return mix_rows(x_TH, self.weight1, self.weight2, share_N, counts_E, order_N, inverse_TK)
 
     @recomputable("experts")
-    def mix(self, x_TH: Tensor, share_N: Tensor, counts_E: Tensor, order_N: Tensor, inverse_TK: Tensor) -> Tensor:
-        """What all experts make of tokens, for a rank that holds them all: see `mix_rows`."""
-        return mix_rows(x_TH, self.weight1, self.weight2, share_N, counts_E, order_N, inverse_TK)
+    def rows(self, x_NH: Tensor, share_N: Tensor, counts_E: Tensor) -> Tensor:
+        """What this rank's experts make of the rows that were sent to them, sorted: see `expert_rows`.
+
+        An addend where the width of experts is spread.
+        """
+        return expert_rows(x_NH, self.weight1, self.weight2, share_N, counts_E)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets=(), metadata=None):
         """One tensor of all experts, cut along the experts and along their width."""
@@ -230,7 +232,7 @@ class MixtureOfExperts(MegatronModule):
             rows = self.experts_over_group(gather_rows(flat, order, inverse), share, counts)
             mixed = combine_rows(rows, order, inverse)
         else:
-            mixed = self.experts.mix(flat, share, counts, order, inverse)
+            mixed = self.experts(flat, share, counts, order, inverse)
         mixed = mixed.view_as(hidden_states)
         return (mixed + self.shared_expert(hidden_states) if self.shared_expert else mixed), None
 
@@ -251,5 +253,5 @@ class MixtureOfExperts(MegatronModule):
         expert = torch.arange(local, device=rows.device).repeat(group.size()).repeat_interleave(received.flatten())
         order = expert.argsort(stable=True)
         inverse = invert(order)
-        out = self.experts(permute(arrived, order, inverse), permute(share, order, inverse), received.sum(0))
+        out = self.experts.rows(permute(arrived, order, inverse), permute(share, order, inverse), received.sum(0))
         return add_parts(exchange_rows(permute(out, inverse, order), receive, send, group), parts, copies)

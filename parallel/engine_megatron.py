@@ -184,6 +184,8 @@ class MegatronEngine:
         for group in self.optimizer.param_groups:
             group["weight_decay"] = self.adamw.weight_decay * group["wd_mult"]
             group["betas"], group["eps"] = self.adamw.betas, self.adamw.eps
+            # One pass over memory instead of one for each operation, whose results would take as much again.
+            group["fused"] = self.device.type == "cuda"
 
     def train_step(self, batches: Sequence[Any], tokens: int, lr: float) -> tuple[list[Any], float]:
         """One optimizer step over this rank's micro-batches of ``tokens`` tokens each.
@@ -250,4 +252,5 @@ class MegatronEngine:
             for group in part.optimizer.param_groups:
                 for parameter in group["params"]:
                     # megatron-core restores the step in the group alone, and AdamW counts it for each parameter.
-                    part.optimizer.state[parameter]["step"] = torch.tensor(float(group["step"]))
+                    where = parameter.device if group["fused"] else None
+                    part.optimizer.state[parameter]["step"] = torch.tensor(float(group["step"]), device=where)

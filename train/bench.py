@@ -10,46 +10,31 @@ import gc
 import json
 import platform
 import statistics
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from model.attention import GatedAttention
 from model.batch import MicroBatch, count_targets
-from model.cost import TRAINING_FACTOR, forward_flops, training_flops
-from model.deltanet import GatedDeltaNet
-from model.experts import Experts, SharedExpert
+from model.cost import training_flops
 from model.init import initialise
-from model.loss import linear_cross_entropy
-from model.norm import ZeroCentredRMSNorm
-from model.router import Router
 from parallel import groups as process_groups
+from parallel.engine_megatron import MegatronEngine
 from parallel.topology import resolve
+from train.breakdown import Part, parts_of
 from train.build import build_chunks
 from train.config import Config
 from train.footprint import planned_vocab
-from train.peers import transformers_step
+from train.optim import adamw, decays
+from train.peers import PEERS, missing
 from train.requests import Measurement
 from train.speed import matmul_rate
+from train.timing import WARM_UP, host_milliseconds, run_steps
 
-WARM_UP = 2
-HOST_REPEATS = 3
-# What a kind of module is called in the table, and the parts of `model.cost` that it computes.
-PARTS: dict[type, tuple[str, tuple[str, ...]]] = {
-    GatedDeltaNet: ("Gated DeltaNet", ("deltanet_projections", "deltanet_convolution", "delta_rule")),
-    GatedAttention: ("attention", ("attention_projections", "attention_gate", "attention_scores")),
-    Router: ("router", ("router",)),
-    Experts: ("routed experts", ("routed_experts",)),
-    SharedExpert: ("shared expert", ("shared_expert", "shared_expert_gate")),
-    ZeroCentredRMSNorm: ("norms", ()),
-}
+LEARNING_RATE = 1e-5  # of whole steps; too small to change routing within a few
 
 
 @dataclass(frozen=True)
@@ -66,15 +51,6 @@ class Timing:
     peak_gigabytes: float | None
 
 
-@dataclass(frozen=True)
-class Part:
-    """One kind of module in a step, all its layers together: time, and the time its operations need at least."""
-
-    name: str
-    milliseconds: float
-    floor_milliseconds: float
-
-
 @dataclass
 class Result:
     """What a benchmark writes."""
@@ -84,55 +60,6 @@ class Result:
     timings: list[Timing] = field(default_factory=list)
     parts: dict[int, list[Part]] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
-
-
-class _Clock:
-    """Points in time on a device: events of the GPU's own clock, or the host's where there is no GPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.on_gpu = device.type == "cuda"
-
-    def mark(self):
-        if not self.on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def between(self, first, last) -> float:
-        """Milliseconds; waits for the device."""
-        if not self.on_gpu:
-            return 1e3 * (last - first)
-        last.synchronize()
-        return first.elapsed_time(last)
-
-
-def run_steps(
-    step: Callable[[Tensor], None], parameters: list[nn.Parameter], batches: Iterable[Tensor], device: torch.device
-) -> list[float]:
-    """Milliseconds of each step, back to back, after a warm-up; gradients are dropped between them."""
-    clock, marks = _Clock(device), []
-    for tokens_RS in batches:
-        marks.append(clock.mark())
-        step(tokens_RS)
-        for parameter in parameters:
-            parameter.grad = None
-    marks.append(clock.mark())
-    return [clock.between(first, last) for first, last in pairwise(marks)][WARM_UP:]
-
-
-def host_milliseconds(step: Callable, parameters: list[nn.Parameter], tokens_RS: Tensor, device: torch.device) -> float:
-    """Milliseconds until the host has launched a step on an idle device; on a CPU, of the step itself."""
-    found = []
-    for _ in range(HOST_REPEATS):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        step(tokens_RS)
-        found.append(1e3 * (time.perf_counter() - start))
-        for parameter in parameters:
-            parameter.grad = None
-    return statistics.median(found)
 
 
 def random_batches(sequences: int, length: int, vocab_size: int, number: int) -> list[Tensor]:
@@ -153,67 +80,16 @@ def network_step(network: nn.Module, device: torch.device, tokens_RS: Tensor) ->
         balance.end_step()
 
 
-class _Stopwatch:
-    """Times the modules of `PARTS`, forwards and backwards, through hooks; what lies inside one counts as its."""
-
-    def __init__(self, network: nn.Module, device: torch.device) -> None:
-        self.clock, self.marks = _Clock(device), defaultdict(list)
-        self.hooks, inside = [], set()
-        for module in network.modules():
-            kind = next((kind for kind in PARTS if type(module) is kind), None)
-            if kind is None or module in inside:
-                continue
-            inside.update(module.modules())
-            self.hooks += [
-                module.register_forward_pre_hook(partial(self._begin, kind)),
-                module.register_forward_hook(partial(self._end, kind)),
-                module.register_full_backward_pre_hook(partial(self._begin, kind)),
-                module.register_full_backward_hook(partial(self._end, kind)),
-            ]
-
-    def _begin(self, kind: type, *_) -> None:
-        self.marks[kind].append([self.clock.mark()])
-
-    def _end(self, kind: type, *_) -> None:
-        self.marks[kind][-1].append(self.clock.mark())
-
-    def take(self) -> dict[type, float]:
-        """Milliseconds since the start; removes the hooks."""
-        for hook in self.hooks:
-            hook.remove()
-        return {kind: sum(self.clock.between(*pair) for pair in pairs) for kind, pairs in self.marks.items()}
-
-
-def head_milliseconds(network: nn.Module, tokens: int, device: torch.device) -> float:
-    """The head and its loss alone, forwards and backwards, at this number of tokens."""
-    weight = network.output_layer.weight
-    hidden = torch.randn(tokens, weight.shape[1], device=device).to(weight.dtype).requires_grad_()
-    target = torch.randint(0, weight.shape[0], (tokens,), device=device)
-    share = torch.full((tokens,), 1 / tokens, device=device)
-
-    def step(_) -> None:
-        linear_cross_entropy(hidden, weight, target, share, network.tp_group)[0].backward()
-
-    return statistics.median(run_steps(step, [weight, hidden], [None] * (WARM_UP + 3), device))
-
-
-def parts_of(network: nn.Module, step: Callable, batches: list[Tensor], total: float, rate: float, device, config):
-    """The table of one size: each kind of module, the head, and what is left of a step."""
-    watch = _Stopwatch(network, device)
-    step(batches[-1])
-    found = watch.take()
-    for parameter in network.parameters():
-        parameter.grad = None
-    tokens, length = batches[-1][:, 1:].numel(), batches[-1].shape[1] - 1
-    flops = forward_flops(config.model, config.mtp, network.vocab_size, length)
-
-    def floor(names: Iterable[str]) -> float:
-        return 1e3 * TRAINING_FACTOR * tokens * sum(flops.get(name, 0.0) for name in names) / rate
-
-    rows = [Part(name, found[kind], floor(names)) for kind, (name, names) in PARTS.items() if kind in found]
-    rows.append(Part("head and loss", head_milliseconds(network, tokens, device), floor(["head"])))
-    rest = total - sum(row.milliseconds for row in rows)
-    return [*rows, Part("rows to and from experts, residuals, embedding", rest, 0.0)]
+def engine_step(engine: MegatronEngine, network: nn.Module, device: torch.device, tokens_RS: Tensor) -> None:
+    """A whole step of training, as `train.loop` does it."""
+    documents_RS = torch.zeros_like(tokens_RS)
+    batch = MicroBatch.build(tokens_RS, documents_RS, count_targets(documents_RS, network.config.mtp.steps)).to(device)
+    balances = network.balances().values()
+    for balance in balances:
+        balance.begin_step(recording=False)
+    engine.train_step([batch], batch.tokens_KRL[0].numel(), LEARNING_RATE)
+    for balance in balances:
+        balance.end_step()
 
 
 def about(config: Config, device: torch.device) -> dict[str, str]:
@@ -225,7 +101,8 @@ def about(config: Config, device: torch.device) -> dict[str, str]:
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
         "model": f"{config.model.pattern} x {config.model.repeats}, width {config.model.hidden_size}, "
         f"{config.model.experts} experts, top-{config.model.experts_per_token}, {config.model.dtype}",
-        "data": f"random tokens, rows of {config.data.seq_length} that are one document each, natural routing",
+        "data": f"random tokens, rows of {config.data.seq_length} that are one document each, "
+        + ("experts in turn (balance.forced)" if config.balance.forced else "natural routing"),
     }
 
 
@@ -261,15 +138,35 @@ class _Bench:
             rows = parts_of(network, step, batches, total, self.rate, self.device, self.config)
             self.result.parts[sequences] = rows
 
-    def peer(self) -> None:
-        """Times transformers at every size that it has memory for."""
-        step, parameters = transformers_step(self.config.model, self.vocab_size, self.device)
+    def sizes(self, name: str, step: Callable, parameters: list[nn.Parameter]) -> None:
+        """Times a contestant at every size that it has memory for."""
         for sequences in self.settings.sequences:
             try:
-                self.time("transformers", sequences, step, parameters)
+                self.time(name, sequences, step, parameters)
             except torch.OutOfMemoryError:
-                self.result.left_out[f"transformers at {sequences} sequences"] = "out of memory"
+                self.result.left_out[f"{name} at {sequences} sequences"] = "out of memory"
                 break
+
+    def with_optimizer(self, network: nn.Module, groups) -> None:
+        """Times whole steps of training: also the sum over ranks, clipping and AdamW on float32 copies."""
+        try:
+            engine = MegatronEngine([network], groups, adamw(self.config.optim), self.device, decays)
+        except torch.OutOfMemoryError:
+            self.result.left_out["tessera, whole step"] = "out of memory"
+            return
+        self.sizes("tessera, whole step", partial(engine_step, engine, network, self.device), [])
+
+    def peers(self) -> None:
+        """Times what others offer, one after the other."""
+        for name, build in PEERS.items():
+            reason = missing(name, self.config)
+            if reason:
+                self.result.left_out[name] = reason
+                continue
+            step, parameters = build(self.config, self.vocab_size, self.device)
+            self.sizes(name, step, parameters)
+            del step, parameters
+            gc.collect()
 
 
 def line(timing: Timing) -> str:
@@ -304,10 +201,12 @@ def run_bench(config: Config, settings: Measurement) -> int:
         (network,) = build_chunks(config, topology, groups, vocab_size)
     initialise(network, network.sharded_state_dict(), config.seed)
     bench.ours(network)
+    if settings.optimizer:
+        bench.with_optimizer(network, groups)
     del network
     gc.collect()
     if settings.peers:
-        bench.peer()
+        bench.peers()
     path = Path(settings.output)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(asdict(bench.result), indent=1), encoding="utf-8")

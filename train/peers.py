@@ -1,23 +1,28 @@
-"""What bench compares with: the same shape in transformers, the fastest way it offers."""
+"""What bench compares with: the same shape in transformers and in megatron-core as they come, the fastest way that each
+offers.
+"""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from model.config import ModelConfig
 from model.documents import send
+from train.config import Config
+
+Step = tuple[Callable[[Tensor], None], list[nn.Parameter]]
 
 
-def transformers_step(
-    shape: ModelConfig, vocab_size: int, device: torch.device
-) -> tuple[Callable[[Tensor], None], list[nn.Parameter]]:
+def transformers_step(settings: Config, vocab_size: int, device: torch.device) -> Step:
     """Forward and backward pass of transformers' Qwen3-Next on tokens [R, L + 1], and its parameters.
 
     Grouped matrix products over its experts, SDPA, and fla's kernels where they are installed.
     """
     from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
+    shape = settings.model
     config = Qwen3NextConfig(
         vocab_size=vocab_size,
         hidden_size=shape.hidden_size,
@@ -61,3 +66,93 @@ def transformers_step(
         network(input_ids=tokens_RS[:, :-1], labels=tokens_RS[:, :-1]).loss.backward()
 
     return step, list(network.parameters())
+
+
+def megatron_step(settings: Config, vocab_size: int, device: torch.device) -> Step:
+    """Forward and backward pass of megatron-core's own hybrid model of Transformer Engine's modules.
+
+    Its grouped linears, all-to-all dispatcher, fused router, permutation, rotary embedding and cross-entropy.
+    """
+    from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    shape, dtype = settings.model, getattr(torch, settings.model.dtype)
+    config = TransformerConfig(
+        num_layers=len(shape.layers),
+        hidden_size=shape.hidden_size,
+        num_attention_heads=shape.attention_heads,
+        num_query_groups=shape.key_value_heads,
+        kv_channels=shape.head_dim,
+        attention_output_gate=shape.attention_gate,
+        qk_layernorm=True,
+        linear_num_key_heads=shape.linear_key_heads,
+        linear_num_value_heads=shape.linear_value_heads,
+        linear_key_head_dim=shape.linear_key_dim,
+        linear_value_head_dim=shape.linear_value_dim,
+        linear_conv_kernel_dim=shape.conv_kernel,
+        ffn_hidden_size=shape.expert_size,
+        num_moe_experts=shape.experts,
+        moe_router_topk=shape.experts_per_token,
+        moe_ffn_hidden_size=shape.expert_size,
+        moe_shared_expert_intermediate_size=shape.shared_expert_size or None,
+        moe_shared_expert_gate=shape.shared_expert_size > 0,
+        moe_router_dtype="fp32",
+        moe_router_load_balancing_type="none",
+        moe_router_force_load_balancing=settings.balance.forced,
+        moe_router_fusion=True,
+        moe_grouped_gemm=True,
+        moe_permute_fusion=True,
+        moe_token_dispatcher_type="alltoall",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        bias_activation_fusion=True,
+        add_bias_linear=False,
+        normalization="RMSNorm",
+        layernorm_zero_centered_gamma=True,
+        layernorm_epsilon=shape.norm_eps,
+        apply_rope_fusion=True,
+        bias_dropout_fusion=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        cross_entropy_loss_fusion=True,
+        cross_entropy_fusion_impl="te",
+        init_method_std=shape.init_std,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        pipeline_dtype=dtype,
+    )
+    model_parallel_cuda_manual_seed(settings.seed)
+    network = HybridModel(
+        config,
+        hybrid_stack_spec,
+        vocab_size,
+        settings.data.seq_length,
+        hybrid_layer_pattern=shape.layers,
+        position_embedding_type="rope",
+        rotary_percent=shape.rotary_fraction,
+        rotary_base=int(shape.rope_base),
+    ).to(device)
+
+    def step(tokens_RS: Tensor) -> None:
+        tokens_RS = send(tokens_RS, device)
+        inputs, labels = tokens_RS[:, :-1].contiguous(), tokens_RS[:, 1:].contiguous()
+        positions = torch.arange(inputs.shape[1], device=device).expand_as(inputs)
+        network(inputs, positions, None, labels=labels).mean().backward()
+
+    return step, list(network.parameters())
+
+
+PEERS = {"transformers": transformers_step, "megatron-core with Transformer Engine": megatron_step}
+PACKAGES = {transformers_step: "transformers", megatron_step: "transformer_engine"}
+
+
+def missing(name: str, settings: Config) -> str | None:
+    """Why a peer cannot be timed here, or None."""
+    package = PACKAGES[PEERS[name]]
+    if find_spec(package) is None:
+        return f"{package} is not installed"
+    if settings.balance.forced and package == "transformers":
+        return "it has no forced routing"
+    return None

@@ -12,7 +12,8 @@ class Measurement:
 
     sequences: tuple[int, ...] = setting((2, 4, 8), "sequences of a step, one after the other")
     repeats: int = setting(7, "steps of each size; their median counts")
-    peers: bool = setting(True, "times transformers' Qwen3-Next beside ours; patterns of GE and *E only")
+    optimizer: bool = setting(False, "also times whole steps, with AdamW: 18 bytes a parameter")
+    peers: bool = setting(True, "also times transformers' and megatron-core's Qwen3-Next; patterns of GE and *E only")
     output: str = setting("bench.json", "where the numbers go")
 
 

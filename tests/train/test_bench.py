@@ -8,26 +8,44 @@ import torch
 from torch import nn
 
 from model import preflight
+from model.config import BalanceConfig
 from tests.model.helpers import SMALL
 from train import doctor
 from train.__main__ import run
-from train.bench import WARM_UP, Result, Timing, report, run_steps
+from train.bench import Result, Timing, report
+from train.config import Config
+from train.peers import missing
 from train.settings import ConfigError
+from train.timing import WARM_UP, run_steps
 
 
-def test_bench_times_ours_and_the_peer(tmp_path, capfd: pytest.CaptureFixture) -> None:
+def test_bench_times_ours_and_the_peers(tmp_path, capfd: pytest.CaptureFixture) -> None:
     output = tmp_path / "deep" / "bench.json"
     sizes = ["data.seq_length=32", "model.vocab_size=128", "model.hidden_size=32", "mtp.steps=0"]
-    arguments = ["bench", f"bench.output={output}", "bench.sequences=[1,2]", "bench.repeats=1", *sizes]
+    arguments = [
+        "bench",
+        f"bench.output={output}",
+        "bench.sequences=[1,2]",
+        "bench.repeats=1",
+        "bench.optimizer=true",
+        *sizes,
+    ]
     assert run(arguments) == 0
     written = json.loads(output.read_text())
     found = [(timing["name"], timing["sequences"]) for timing in written["timings"]]
-    assert found == [("tessera", 1), ("tessera", 2), ("transformers", 1), ("transformers", 2)]
+    contestants = ("tessera", "tessera, whole step", "transformers")
+    assert found == [(name, sequences) for name in contestants for sequences in (1, 2)]
+    assert written["left_out"] == {"megatron-core with Transformer Engine": "transformer_engine is not installed"}
     for timing in written["timings"]:
         assert timing["tokens_per_second"] == pytest.approx(32e3 * timing["sequences"] / timing["milliseconds"])
     names = {part["name"] for part in written["parts"]["2"]}
     assert names > {"Gated DeltaNet", "attention", "router", "routed experts", "shared expert", "norms"}
     assert "CPU" in written["about"]["device"] and "CPU" in capfd.readouterr().out
+
+
+def test_a_peer_that_cannot_route_in_turn_is_left_out() -> None:
+    assert missing("transformers", Config()) is None
+    assert missing("transformers", Config(balance=BalanceConfig(forced=True))) == "it has no forced routing"
 
 
 @pytest.mark.parametrize("setting", ["bench.repeats=0", "bench.sequences=[]", "bench.sequences=[0,2]", "bench.size=3"])

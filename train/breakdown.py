@@ -1,0 +1,101 @@
+"""Where the time of a forward and backward pass goes: each kind of module, the head, and what is left."""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from model.attention import GatedAttention
+from model.cost import TRAINING_FACTOR, forward_flops
+from model.deltanet import GatedDeltaNet
+from model.experts import Experts, SharedExpert
+from model.loss import linear_cross_entropy
+from model.norm import ZeroCentredRMSNorm
+from model.router import Router
+from train.timing import WARM_UP, Clock, run_steps
+
+# What a kind of module is called in the table, and the parts of `model.cost` that it computes.
+PARTS: dict[type, tuple[str, tuple[str, ...]]] = {
+    GatedDeltaNet: ("Gated DeltaNet", ("deltanet_projections", "deltanet_convolution", "delta_rule")),
+    GatedAttention: ("attention", ("attention_projections", "attention_gate", "attention_scores")),
+    Router: ("router", ("router",)),
+    Experts: ("routed experts", ("routed_experts",)),
+    SharedExpert: ("shared expert", ("shared_expert", "shared_expert_gate")),
+    ZeroCentredRMSNorm: ("norms", ()),
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One kind of module in a step, all its layers together: time, and the time its operations need at least."""
+
+    name: str
+    milliseconds: float
+    floor_milliseconds: float
+
+
+class _Stopwatch:
+    """Times the modules of `PARTS`, forwards and backwards, through hooks; what lies inside one counts as its."""
+
+    def __init__(self, network: nn.Module, device: torch.device) -> None:
+        self.clock, self.marks = Clock(device), defaultdict(list)
+        self.hooks, inside = [], set()
+        for module in network.modules():
+            kind = next((kind for kind in PARTS if type(module) is kind), None)
+            if kind is None or module in inside:
+                continue
+            inside.update(module.modules())
+            self.hooks += [
+                module.register_forward_pre_hook(partial(self._begin, kind)),
+                module.register_forward_hook(partial(self._end, kind)),
+                module.register_full_backward_pre_hook(partial(self._begin, kind)),
+                module.register_full_backward_hook(partial(self._end, kind)),
+            ]
+
+    def _begin(self, kind: type, *_) -> None:
+        self.marks[kind].append([self.clock.mark()])
+
+    def _end(self, kind: type, *_) -> None:
+        self.marks[kind][-1].append(self.clock.mark())
+
+    def take(self) -> dict[type, float]:
+        """Milliseconds since the start; removes the hooks."""
+        for hook in self.hooks:
+            hook.remove()
+        return {kind: sum(self.clock.between(*pair) for pair in pairs) for kind, pairs in self.marks.items()}
+
+
+def head_milliseconds(network: nn.Module, tokens: int, device: torch.device) -> float:
+    """The head and its loss alone, forwards and backwards, at this number of tokens."""
+    weight = network.output_layer.weight
+    hidden = torch.randn(tokens, weight.shape[1], device=device).to(weight.dtype).requires_grad_()
+    target = torch.randint(0, weight.shape[0], (tokens,), device=device)
+    share = torch.full((tokens,), 1 / tokens, device=device)
+
+    def step(_) -> None:
+        linear_cross_entropy(hidden, weight, target, share, network.tp_group)[0].backward()
+
+    return statistics.median(run_steps(step, [weight, hidden], [None] * (WARM_UP + 3), device))
+
+
+def parts_of(network: nn.Module, step: Callable, batches: list[Tensor], total: float, rate: float, device, config):
+    """The table of one size: each kind of module, the head, and what is left of a step."""
+    watch = _Stopwatch(network, device)
+    step(batches[-1])
+    found = watch.take()
+    for parameter in network.parameters():
+        parameter.grad = None
+    tokens, length = batches[-1][:, 1:].numel(), batches[-1].shape[1] - 1
+    flops = forward_flops(config.model, config.mtp, network.vocab_size, length)
+
+    def floor(names: Iterable[str]) -> float:
+        return 1e3 * TRAINING_FACTOR * tokens * sum(flops.get(name, 0.0) for name in names) / rate
+
+    rows = [Part(name, found[kind], floor(names)) for kind, (name, names) in PARTS.items() if kind in found]
+    rows.append(Part("head and loss", head_milliseconds(network, tokens, device), floor(["head"])))
+    rest = total - sum(row.milliseconds for row in rows)
+    return [*rows, Part("rows to and from experts, residuals, embedding", rest, 0.0)]
