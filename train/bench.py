@@ -134,9 +134,8 @@ class _Bench:
         step, parameters = partial(network_step, network, self.device), list(network.parameters())
         for sequences in self.settings.sequences:
             total = self.time("tessera", sequences, step, parameters).milliseconds
-            batches = random_batches(sequences, self.config.data.seq_length, self.vocab_size, 1)
-            rows = parts_of(network, step, batches, total, self.rate, self.device, self.config)
-            self.result.parts[sequences] = rows
+            (tokens_RS,) = random_batches(sequences, self.config.data.seq_length, self.vocab_size, 1)
+            self.result.parts[sequences] = parts_of(network, step, tokens_RS, total, self.rate, self.config)
 
     def sizes(self, name: str, step: Callable, parameters: list[nn.Parameter]) -> None:
         """Times a contestant at every size that it has memory for."""

@@ -8,15 +8,18 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from model.attention import GatedAttention
 from model.cost import TRAINING_FACTOR, forward_flops
 from model.deltanet import GatedDeltaNet
 from model.experts import Experts, SharedExpert
 from model.loss import linear_cross_entropy
+from model.network import LanguageModel
 from model.norm import ZeroCentredRMSNorm
 from model.router import Router
-from train.timing import WARM_UP, Clock, run_steps
+from train.config import Config
+from train.timing import WARM_UP, Clock, Mark, run_steps
 
 # What a kind of module is called in the table, and the parts of `model.cost` that it computes.
 PARTS: dict[type, tuple[str, tuple[str, ...]]] = {
@@ -42,8 +45,10 @@ class _Stopwatch:
     """Times the modules of `PARTS`, forwards and backwards, through hooks; what lies inside one counts as its."""
 
     def __init__(self, network: nn.Module, device: torch.device) -> None:
-        self.clock, self.marks = Clock(device), defaultdict(list)
-        self.hooks, inside = [], set()
+        self.clock = Clock(device)
+        self.marks: dict[type, list[list[Mark]]] = defaultdict(list)
+        self.hooks: list[RemovableHandle] = []
+        inside: set[nn.Module] = set()
         for module in network.modules():
             kind = next((kind for kind in PARTS if type(module) is kind), None)
             if kind is None or module in inside:
@@ -56,10 +61,10 @@ class _Stopwatch:
                 module.register_full_backward_hook(partial(self._end, kind)),
             ]
 
-    def _begin(self, kind: type, *_) -> None:
+    def _begin(self, kind: type, *_: object) -> None:
         self.marks[kind].append([self.clock.mark()])
 
-    def _end(self, kind: type, *_) -> None:
+    def _end(self, kind: type, *_: object) -> None:
         self.marks[kind][-1].append(self.clock.mark())
 
     def take(self) -> dict[type, float]:
@@ -69,27 +74,34 @@ class _Stopwatch:
         return {kind: sum(self.clock.between(*pair) for pair in pairs) for kind, pairs in self.marks.items()}
 
 
-def head_milliseconds(network: nn.Module, tokens: int, device: torch.device) -> float:
+def head_milliseconds(network: LanguageModel, tokens: int, device: torch.device) -> float:
     """The head and its loss alone, forwards and backwards, at this number of tokens."""
     weight = network.output_layer.weight
     hidden = torch.randn(tokens, weight.shape[1], device=device).to(weight.dtype).requires_grad_()
     target = torch.randint(0, weight.shape[0], (tokens,), device=device)
     share = torch.full((tokens,), 1 / tokens, device=device)
 
-    def step(_) -> None:
+    def step(_: int) -> None:
         linear_cross_entropy(hidden, weight, target, share, network.tp_group)[0].backward()
 
-    return statistics.median(run_steps(step, [weight, hidden], [None] * (WARM_UP + 3), device))
+    return statistics.median(run_steps(step, [weight, hidden], range(WARM_UP + 3), device))
 
 
-def parts_of(network: nn.Module, step: Callable, batches: list[Tensor], total: float, rate: float, device, config):
-    """The table of one size: each kind of module, the head, and what is left of a step."""
+def parts_of(
+    network: LanguageModel, step: Callable[[Tensor], None], tokens_RS: Tensor, total: float, rate: float, config: Config
+) -> list[Part]:
+    """The table of one size: each kind of module, the head, and what is left of a step.
+
+    Args:
+        total: milliseconds of a step. rate: operations a second of a large matrix product.
+    """
+    device = next(network.parameters()).device
     watch = _Stopwatch(network, device)
-    step(batches[-1])
+    step(tokens_RS)
     found = watch.take()
     for parameter in network.parameters():
         parameter.grad = None
-    tokens, length = batches[-1][:, 1:].numel(), batches[-1].shape[1] - 1
+    tokens, length = tokens_RS[:, 1:].numel(), tokens_RS.shape[1] - 1
     flops = forward_flops(config.model, config.mtp, network.vocab_size, length)
 
     def floor(names: Iterable[str]) -> float:

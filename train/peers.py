@@ -6,6 +6,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 
 import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -68,18 +69,10 @@ def transformers_step(settings: Config, vocab_size: int, device: torch.device) -
     return step, list(network.parameters())
 
 
-def megatron_step(settings: Config, vocab_size: int, device: torch.device) -> Step:
-    """Forward and backward pass of megatron-core's own hybrid model of Transformer Engine's modules.
-
-    Its grouped linears, all-to-all dispatcher, fused router, permutation, rotary embedding and cross-entropy.
-    """
-    from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
-    from megatron.core.models.hybrid.hybrid_model import HybridModel
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
+def _megatron_config(settings: Config) -> TransformerConfig:
+    """Its grouped linears, all-to-all dispatcher, fused router, permutation, rotary embedding and cross-entropy."""
     shape, dtype = settings.model, getattr(torch, settings.model.dtype)
-    config = TransformerConfig(
+    return TransformerConfig(
         num_layers=len(shape.layers),
         hidden_size=shape.hidden_size,
         num_attention_heads=shape.attention_heads,
@@ -123,9 +116,18 @@ def megatron_step(settings: Config, vocab_size: int, device: torch.device) -> St
         bf16=dtype == torch.bfloat16,
         pipeline_dtype=dtype,
     )
+
+
+def megatron_step(settings: Config, vocab_size: int, device: torch.device) -> Step:
+    """Forward and backward pass of megatron-core's own hybrid model of Transformer Engine's modules."""
+    from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    shape = settings.model
     model_parallel_cuda_manual_seed(settings.seed)
     network = HybridModel(
-        config,
+        _megatron_config(settings),
         hybrid_stack_spec,
         vocab_size,
         settings.data.seq_length,

@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterable
 from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 WARM_UP = 2
 HOST_REPEATS = 3
+
+type Mark = float | torch.cuda.Event
 
 
 class Clock:
@@ -18,44 +20,49 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
 
-    def mark(self):
+    def mark(self) -> Mark:
+        """Now."""
         if not self.on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def between(self, first, last) -> float:
+    def between(self, first: Mark, last: Mark) -> float:
         """Milliseconds; waits for the device."""
-        if not self.on_gpu:
-            return 1e3 * (last - first)
-        last.synchronize()
-        return first.elapsed_time(last)
+        if isinstance(first, torch.cuda.Event) and isinstance(last, torch.cuda.Event):
+            last.synchronize()
+            return first.elapsed_time(last)
+        assert isinstance(first, float) and isinstance(last, float)
+        return 1e3 * (last - first)
 
 
-def run_steps(
-    step: Callable[[Tensor], None], parameters: list[nn.Parameter], batches: Iterable[Tensor], device: torch.device
+def run_steps[Batch](
+    step: Callable[[Batch], None], leaves: Iterable[Tensor], batches: Iterable[Batch], device: torch.device
 ) -> list[float]:
-    """Milliseconds of each step, back to back, after a warm-up; gradients are dropped between them."""
-    clock, marks = Clock(device), []
-    for tokens_RS in batches:
+    """Milliseconds of each step, back to back, after a warm-up; the leaves' gradients are dropped between them."""
+    clock, leaves = Clock(device), list(leaves)
+    marks: list[Mark] = []
+    for batch in batches:
         marks.append(clock.mark())
-        step(tokens_RS)
-        for parameter in parameters:
-            parameter.grad = None
+        step(batch)
+        for leaf in leaves:
+            leaf.grad = None
     marks.append(clock.mark())
     return [clock.between(first, last) for first, last in pairwise(marks)][WARM_UP:]
 
 
-def host_milliseconds(step: Callable, parameters: list[nn.Parameter], tokens_RS: Tensor, device: torch.device) -> float:
+def host_milliseconds[Batch](
+    step: Callable[[Batch], None], leaves: Iterable[Tensor], batch: Batch, device: torch.device
+) -> float:
     """Milliseconds until the host has launched a step on an idle device; on a CPU, of the step itself."""
-    found = []
+    found, leaves = [], list(leaves)
     for _ in range(HOST_REPEATS):
         if device.type == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
-        step(tokens_RS)
+        step(batch)
         found.append(1e3 * (time.perf_counter() - start))
-        for parameter in parameters:
-            parameter.grad = None
+        for leaf in leaves:
+            leaf.grad = None
     return statistics.median(found)
