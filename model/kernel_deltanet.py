@@ -18,7 +18,7 @@ from torch import Tensor
 from model.documents import Documents
 
 TOKENS = 32  # of a program's tile
-GRADIENT_TOKENS = 16  # the same where sums for each tap are held beside it
+GRADIENT_TOKENS = 8  # the same where sums for each tap are held beside it
 EPS = 1e-6  # of the L2 norm
 MAX_TAPS = 4
 PROGRAMS = 66  # that share the tokens of a head's segment in the backward pass
@@ -36,15 +36,33 @@ def _softplus(x):
 def _segment(segment, KEY: tl.constexpr, VALUE: tl.constexpr, ALIGNED: tl.constexpr):
     """The first column of a head's segment (q, k, a value, a gate), and its width."""
     first = tl.where(segment < 2, segment * KEY, 2 * KEY + (segment - 2) * VALUE)
-    return tl.multiple_of(first, ALIGNED), tl.where(segment < 2, KEY, VALUE)
+    # Known to divide both, loads and stores move several numbers at once.
+    return tl.multiple_of(first, ALIGNED), tl.multiple_of(tl.where(segment < 2, KEY, VALUE), ALIGNED)
+
+
+@triton.jit
+def _shifted(x, position, token, column, inside, J: tl.constexpr, STRIDE: tl.constexpr, TAPS: tl.constexpr):
+    """The inputs J tokens back, 0 where they are of another document, or where there is no such tap."""
+    values = tl.zeros(inside.shape, tl.float32)
+    if J < TAPS:
+        values = tl.load(x + (token - J) * STRIDE + column, inside & (position >= J), 0.0).to(tl.float32)
+    return values
+
+
+@triton.jit
+def _tap(conv, column, width, J: tl.constexpr, TAPS: tl.constexpr):
+    """What the inputs J tokens back are multiplied by."""
+    values = tl.zeros(column.shape, tl.float32)
+    if J < TAPS:
+        values = tl.load(conv + column * TAPS + TAPS - 1 - J, column < width, 0.0).to(tl.float32)
+    return values
 
 
 @triton.jit
 def _convolve(x, conv, position, token, column, inside, width, STRIDE: tl.constexpr, TAPS: tl.constexpr):
     total = tl.zeros(inside.shape, tl.float32)
     for j in tl.static_range(TAPS):
-        x_j = tl.load(x + (token - j) * STRIDE + column, inside & (position >= j), 0.0).to(tl.float32)
-        total += x_j * tl.load(conv + column * TAPS + TAPS - 1 - j, column < width, 0.0).to(tl.float32)
+        total += _shifted(x, position, token, column, inside, j, STRIDE, TAPS) * _tap(conv, column, width, j, TAPS)
     return total
 
 
@@ -96,6 +114,10 @@ def _conv_backward(mixed, conv, position, d_q, d_k, d_v, d_c, d_conv, tokens, ep
     first, width = _segment(segment, KEY, VALUE, ALIGNED)
     column = tl.arange(0, COLUMNS)[None, :]
     x, own = mixed + head * EACH + first, conv + (head * CONV + first) * TAPS
+    w_0 = _tap(own, column, width, 0, TAPS)
+    w_1 = _tap(own, column, width, 1, TAPS)
+    w_2 = _tap(own, column, width, 2, TAPS)
+    w_3 = _tap(own, column, width, 3, TAPS)
     # Sums over tokens stay apart until the end, tap by tap: adding up across threads costs more than all the rest.
     sum_0 = tl.zeros([TOKENS, COLUMNS], tl.float32)
     sum_1, sum_2, sum_3 = sum_0, sum_0, sum_0
@@ -103,7 +125,11 @@ def _conv_backward(mixed, conv, position, d_q, d_k, d_v, d_c, d_conv, tokens, ep
         token = (block * TOKENS + tl.arange(0, TOKENS)[:, None]).to(tl.int64)
         inside = (token < tokens) & (column < width)
         there = tl.load(position + token, token < tokens, 0)
-        c = _convolve(x, own, there, token, column, inside, width, HEADS * EACH, TAPS)
+        x_0 = _shifted(x, there, token, column, inside, 0, HEADS * EACH, TAPS)
+        x_1 = _shifted(x, there, token, column, inside, 1, HEADS * EACH, TAPS)
+        x_2 = _shifted(x, there, token, column, inside, 2, HEADS * EACH, TAPS)
+        x_3 = _shifted(x, there, token, column, inside, 3, HEADS * EACH, TAPS)
+        c = x_0 * w_0 + x_1 * w_1 + x_2 * w_2 + x_3 * w_3
         sigmoid = 1 / (1 + tl.exp(-c))
         source = d_q + (token * HEADS + head) * KEY
         if segment == 1:
@@ -117,16 +143,10 @@ def _conv_backward(mixed, conv, position, d_q, d_k, d_v, d_c, d_conv, tokens, ep
             dy = scale * (dy - y * scale * scale * tl.sum(dy * y, 1, keep_dims=True))
         dc = tl.where(inside, dy * sigmoid * (1 + c * (1 - sigmoid)), 0.0)
         tl.store(d_c + (token * HEADS + head) * CONV + first + column, dc, inside)
-        for j in tl.static_range(TAPS):
-            x_j = tl.load(x + (token - j) * (HEADS * EACH) + column, inside & (there >= j), 0.0).to(tl.float32)
-            if j == 0:
-                sum_0 += dc * x_j
-            elif j == 1:
-                sum_1 += dc * x_j
-            elif j == 2:
-                sum_2 += dc * x_j
-            else:
-                sum_3 += dc * x_j
+        sum_0 += dc * x_0
+        sum_1 += dc * x_1
+        sum_2 += dc * x_2
+        sum_3 += dc * x_3
     place = d_conv + ((tl.program_id(0) * HEADS + head) * CONV + first + tl.arange(0, COLUMNS)) * TAPS + TAPS - 1
     some = tl.arange(0, COLUMNS) < width
     tl.store(place, tl.sum(sum_0, 0), some)

@@ -18,8 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 ROWS = 128  # of a tile
 # Columns and inner columns of a tile, warps, stages: the fastest on an H200 at 160 to 640 rows an expert.
-DEEP, SHALLOW, GRADIENT = (256, 64, 8, 4), (128, 64, 4, 3), (128, 32, 4, 4)
-SHALLOW_UP_TO = 512  # inner columns: too few steps to fill a long pipeline
+PRODUCT, GRADIENT = (256, 64, 8, 4), (128, 32, 4, 3)
 
 
 @triton.jit
@@ -94,7 +93,7 @@ def grouped_product(
     out_NO = x.new_empty(rows, columns)
     if not rows:
         return out_NO
-    width, step, warps, stages = SHALLOW if inner <= SHALLOW_UP_TO else DEEP
+    width, step, warps, stages = PRODUCT
     left = x if source_N is not None else TensorDescriptor.from_tensor(x, [ROWS, step])
     right = TensorDescriptor.from_tensor(weight.view(-1, weight.shape[2]), [width, step] if turned else [step, width])
     _product[(tiles.shape[0] * triton.cdiv(columns, width),)](
@@ -117,7 +116,8 @@ def _gradient(left, right, ends, out, OUT: tl.constexpr, IN: tl.constexpr, TILE:
     for start in range(first, last, INNER):
         row = start + tl.arange(0, INNER)[:, None]
         # Rows of the next expert are zero on the left, so that they add nothing.
-        a = tl.load(left + row.to(tl.int64) * OUT + o, (row < last) & (o < OUT), 0.0)
+        inside = row < last if OUT % TILE == 0 else (row < last) & (o < OUT)
+        a = tl.load(left + row.to(tl.int64) * OUT + o, inside, 0.0)
         total = tl.dot(a.T, right.load([start, side]), total)
     out.store([expert, top, side], total.to(out.dtype)[None, :, :])
 
