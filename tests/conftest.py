@@ -8,6 +8,8 @@ import pytest
 
 # What trains runs or starts many processes: all other tests are marked `quick`.
 LONG = (
+    "data/test_embedded.py",
+    "data/test_restart.py",
     "gpu/",
     "parallel/test_collectives.py",
     "parallel/test_compat.py",
@@ -18,6 +20,7 @@ LONG = (
     "parallel/test_parity.py",
     "serving/",
     "test_launch.py",
+    "train/test_bench.py",
     "train/test_checkpoint.py",
     "train/test_commands.py",
     "train/test_dry_run.py",
