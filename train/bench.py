@@ -16,11 +16,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
 from model.batch import MicroBatch, count_targets
 from model.cost import training_flops
 from model.init import initialise
+from model.network import LanguageModel
 from parallel import groups as process_groups
 from parallel.engine_megatron import MegatronEngine
 from parallel.topology import resolve
@@ -68,7 +70,7 @@ def random_batches(sequences: int, length: int, vocab_size: int, number: int) ->
     return [torch.randint(0, vocab_size, (sequences, length + 1), generator=generator) for _ in range(number)]
 
 
-def network_step(network: nn.Module, device: torch.device, tokens_RS: Tensor) -> None:
+def network_step(network: LanguageModel, device: torch.device, tokens_RS: Tensor) -> None:
     """Our forward and backward pass over rows that are one document each."""
     documents_RS = torch.zeros_like(tokens_RS)
     counts = count_targets(documents_RS, network.config.mtp.steps)
@@ -80,7 +82,7 @@ def network_step(network: nn.Module, device: torch.device, tokens_RS: Tensor) ->
         balance.end_step()
 
 
-def engine_step(engine: MegatronEngine, network: nn.Module, device: torch.device, tokens_RS: Tensor) -> None:
+def engine_step(engine: MegatronEngine, network: LanguageModel, device: torch.device, tokens_RS: Tensor) -> None:
     """A whole step of training, as `train.loop` does it."""
     documents_RS = torch.zeros_like(tokens_RS)
     batch = MicroBatch.build(tokens_RS, documents_RS, count_targets(documents_RS, network.config.mtp.steps)).to(device)
@@ -113,7 +115,7 @@ class _Bench:
         self.rate = matmul_rate(device, dtype)
         self.result = Result(about(config, device), self.rate / 1e12)
 
-    def time(self, name: str, sequences: int, step: Callable, parameters: list[nn.Parameter]) -> Timing:
+    def time(self, name: str, sequences: int, step: Callable[[Tensor], None], parameters: list[nn.Parameter]) -> Timing:
         length = self.config.data.seq_length
         batches = random_batches(sequences, length, self.vocab_size, WARM_UP + self.settings.repeats)
         if self.device.type == "cuda":
@@ -129,7 +131,7 @@ class _Bench:
         print(line(timing), flush=True)
         return timing
 
-    def ours(self, network: nn.Module) -> None:
+    def ours(self, network: LanguageModel) -> None:
         """Times our network at every size, with the table of its parts."""
         step, parameters = partial(network_step, network, self.device), list(network.parameters())
         for sequences in self.settings.sequences:
@@ -137,7 +139,7 @@ class _Bench:
             (tokens_RS,) = random_batches(sequences, self.config.data.seq_length, self.vocab_size, 1)
             self.result.parts[sequences] = parts_of(network, step, tokens_RS, total, self.rate, self.config)
 
-    def sizes(self, name: str, step: Callable, parameters: list[nn.Parameter]) -> None:
+    def sizes(self, name: str, step: Callable[[Tensor], None], parameters: list[nn.Parameter]) -> None:
         """Times a contestant at every size that it has memory for."""
         for sequences in self.settings.sequences:
             try:
@@ -146,7 +148,7 @@ class _Bench:
                 self.result.left_out[f"{name} at {sequences} sequences"] = "out of memory"
                 break
 
-    def with_optimizer(self, network: nn.Module, groups) -> None:
+    def with_optimizer(self, network: LanguageModel, groups: ProcessGroupCollection) -> None:
         """Times whole steps of training: also the sum over ranks, clipping and AdamW on float32 copies."""
         try:
             engine = MegatronEngine([network], groups, adamw(self.config.optim), self.device, decays)

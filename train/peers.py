@@ -4,6 +4,7 @@ offers.
 
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -24,6 +25,7 @@ def transformers_step(settings: Config, vocab_size: int, device: torch.device) -
     from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
     shape = settings.model
+    implementations: dict[str, Any] = {"attn_implementation": "sdpa", "experts_implementation": "grouped_mm"}
     config = Qwen3NextConfig(
         vocab_size=vocab_size,
         hidden_size=shape.hidden_size,
@@ -49,8 +51,7 @@ def transformers_step(settings: Config, vocab_size: int, device: torch.device) -
         norm_topk_prob=True,
         tie_word_embeddings=False,
         use_cache=False,
-        attn_implementation="sdpa",
-        experts_implementation="grouped_mm",
+        **implementations,
     )
     with torch.device("meta"):
         network = Qwen3NextForCausalLM(config).to(getattr(torch, shape.dtype))
