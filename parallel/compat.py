@@ -83,7 +83,7 @@ class cuda_type_names(TorchFunctionMode):
 
 
 def optimizer_context(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Where megatron-core's optimizer is built, stepped and saved: see `cuda_type_names`."""
+    """Where megatron-core's optimizer is built and stepped: see `cuda_type_names`."""
     return cuda_type_names() if device.type == "cpu" else contextlib.nullcontext()
 
 

@@ -17,9 +17,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from parallel import compat
-
-type State = dict[str, Any]  # megatron-core's sharded state dict
+from parallel import compat, optimizer_state
+from parallel.optimizer_state import State
 
 
 @dataclass(frozen=True)
@@ -177,10 +176,11 @@ class MegatronEngine:
                 pg_collection=groups,
                 use_gloo_process_groups=False,
             )
+        self._steps = 0
         self._apply_settings()
 
     def _apply_settings(self) -> None:
-        """Sets what megatron-core leaves to its scheduler, and what it takes from a checkpoint rather than from us."""
+        """Sets what megatron-core leaves to its scheduler."""
         for group in self.optimizer.param_groups:
             group["weight_decay"] = self.adamw.weight_decay * group["wd_mult"]
             group["betas"], group["eps"] = self.adamw.betas, self.adamw.eps
@@ -218,20 +218,22 @@ class MegatronEngine:
             parameters = [x for part in self.optimizer.chained_optimizers for x in part.get_parameters()]
             clip_grad_by_total_norm_fp32(parameters, self.adamw.clip, grad_norm)
         self.optimizer.step_with_ready_grads()
+        self._steps += 1
         return grad_norm
 
     def sharded_state_dict(self, is_loading: bool) -> State:
         """Model and optimizer as megatron-core's sharded state dict, for saving or as a template for loading."""
         if is_loading:
             self._allocate_moments()
-        metadata = {"distrib_optim_sharding_type": "dp_reshardable", "dp_cp_group": self.groups.dp_cp}
-        state = sharded_weights(self.chunks, metadata)
-        with compat.optimizer_context(self.device):
-            optimizer = self.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
-        return state | {"optimizer": optimizer}
+        weights = self._sharded_weights()
+        optimizer = optimizer_state.sharded_state(self.optimizer.chained_optimizers, weights)
+        return weights | {"optimizer": optimizer, "optimizer_step": self._steps}
+
+    def _sharded_weights(self) -> State:
+        return sharded_weights(self.chunks, {"dp_cp_group": self.groups.dp_cp})
 
     def _allocate_moments(self) -> None:
-        """Gives torch's AdamW the state it has after a step: megatron-core asks for it before it loads one."""
+        """Gives AdamW the state that it has after a step, for a checkpoint to fill."""
         for part in self.optimizer.chained_optimizers:
             for group in part.optimizer.param_groups:
                 for parameter in group["params"]:
@@ -244,13 +246,14 @@ class MegatronEngine:
     @torch.no_grad()
     def load_state_dict(self, state: State) -> None:
         """Takes what `sharded_state_dict` described and the checkpoint filled."""
+        self._steps = state["optimizer_step"]
         load_weights(self.chunks, state)
-        with compat.optimizer_context(self.device):
-            self.optimizer.load_state_dict(state["optimizer"])
+        optimizers = self.optimizer.chained_optimizers
+        optimizer_state.take(optimizers, self._sharded_weights(), state["optimizer"])
         self._apply_settings()
-        for part in self.optimizer.chained_optimizers:
+        for part in optimizers:
             for group in part.optimizer.param_groups:
+                group["step"] = self._steps  # Transformer Engine's AdamW counts here, torch's for each parameter
                 for parameter in group["params"]:
-                    # megatron-core restores the step in the group alone, and AdamW counts it for each parameter.
                     where = parameter.device if group["fused"] else None
-                    part.optimizer.state[parameter]["step"] = torch.tensor(float(group["step"]), device=where)
+                    part.optimizer.state[parameter]["step"] = torch.tensor(float(self._steps), device=where)

@@ -146,7 +146,8 @@ def train(arguments: list[str]) -> int:
         print(dry_run(config, topology, vocab_size))
         return 0
     processes = front.world_size() or front.num_processes()
-    done = steps_done(config, check(config, processes))
+    check(config, processes)
+    done = steps_done(config)
     if done >= config.run.steps:
         print(f"{config.run.path} is finished: {done} of {config.run.steps} steps; more run.steps continue it")
         return 0

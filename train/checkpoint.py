@@ -1,6 +1,5 @@
 """Checkpoints: megatron-core's sharded format in a directory that takes its name only once it is whole."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from parallel.engine_megatron import MegatronEngine, load_weights, sharded_weigh
 from parallel.stored import StoredTensors
 from train.build import Job
 from train.footprint import checkpoint_bytes
-from train.runs import COUNTS, STATE_FILE, checkpoint_path
+from train.runs import COUNTS, checkpoint_path, write_state
 from train.settings import ConfigError
 
 
@@ -53,8 +52,7 @@ def save(job: Job, engine: MegatronEngine, step: int, data: dict[str, Any]) -> P
     dist_checkpointing.save(engine.sharded_state_dict(is_loading=False), str(partial))
     wait_for_all()
     if job.is_first:
-        state = {"step": step, "data": data, "layout": vars(job.topology)}
-        (partial / STATE_FILE).write_text(json.dumps(state) + "\n", encoding="utf-8")
+        write_state(partial, step, data, vars(job.topology))
         shutil.rmtree(path, ignore_errors=True)
         partial.rename(path)
     wait_for_all()
@@ -62,7 +60,7 @@ def save(job: Job, engine: MegatronEngine, step: int, data: dict[str, Any]) -> P
 
 
 def load(engine: MegatronEngine, path: Path) -> None:
-    """Puts a checkpoint of the same layout into the engine: weights and optimizer."""
+    """Puts a checkpoint, of whatever layout, into the engine: weights and optimizer."""
     engine.load_state_dict(dist_checkpointing.load(engine.sharded_state_dict(is_loading=True), str(path)))
 
 

@@ -70,11 +70,12 @@ def held_weights(config: Config, topology: Topology, vocab_size: int, pipeline_r
 
 
 def checkpoint_bytes(config: Config, vocab_size: int) -> int:
-    """Bytes of a checkpoint: every weight in its own type, and in float32 itself and AdamW's two moments."""
+    """Bytes of a checkpoint: every weight in its own type, in float32 beside another one, and AdamW's two moments."""
     model = config.model
     weights = cost.stage_weights(model.layers, model, config.mtp, vocab_size, first=True, last=True)
-    element, state = ELEMENT_BYTES[model.dtype], (1 + memory.MOMENTS) * memory.FLOAT32_BYTES
-    return sum(weight.numel * ((memory.FLOAT32_BYTES if weight.float32 else element) + state) for weight in weights)
+    wide = memory.FLOAT32_BYTES
+    narrow = wide if model.dtype == "float32" else ELEMENT_BYTES[model.dtype] + wide
+    return sum(weight.numel * ((wide if weight.float32 else narrow) + memory.MOMENTS * wide) for weight in weights)
 
 
 def footprint(config: Config, topology: Topology, vocab_size: int, pipeline_rank: int) -> Footprint:

@@ -26,7 +26,7 @@ from train.config import Config, save_config
 from train.convert import HF_CONFIG, TOKENIZER_DIR, ExportConfig, ImportConfig, max_length, read_json
 from train.hf_files import DTYPES as READABLE
 from train.hf_files import Planned, Reader, Writer
-from train.runs import COUNTS, STATE_FILE, checkpoint_path
+from train.runs import COUNTS, checkpoint_path, write_state
 from train.settings import ConfigError
 
 NOTES = "tessera.json"  # what no other file has room for: the output norms of Gated DeltaNet before 1 was added
@@ -231,4 +231,4 @@ def _write_checkpoint(
         ]
         stored.write(path, chunks)
     _refuse_broken(sorted(set(broken)), where)
-    (path / STATE_FILE).write_text(json.dumps({"step": 0, "fingerprint": "", "layout": None}) + "\n", encoding="utf-8")
+    write_state(path, 0, None, None)

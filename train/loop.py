@@ -18,7 +18,7 @@ from train.build import Job, build_engine, build_job, draw_weights
 from train.config import Config, batch_schedule, describe, save_config
 from train.doctor import refuse_wrong_kernels
 from train.evaluate import heldout_acceptance, heldout_metrics, microbatch, report
-from train.runs import last_checkpoint, require_checkpoint, require_same_data, steps_done
+from train.runs import last_checkpoint, layout_change, require_checkpoint, require_same_data, steps_done
 from train.schedule import learning_rate
 from train.settings import ConfigError
 from train.speed import Speedometer
@@ -139,7 +139,7 @@ def run_training(config: Config) -> int:
     job = build_job(config)
     refuse_wrong_kernels(config.model, job.device, job.is_first)
     checkpoint.require_room(job)
-    start = steps_done(config, job.topology)
+    start, moved = steps_done(config), layout_change(config, job.topology)
     if config.run.init and not start:
         checkpoint.load_model(job, require_checkpoint(config.run.origin))
     else:
@@ -154,7 +154,8 @@ def run_training(config: Config) -> int:
         checkpoint.load(engine, before)
     if job.is_first:
         save_config(config)
-        print("\n".join([*describe(config, job.topology), *job.describe(), f"starting after step {start}"]), flush=True)
+        lines = [*describe(config, job.topology), *job.describe(), moved, f"starting after step {start}"]
+        print("\n".join(line for line in lines if line), flush=True)
 
     def save(step: int) -> None:
         samples = batch_schedule(config).samples(step).start

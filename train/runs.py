@@ -17,6 +17,7 @@ from train.config import CONFIG_FILE, Config, RunReference, load_config
 from train.settings import ConfigError, leaves, to_dict
 
 STATE_FILE = "state.json"
+VERSION = 2  # of a checkpoint's state: raised when older ones cannot be resumed
 # In a checkpoint: what a router has counted, and learnt of it, which is no weight.
 COUNTS = tuple(f"router.balance.{name}" for name in ("counts", "forecast.squares", "forecast.products"))
 # Settings of a model that its weights' shapes follow from.
@@ -59,8 +60,18 @@ def last_checkpoint(run: Path) -> Path | None:
     return max((path.parent for path in run.glob(f"checkpoints/step_*[0-9]/{STATE_FILE}")), default=None)
 
 
+def write_state(checkpoint: Path, step: int, data: dict[str, Any] | None, layout: dict[str, Any] | None) -> None:
+    """Writes what a checkpoint says of itself.
+
+    Args:
+        data: what was read and how far; None for imported weights, as is ``layout``.
+    """
+    state = {"version": VERSION, "step": step, "data": data, "layout": layout}
+    (checkpoint / STATE_FILE).write_text(json.dumps(state) + "\n", encoding="utf-8")
+
+
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself: its step, the fingerprint of its data and its layout.
+    """What a checkpoint says of itself: its step, the identity of its data and its layout.
 
     Raises:
         ConfigError: it cannot be read.
@@ -132,11 +143,20 @@ def _shown(value: object) -> str:
     return f"{text[:12]}..." if len(text) == 64 and " " not in text else text
 
 
-def steps_done(config: Config, topology: Topology) -> int:
+def layout_change(config: Config, topology: Topology) -> str:
+    """A line about the layout of the last checkpoint where it was another one; else nothing."""
+    path = last_checkpoint(config.run.path)
+    before = read_state(path)["layout"] if path else vars(topology)
+    now = vars(topology).items()
+    changed = [f"{key} {size} (was {before.get(key)})" for key, size in now if size != before.get(key)]
+    return f"going on with another layout: {', '.join(changed)}" if changed else ""
+
+
+def steps_done(config: Config) -> int:
     """Steps that the run has behind it: 0 for a new one.
 
     Raises:
-        ConfigError: the run cannot go on with these settings or on this layout.
+        ConfigError: the run cannot go on with these settings.
     """
     path = last_checkpoint(config.run.path)
     if path is None:
@@ -145,28 +165,29 @@ def steps_done(config: Config, topology: Topology) -> int:
         return 0
     state = read_state(path)
     name = config.run.name
+    if state.get("version", 1) != VERSION:
+        raise ConfigError(
+            f"{path} has format {state.get('version', 1)}, and this version of Tessera resumes format {VERSION}: "
+            f"finish the run with the version that wrote it, or start another from its weights with run.init={name}"
+        )
     if state["layout"] is None:
         raise ConfigError(
             f"run.name={name} holds imported weights, which stay as they are: train from them with run.init={name} "
             f"and another run.name"
         )
     if (config.run.path / CONFIG_FILE).is_file():
-        before = dict(leaves(to_dict(load_config(RunReference(name, config.run.dir)))))
+        origin = load_config(RunReference(name, config.run.dir))
+        before = dict(leaves(to_dict(origin)))
+        # Where a pattern is cut into pipeline stages is a matter of the layout.
+        same = ("model.pattern", "model.repeats") if origin.model.layers == config.model.layers else ()
         changed = [
             f"{key}={value} (was {before.get(key)})"
             for key, value in leaves(to_dict(config))
-            if key.startswith(FIXED) and before.get(key) != value
+            if key.startswith(FIXED) and key not in same and before.get(key) != value
         ]
         if changed:
             raise ConfigError(
                 f"run.name={name} exists and cannot go on with {', '.join(changed)}: choose another run.name, or "
                 f"set these as before"
             )
-    if state["layout"] != vars(topology):
-        before = state["layout"]
-        now = vars(topology).items()
-        sizes = ", ".join(f"{key} {size} (was {before.get(key)})" for key, size in now if size != before.get(key))
-        raise ConfigError(
-            f"run.name={name} was trained on another layout: {sizes}: resume it as before, or choose another run.name"
-        )
     return state["step"]

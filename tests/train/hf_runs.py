@@ -1,6 +1,5 @@
 """Runs made of telling weights instead of training, for the tests of export and import."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from parallel import stored
 from train.config import Config, RunConfig, RunReference, save_config
 from train.convert import ExportConfig, ImportConfig, check_export, check_import
 from train.hf_convert import export, import_run
-from train.runs import STATE_FILE, checkpoint_path
+from train.runs import checkpoint_path, write_state
 
 VOCAB = 320
 SHAPE = ModelConfig(
@@ -67,7 +66,7 @@ def add_checkpoint(run: Path, weights: dict[str, Tensor], step: int = 1) -> Path
         stored.Chunk(name, tuple(x.shape), 0, tuple(x.shape), x.dtype, lambda x=x: x) for name, x in weights.items()
     ]
     stored.write(path, chunks)
-    (path / STATE_FILE).write_text(json.dumps({"step": step, "fingerprint": "", "layout": {}}))
+    write_state(path, step, {}, {})
     return path
 
 

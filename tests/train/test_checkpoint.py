@@ -35,11 +35,11 @@ from tests.parallel.tiny import (
 from train import checkpoint
 from train.build import Job, build_engine
 from train.checkpoint import load, load_model, save
-from train.config import BatchConfig, RunConfig
+from train.config import BatchConfig, RunConfig, save_config
 from train.footprint import checkpoint_bytes
 from train.loop import step_metrics, train_step
 from train.metrics import GRAD_NORM
-from train.runs import checkpoint_path, last_checkpoint, read_state, require_same_data
+from train.runs import checkpoint_path, last_checkpoint, read_state, require_same_data, steps_done, write_state
 from train.settings import ConfigError
 
 HALF, STEPS, ROWS, MICRO_BATCHES = 3, 6, 4, 2
@@ -256,7 +256,7 @@ def test_the_directory_of_a_checkpoint(straight, runs):
         "virtual": 1,
         "expert_tensor": 1,
     }
-    assert read_state(path) == {"step": HALF, "data": DATA, "layout": layout}
+    assert read_state(path) == {"version": 2, "step": HALF, "data": DATA, "layout": layout}
 
 
 def test_a_checkpoint_is_as_large_as_is_asked_for_ahead(straight, runs):
@@ -289,3 +289,28 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path):
         with pytest.raises(ConfigError, match=name + r".*data\.on_change=continue"):
             require_same_data(tmp_path, changed, on_change="stop")
         require_same_data(tmp_path, changed, on_change="continue")
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """Settings of a run that has done three steps in two pipeline stages."""
+    config = tiny_config(PIPELINED, ParallelConfig(pipeline=2), run=RunConfig(name="begun", dir=str(tmp_path)))
+    path = checkpoint_path(config.run.path, HALF)
+    path.mkdir(parents=True)
+    save_config(config)
+    write_state(path, HALF, DATA, {"world": 2})
+    return config
+
+
+def test_a_run_may_go_on_in_other_pipeline_stages_but_not_with_another_model(begun):
+    assert steps_done(begun) == HALF
+    assert steps_done(replace(begun, model=replace(MODEL, pattern="GEGEGE*E"), parallel=ParallelConfig())) == HALF
+    with pytest.raises(ConfigError, match=r"model\.pattern=GE\*E \(was GEGE\|GE\*E\)"):
+        steps_done(replace(begun, model=replace(MODEL, pattern="GE*E")))
+
+
+def test_a_checkpoint_of_an_earlier_version_says_how_to_go_on(begun):
+    state = {"step": HALF, "fingerprint": "abc", "layout": {"world": 2}}
+    (checkpoint_path(begun.run.path, HALF) / "state.json").write_text(json.dumps(state))
+    with pytest.raises(ConfigError, match=r"format 1, .* resumes format 2: .* run\.init=begun"):
+        steps_done(begun)

@@ -3,7 +3,6 @@
 Slow: it writes three copies of 7.7 GB. It shows that neither command ever holds the model.
 """
 
-import json
 import math
 import os
 import subprocess
@@ -17,7 +16,7 @@ from model import hf
 from model.config import ModelConfig
 from parallel import stored
 from tests.train.hf_runs import make_corpus, make_run
-from train.runs import STATE_FILE, checkpoint_path
+from train.runs import checkpoint_path, write_state
 
 ROOT = Path(__file__).parents[2]
 SLICE = ModelConfig(
@@ -74,7 +73,7 @@ def test_a_slice_of_80b(tmp_path: Path) -> None:
         for piece in pieces
     ]
     stored.write(path, chunks)
-    (path / STATE_FILE).write_text(json.dumps({"step": 1, "layout": {}}))
+    write_state(path, 1, {}, {})
     size = sum(math.prod(chunk.whole) * chunk.dtype.itemsize for chunk in chunks)
     place = f"run.dir={tmp_path}"
     exporting = peak_bytes("export", "run=slice", place, f"out={tmp_path}/out")

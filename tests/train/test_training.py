@@ -120,7 +120,9 @@ def test_a_run_resumes_exactly_and_a_finished_one_says_so(commands: Commands):
     assert [line["tokens"] for line in commands.metrics("parts")] == tokens[1:]
     assert "finished" in commands.train("parts", *constant)
     assert "model.experts=8 (was 16)" in commands.train("parts", "run.steps=9", "model.experts=8", code=2)
-    assert "layout" in commands.train("parts", *constant, "run.steps=9", processes=1, code=2)
+    output = commands.train("parts", *constant, "run.steps=5", processes=1)
+    assert "going on with another layout: world 1 (was 2), expert 1 (was 2), data 1 (was 2)" in output
+    assert commands.metrics("parts")[-1]["step"] == 5 and "starting after step 4" in output
 
 
 def test_evaluate_and_generate_read_a_run_on_other_processes(commands: Commands):

@@ -1,0 +1,134 @@
+"""The distributed optimizer's state by the model's tensors, so that a checkpoint goes on on any layout.
+
+A data-parallel process holds a run of each parameter's numbers, cut without regard to its rows. Such a run is a few
+boxes of the tensor: the rest of a row, whole rows, the beginning of a row. Each box is saved as a piece of a tensor
+that has the parameter's name and shape, and torch's distributed checkpoint finds the pieces that another layout asks
+for. Nothing is gathered: a process writes and reads its own part, at once with all others.
+
+megatron-core has two formats: `dp_reshardable` follows its buffers, and fits other numbers of data-parallel processes
+alone; `fully_reshardable` gathers everything on every process first, and does not know AdamW's `step` (0.19.2).
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor, nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+MASTER = "master"  # the float32 copy of a parameter of another type
+type State = dict[str, Any]  # megatron-core's sharded state dict
+type Box = tuple[tuple[int, ...], tuple[int, ...]]  # first index and size in each dimension
+
+
+def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:
+    """The numbers [start, stop) of a tensor in the order in which they lie, as boxes: 2 * dimensions - 1 at most."""
+    if start >= stop:
+        return
+    if len(shape) == 1:
+        yield (start,), (stop - start,)
+        return
+    inner = math.prod(shape[1:])
+    first, last = -(-start // inner), stop // inner  # whole rows
+    if start < first * inner:
+        row = first - 1
+        yield from _within(row, boxes(shape[1:], start - row * inner, min(stop - row * inner, inner)))
+    if first < last:
+        yield (first, *[0] * (len(shape) - 1)), (last - first, *shape[1:])
+    if last >= first:
+        yield from _within(last, boxes(shape[1:], 0, stop - last * inner))
+
+
+def _within(row: int, inner: Iterator[Box]) -> Iterator[Box]:
+    return (((row, *first), (1, *size)) for first, size in inner)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A process's part of a parameter as the optimizer holds it.
+
+    Attributes:
+        main: what AdamW works on: float32 [stop - start], the parameter's own numbers or a copy of them.
+        start, stop: which numbers of the parameter.
+    """
+
+    optimizer: torch.optim.Optimizer
+    parameter: nn.Parameter
+    main: Tensor
+    start: int
+    stop: int
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All numbers of the optimizer's that no weight of the model holds, by name."""
+        found = {name: self.optimizer.state[self.main][name] for name in MOMENTS}
+        return found | ({} if self.parameter.dtype == torch.float32 else {MASTER: self.main})
+
+
+def parts(optimizers: list[DistributedOptimizer]) -> Iterator[Part]:
+    """What this process holds of every parameter."""
+    for optimizer in optimizers:
+        ranges = (bucket for buffer in optimizer.gbuf_ranges for buckets in buffer.values() for bucket in buckets)
+        for parameter, places in ((p, places) for bucket in ranges for p, places in bucket["param_map"].items()):
+            group, order = optimizer.model_param_group_index_map[parameter]
+            main = optimizer.optimizer.param_groups[group]["params"][order]
+            yield Part(optimizer.optimizer, parameter, main, places["param"].start, places["param"].end)
+
+
+def sharded_state(optimizers: list[DistributedOptimizer], weights: State) -> dict[str, list[ShardedTensor]]:
+    """megatron-core's description of the optimizer's state, for saving, or for loading into the same tensors.
+
+    Args:
+        weights: the sharded state dict of the model, which says where its parameters lie in the whole tensors.
+    """
+    described = {id(entry.data): entry for entry in nested_values(weights) if isinstance(entry, ShardedTensor)}
+    found = {}
+    for part in parts(optimizers):
+        whole = described[id(part.parameter)]
+        for name, tensor in part.tensors.items():
+            key = f"optimizer.{name}.{whole.key}"
+            found[key] = [_piece(whole, key, box, view) for box, view in _views(part, tensor)]
+    return found
+
+
+def take(optimizers: list[DistributedOptimizer], weights: State, state: dict[str, list[Tensor]]) -> None:
+    """Takes what `sharded_state` described and a checkpoint filled."""
+    described = {id(entry.data): entry for entry in nested_values(weights) if isinstance(entry, ShardedTensor)}
+    for part in parts(optimizers):
+        for name, tensor in part.tensors.items():
+            loaded = state[f"optimizer.{name}.{described[id(part.parameter)].key}"]
+            for (_, view), values in zip(_views(part, tensor), loaded, strict=True):
+                view.copy_(values.view_as(view))
+
+
+def _views(part: Part, tensor: Tensor) -> Iterator[tuple[Box, Tensor]]:
+    done = 0
+    for first, size in boxes(tuple(part.parameter.shape), part.start, part.stop):
+        numel = math.prod(size)
+        yield (first, size), tensor.view(-1)[done : done + numel].view(size)
+        done += numel
+
+
+def _piece(whole: ShardedTensor, key: str, box: Box, view: Tensor) -> ShardedTensor:
+    first, size = box
+    lead = whole.prepend_axis_num  # dimensions that the whole tensor has in front of the parameter's
+    offset = [base + own for base, own in zip(whole.global_offset, [0] * lead + list(first), strict=True)]
+    shape = (*[1] * lead, *size)
+    return replace(
+        whole,
+        key=key,
+        data=view.view(shape),
+        dtype=view.dtype,
+        local_shape=shape,
+        global_offset=tuple(offset),
+        axis_fragmentations=None,  # boxes form no grid
+        prepend_axis_num=0,
+        allow_shape_mismatch=False,
+        # Its data-parallel number, the last, is that of a copy of the parameter: each part here is the only one.
+        replica_id=(*whole.replica_id[:2], 0),
+    )
