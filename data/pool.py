@@ -17,7 +17,7 @@ from data.processes import serve_parent
 from data.readers import Reader
 from data.units import Sizes, Unit
 
-# Three windows of samples (stream.WINDOW_TOKENS): the one being read, the next, and what units reach beyond both.
+# Where nobody says what will be asked for: three windows of samples (stream.WINDOW_TOKENS).
 KEPT_TOKENS = 3 * 2**24
 KEPT_UNITS = 4  # at least, however large they are
 MAX_RESTARTS = 5  # without a unit read in between
@@ -40,13 +40,13 @@ class UnitCache:
         readers = [None if reader.in_process else reader for reader, _ in sources]
         self._workers = Workers(readers, workers) if workers and any(readers) else None
 
-    def expect(self, keys: Iterable[Key]) -> None:
-        """Units that will be asked for soon: workers begin to read them."""
-        if self._workers is None:
-            return
+    def expect(self, source: int, units: Iterable[int]) -> None:
+        """The units of a source that will be asked for soon: workers begin to read them, and others are let go."""
+        keys = dict.fromkeys((source, unit) for unit in units)
+        for key in [key for key in self._kept if key[0] == source and key not in keys]:
+            self._drop(key)
         for key in keys:
-            if key not in self._kept and key not in self._coming and not self._sources[key[0]][0].in_process:
-                self._coming[key] = self._workers.submit(key)
+            self._ask(key)
 
     def get(self, key: Key) -> Unit | None:
         """A unit, or None for a broken one that is skipped.
@@ -74,12 +74,18 @@ class UnitCache:
         self._kept.clear()
         self._kept_tokens = 0
 
+    def _ask(self, key: Key) -> None:
+        """Lets a worker read a unit, unless it is there, on its way, or read in this process."""
+        known = key in self._kept or key in self._coming
+        if self._workers is not None and not known and not self._sources[key[0]][0].in_process:
+            self._coming[key] = self._workers.submit(key)
+
     def _read(self, key: Key) -> Unit:
         source, number = key
         reader = self._sources[source][0]
         if self._workers is None or reader.in_process:
             return reader.read(number, self.faults)
-        self.expect([key])
+        self._ask(key)
         while True:
             try:
                 unit, faults = self._coming[key].result()
@@ -109,8 +115,10 @@ class UnitCache:
         self._kept[key] = unit
         self._kept_tokens += _tokens(unit)
         while len(self._kept) > KEPT_UNITS and self._kept_tokens > KEPT_TOKENS * len(self._sources):
-            _, dropped = self._kept.popitem(last=False)
-            self._kept_tokens -= _tokens(dropped)
+            self._drop(next(iter(self._kept)))
+
+    def _drop(self, key: Key) -> None:
+        self._kept_tokens -= _tokens(self._kept.pop(key))
 
 
 class Workers:

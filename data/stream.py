@@ -6,12 +6,13 @@ read, so the whole state of a run's data is its step, and a run goes on with any
 
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import chain
 
 import numpy as np
 
 from data.errors import CorpusError
 from data.packing import BEST_FIT, PADDING, SPLIT, Bins, Sample, best_fit, num_samples, overlaps, pack, pad, sample_span
-from data.pool import Key, UnitCache
+from data.pool import UnitCache
 from data.readers import Reader
 from data.units import Sizes, Unit
 
@@ -138,16 +139,16 @@ class TokenStream:
         self._window = epoch, window
         following = window + 1
         is_last = following * self._window_size >= self.samples_per_epoch
-        for place in ((epoch, window), (epoch + 1, 0) if is_last else (epoch, following)):
-            self.cache.expect(self._units_of_window(*place))
+        places = ((epoch, window), (epoch + 1, 0) if is_last else (epoch, following))
+        self.cache.expect(self._source, chain.from_iterable(self._units_of_window(*place) for place in places))
 
-    def _units_of_window(self, epoch: int, window: int) -> Iterator[Key]:
+    def _units_of_window(self, epoch: int, window: int) -> Iterator[int]:
         first = window * self._window_size
         last = min(first + self._window_size, self.samples_per_epoch)
         units, ends = self._unit_layout(epoch)
         if self.packing != BEST_FIT:
             first, last = sample_span(first, self.seq_length)[0], sample_span(last - 1, self.seq_length)[1]
-        return ((self._source, int(units[item])) for item, _, _ in overlaps(ends, first, last))
+        return (int(units[item]) for item, _, _ in overlaps(ends, first, last))
 
     def _order_window(self, epoch: int, window: int) -> np.ndarray:
         size = min(self._window_size, self.samples_per_epoch - window * self._window_size)
