@@ -47,7 +47,7 @@ from train.requests import (
     check_generate,
 )
 from train.runs import last_checkpoint, require_checkpoint, require_same_data, steps_done
-from train.settings import MISSING, ConfigError, from_dict, from_text, hint, settings, takes_text, to_dict
+from train.settings import MISSING, ConfigError, from_dict, from_text, hint, hint_known, settings, takes_text, to_dict
 from train.trackers import check_login
 
 DEFAULT_RECIPE = "tiny"
@@ -106,7 +106,7 @@ def _split_recipe(arguments: list[str]) -> tuple[str, list[str]]:
         else:
             overrides.append(name + equals + value)
     if recipe not in usage.recipes():
-        raise ConfigError(f"unknown recipe {recipe!r}: {_hint_known(recipe, usage.recipes())}")
+        raise ConfigError(f"unknown recipe {recipe!r}: {hint_known(recipe, usage.recipes())}")
     return recipe, overrides
 
 
@@ -116,7 +116,7 @@ def _checked(override: str) -> str:
     path = key.lstrip("+~")
     if path in usage.groups() and equals:
         if value not in usage.groups()[path]:
-            raise ConfigError(f"unknown choice {override}: {_hint_known(value, usage.groups()[path])}")
+            raise ConfigError(f"unknown choice {override}: {hint_known(value, usage.groups()[path])}")
     elif path not in SETTINGS:
         raise ConfigError(f"unknown setting {override}: {hint(path, [*SETTINGS, *usage.groups()])}")
     elif not equals and not key.startswith("~"):
@@ -127,11 +127,6 @@ def _checked(override: str) -> str:
     elif equals:
         return f"++{path}={value}"
     return override
-
-
-def _hint_known(name: str, known: list[str]) -> str:
-    nearest = hint(name, known)
-    return f"{nearest if nearest.startswith('did') else ''} Known: {', '.join(known)}".lstrip()
 
 
 def train(arguments: list[str]) -> int:
@@ -296,7 +291,7 @@ def run(arguments: list[str]) -> int:
         print(usage.overview())
         return 0
     if command not in COMMANDS:
-        raise ConfigError(f"unknown command {command!r}: {_hint_known(command, list(COMMANDS))}")
+        raise ConfigError(f"unknown command {command!r}: {hint_known(command, list(COMMANDS))}")
     if {"-h", "--help"} & set(rest):
         print(usage.command_help(command))
         return 0

@@ -11,7 +11,7 @@ from data.config import DataConfig, check_data
 from data.errors import CorpusError
 from model.config import BalanceConfig, ModelConfig, ModelError, MtpConfig, check_balance, check_model
 from parallel.topology import ParallelConfig, Topology, TopologyError, check_length, microbatches, resolve
-from train.settings import ConfigError, from_dict, hint, leaves, setting, to_dict
+from train.settings import ConfigError, from_dict, hint_known, leaves, setting, to_dict
 
 USER_ERRORS = (ConfigError, ModelError, TopologyError, CorpusError)
 CONFIG_FILE = "config.yaml"
@@ -203,7 +203,7 @@ def load_config(run: RunReference) -> Config:
     path = run.path / CONFIG_FILE
     if not path.is_file():
         known = sorted(item.parent.name for item in Path(run.dir).glob(f"*/{CONFIG_FILE}"))
-        mend = f"{hint(run.name, known)} Known: {', '.join(known)}" if known else "it holds none"
+        mend = hint_known(run.name, known) if known else "it holds none"
         raise ConfigError(f"run.name={run.name} is not a run in {run.dir}: {mend}")
     try:
         config = from_dict(Config, yaml.safe_load(path.read_text(encoding="utf-8")))

@@ -91,6 +91,12 @@ def hint(name: str, known: list[str]) -> str:
     return f"did you mean {' or '.join(near)}?" if near else "--help lists all that are known"
 
 
+def hint_known(name: str, known: list[str]) -> str:
+    """How to mend an unknown name of a short list: the nearest known ones if any is near, and all of them."""
+    nearest = hint(name, known)
+    return f"{nearest if nearest.startswith('did') else ''} Known: {', '.join(known)}".lstrip()
+
+
 def from_text[T](cls: type[T], arguments: list[str]) -> T:
     """The tree of ``cls`` from ``key=value`` arguments. Text is taken as it stands, quotes included.
 
