@@ -34,6 +34,8 @@ class Encoded(NamedTuple):
 
 
 class EncodedBatch(NamedTuple):
+    """A batch of documents as tokens, by split, and the place that it begins at."""
+
     begin: Place
     splits: dict[str, Encoded]
 

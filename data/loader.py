@@ -20,6 +20,7 @@ type Stream = TokenStream | MixedStream
 
 
 def collate(samples: list[Sample]) -> Batch:
+    """Samples of L + 1 tokens as tensors [samples, L + 1]."""
     return Batch(
         tokens=torch.from_numpy(np.stack([sample.tokens for sample in samples])),
         documents=torch.from_numpy(np.stack([sample.documents for sample in samples])),

@@ -35,6 +35,8 @@ class ShardInfo(FileInfo):
 
 @dataclass(frozen=True)
 class Totals:
+    """What the shards of a split hold together; bytes of UTF-8 text."""
+
     documents: int
     tokens: int
     bytes: int
@@ -86,6 +88,7 @@ def is_corpus(directory: Path) -> bool:
 
 
 def file_info(path: Path) -> FileInfo:
+    """A file's name, size and SHA-256."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return FileInfo(path.name, path.stat().st_size, digest)

@@ -30,6 +30,7 @@ class Sample(NamedTuple):
 
 
 def num_samples(num_tokens: int, seq_length: int) -> int:
+    """Samples of L + 1 tokens, each beginning with the last token of the one before, in a stream of tokens."""
     return max(0, (num_tokens - 1) // seq_length)
 
 

@@ -28,6 +28,7 @@ class File:
 
 
 def is_url(path: str) -> bool:
+    """Whether fsspec, not the operating system, finds the path."""
     return "://" in path
 
 

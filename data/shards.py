@@ -42,6 +42,7 @@ def read_shard(directory: Path, info: ShardInfo, vocab_size: int, check_hash: bo
 
 
 def broken_file(path: Path, reason: str) -> BrokenUnit:
+    """The error of a file of a prepared corpus."""
     return BrokenUnit(
         f"data.corpus={path.parent}: {path.name} {reason}; delete the directory and prepare the corpus again"
     )

@@ -14,6 +14,12 @@ HYDRA = ROOT / "train" / "__main__.py"
 COLLECTIVES = {"all_reduce", "all_gather", "all_to_all_single", "all_to_all", "broadcast", "barrier", "reduce_scatter"}
 
 
+def undocumented(tree: ast.Module) -> list[str]:
+    """Public functions and classes of a module without a docstring."""
+    named = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    return [node.name for node in named if not node.name.startswith("_") and not ast.get_docstring(node)]
+
+
 def flaws(path: Path, source: str) -> list[str]:
     """What is wrong with one source of a package."""
     package, tree, found = path.relative_to(ROOT).parts[0], ast.parse(source), []
@@ -29,6 +35,7 @@ def flaws(path: Path, source: str) -> list[str]:
         found.append(f"has {len(source.splitlines())} lines")
     if path.name != "__init__.py" and not ast.get_docstring(tree):
         found.append("says nothing of itself")
+    found += [f"{name} says nothing of itself" for name in undocumented(tree)]
     found += [f"{f.name} has {f.lines} lines" for f in functions(source) if f.lines > FUNCTION_LINES]
     found += [f"{f.name} has {f.nesting} blocks in each other" for f in functions(source) if f.nesting > NESTING]
     called = {call.func.attr for call in calls(source) if isinstance(call.func, ast.Attribute)}
@@ -56,6 +63,7 @@ DEEP = "def f():\n" + "".join(f"{'    ' * depth}if x:\n" for depth in range(1, 6
         ("train/x.py", '"""X."""\nfrom omegaconf import OmegaConf\n', "uses Hydra"),
         ("train/x.py", '"""X."""\n' + "x = 1\n" * FILE_LINES, f"has {FILE_LINES + 1} lines"),
         ("train/x.py", "x = 1\n", "says nothing of itself"),
+        ("train/x.py", '"""X."""\ndef f():\n    return 1\n', "f says nothing of itself"),
         ("train/x.py", '"""X."""\ndef f():\n' + "    x = 1\n" * FUNCTION_LINES, f"f has {FUNCTION_LINES + 1} lines"),
         ("train/x.py", '"""X."""\n' + DEEP, "f has 5 blocks in each other"),
         ("model/x.py", '"""X."""\ndist.all_reduce(x)\n', "calls all_reduce"),

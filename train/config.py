@@ -245,6 +245,7 @@ def _check_optim(optim: OptimConfig) -> None:
 
 
 def check_least(path: str, value: float, least: float) -> None:
+    """Raises ConfigError where the setting is below its least value, or no number."""
     if not value >= least:
         raise ConfigError(f"{path}={value} must be at least {least}")
 
@@ -265,6 +266,7 @@ def _check_divides(path: str, part: int, whole_path: str, whole: int) -> None:
 
 
 def check_choice(path: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises ConfigError where the setting is none of two or more choices."""
     if value not in choices:
         raise ConfigError(f"{path}={value!r} is not known: choose {', '.join(choices[:-1])} or {choices[-1]}")
 

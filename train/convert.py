@@ -13,7 +13,7 @@ from typing import Any
 from data.config import DataConfig
 from model.config import BalanceConfig, MtpConfig, check_model
 from model.hf_config import check_exportable, from_hf
-from train.config import Config, RunConfig, RunReference, load_config
+from train.config import Config, RunConfig, RunReference, check_choice, load_config
 from train.runs import checkpoint_path, require_checkpoint
 from train.settings import ConfigError, setting
 
@@ -71,9 +71,9 @@ def check_export(config: ExportConfig) -> tuple[Config, Path]:
         ConfigError: a setting that cannot be used. ModelError: a model that the format cannot hold.
     """
     run = load_config(config.run)
-    _check_choice("experts", config.experts, EXPERTS)
+    check_choice("experts", config.experts, EXPERTS)
     if config.dtype is not None:
-        _check_choice("dtype", config.dtype, DTYPES)
+        check_choice("dtype", config.dtype, DTYPES)
     for name in ("shard_size", "max_length"):
         value = getattr(config, name)
         if value is not None and not 0 < value < float("inf"):
@@ -112,7 +112,7 @@ def check_import(config: ImportConfig) -> Config:
     if path.exists():
         raise ConfigError(f"run.name={config.run.name} exists in {config.run.dir}: choose another name for the import")
     if config.dtype is not None:
-        _check_choice("dtype", config.dtype, DTYPES)
+        check_choice("dtype", config.dtype, DTYPES)
     imported = from_hf(read_json(directory / HF_CONFIG))
     model = replace(imported.model, dtype=config.dtype or imported.model.dtype)
     mtp = MtpConfig(steps=int(imported.mtp and config.mtp))
@@ -139,8 +139,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path} cannot be read: it holds {type(values).__name__}, not an object")
     return values
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name}={value!r} is not known: choose {' or '.join(choices)}")
