@@ -6,7 +6,8 @@ any layout of processes starts from the same model, and no rank draws what anoth
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from model.deltanet import draw_decay, draw_time_step_bias
 from model.network import LanguageModel
 from model.router import normalise_rows
+
+ROUTER = "router.weight"
 
 
 def _generator(seed: int, name: str, device: torch.device) -> torch.Generator:
@@ -52,7 +55,7 @@ def rules(config) -> dict[str, Callable]:
         "conv_weight": _uniform(-bound, bound),
         "A_log": lambda shape, generator: draw_decay(uniform(shape, generator)),
         "dt_bias": lambda shape, generator: draw_time_step_bias(uniform(shape, generator)),
-        "router.weight": lambda shape, generator: normalise_rows(_normal(1.0)(shape, generator), std),
+        ROUTER: lambda shape, generator: normalise_rows(_normal(1.0)(shape, generator), std),
         "experts.weight1": _normal(std),
         "experts.weight2": _normal(residual),
         "linear_fc1.weight": _normal(std),
@@ -97,10 +100,24 @@ def initialise(model: LanguageModel, sharded: ShardedStateDict, seed: int) -> No
         parameter.copy_(_draw(entry, _rule_for(entry.key, table), seed))
 
 
+@contextmanager
+def rows_as_drawn(model: LanguageModel, sharded: ShardedStateDict, seed: int) -> Iterator[None]:
+    """A new model inside has the routers that `initialise` draws before it gives their rows equal norms."""
+    entries = {id(entry.data): entry for entry in sharded.values() if isinstance(entry, ShardedTensor)}
+    routers = [parameter for name, parameter in model.named_parameters() if name.endswith(ROUTER)]
+    normalised = [parameter.detach().clone() for parameter in routers]
+    with torch.no_grad():
+        for parameter in routers:
+            parameter.copy_(_draw(entries[id(parameter)], _normal(model.config.shape.init_std), seed))
+        yield
+        for parameter, weight in zip(routers, normalised, strict=True):
+            parameter.copy_(weight)
+
+
 # What stays wide whatever the model's type, by name ending: routing and decay rates do not bear bfloat16's 8 bits,
 # nor counts its gaps.
 WIDE = {
-    "router.weight": (torch.float32, torch.float64),
+    ROUTER: (torch.float32, torch.float64),
     "balance.bias": (torch.float32, torch.float64),
     "balance.counts": (torch.int64,),
     "forecast.squares": (torch.float64,),

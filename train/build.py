@@ -13,7 +13,7 @@ from parallel import groups as process_groups
 from parallel.engine_megatron import MegatronEngine
 from parallel.topology import Topology, TopologyError, resolve
 from train.config import Config
-from train.footprint import VOCAB_MULTIPLE, recomputed
+from train.footprint import VOCAB_MULTIPLE, exact_balance, recomputed
 from train.optim import adamw, decays
 from train.settings import ConfigError
 
@@ -60,8 +60,10 @@ class Job:
     def describe(self) -> list[str]:
         """Lines for the start of a run: the model as this process holds it."""
         held = sum(parameter.numel() for chunk in self.chunks for parameter in chunk.parameters())
+        exact = exact_balance(self.config, self.topology, self.vocab_size)
         return [
             f"model: {self.vocab_size} token vocabulary, {held:,} parameters in this process on {self.device}",
+            *([exact] if exact and self.config.balance.mode == "exact" else []),
             *self.dataset.describe(),
         ]
 

@@ -7,7 +7,7 @@ from model import cost
 from model.config import MtpConfig
 from parallel.topology import Topology
 from train.config import Config
-from train.footprint import Footprint, footprint, planned_vocab
+from train.footprint import Footprint, exact_balance, footprint, planned_vocab
 from train.settings import ConfigError, setting
 
 GIB = 2**30
@@ -199,10 +199,11 @@ def estimate(config: Config, topology: Topology, budget: Budget, peers: dict[str
     """All of the above as text. ``peers``: configurations of `PEERS`, or none."""
     vocab_size = planned_vocab(config, topology)
     places = [footprint(config, topology, vocab_size, rank) for rank in range(topology.pipeline)]
+    exact = exact_balance(config, topology, vocab_size)
     fullest = max(places, key=lambda place: sum(place.memory.values()))
     parts = [
         parameter_lines(config, vocab_size),
-        flop_lines(config, vocab_size),
+        [*flop_lines(config, vocab_size), *([f"  {exact}"] if exact else [])],
         memory_lines(config, topology, fullest, budget.gpu),
         traffic_lines(places),
         cost_lines(config, topology, vocab_size, budget),

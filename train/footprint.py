@@ -10,6 +10,7 @@ from parallel.topology import RECOMPUTABLE, ParallelConfig, Topology, TopologyEr
 from train.config import Config
 from train.settings import ConfigError
 
+COUNT_BYTES = 8  # of the assignments to an expert
 VOCAB_MULTIPLE = 64  # rows of the embedding are padded to a multiple of this
 
 
@@ -101,6 +102,22 @@ def footprint(config: Config, topology: Topology, vocab_size: int, pipeline_rank
         traffic={name: count for name, count in traffic.items() if count},
         balance=[flop / sum(flops) for flop in flops],
         bubble=memory.bubble(topology, steps),
+    )
+
+
+def exact_balance(config: Config, topology: Topology, vocab_size: int) -> str | None:
+    """What balance.mode=exact costs, in a line; None where there is nothing to count ahead of a step."""
+    steps, experts = microbatches(topology, config.batch.global_, config.batch.micro), config.model.layers.count("E")
+    if steps == 1 or not experts or config.balance.scope != "global" or not config.balance.weight:
+        return None
+    forward = cost.forward_flops(config.model, config.mtp, vocab_size, config.data.seq_length)
+    whole = sum(forward.values())
+    share = (whole - forward[cost.HEAD]) / (cost.TRAINING_FACTOR * whole)
+    uses = max(stage.count("E") for stage in config.model.stages) * topology.virtual + config.mtp.steps
+    kept = 2 * COUNT_BYTES * uses * steps * config.model.experts  # this process's counts, and their sums
+    return (
+        f"balance.mode=exact: a forward pass without the head ahead of each step, {share:.1%} more operations; "
+        f"it keeps {kept / 2**20:.2f} MiB of counts and no activations"
     )
 
 

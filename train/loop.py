@@ -9,7 +9,7 @@ import torch
 
 from data.batches import Batch
 from data.loader import Loader
-from model.batch import count_targets
+from model.batch import MicroBatch, count_targets
 from model.network import Losses
 from parallel.collectives import max_over_all, sum_over, sum_over_all
 from parallel.engine_megatron import MegatronEngine
@@ -45,6 +45,13 @@ class StopRequest:
         return int(max_over_all(torch.tensor(max(self._signal, TIME_IS_UP * late), device=self._device)))
 
 
+def micro_batches(job: Job, batches: list[Batch], tokens_before: int = 0) -> list[MicroBatch]:
+    """This rank's micro-batches of a step as the network takes them, with counts over the whole global batch."""
+    counts = torch.stack([count_targets(batch.documents, job.config.mtp.steps) for batch in batches]).sum(dim=0)
+    counts = sum_over(counts.to(job.device), job.groups.dp).cpu()
+    return [microbatch(job, batch, counts, tokens_before) for batch in batches]
+
+
 def train_step(
     job: Job, engine: MegatronEngine, batches: list[Batch], lr: float, tokens_before: int = 0, recording: bool = True
 ) -> tuple[list[Losses], float]:
@@ -56,9 +63,7 @@ def train_step(
     Args:
         recording: whether the routers note what a logged step reports.
     """
-    counts = torch.stack([count_targets(batch.documents, job.config.mtp.steps) for batch in batches]).sum(dim=0)
-    counts = sum_over(counts.to(job.device), job.groups.dp).cpu()
-    ready = [microbatch(job, batch, counts, tokens_before) for batch in batches]
+    ready = micro_batches(job, batches, tokens_before)
     routing.begin_step(job, ready, recording)
     outcome = engine.train_step(ready, job.microbatch_tokens, lr)
     routing.end_step(job)
@@ -111,7 +116,11 @@ def fit(
         lr = learning_rate(job.config.optim, step, run.steps)
         logged = due(step, run.log_every, run.steps) or step == 1
         behind = schedule.samples(step - 1).start * seq_length
-        outputs, grad_norm = train_step(job, engine, next(loader), lr, behind, recording=logged)
+        batches = next(loader)
+        if step == 1:
+            routers_start = routing.spread_as_drawn(job, micro_batches(job, batches))
+            start = time.perf_counter()  # that was no part of the step
+        outputs, grad_norm = train_step(job, engine, batches, lr, behind, recording=logged)
         speed.add(time.perf_counter() - start, step - 1)
 
         values = {}
@@ -121,6 +130,10 @@ def fit(
             values |= {metrics.GRAD_NORM: grad_norm, metrics.LR: lr, **speed.take(), **data_metrics(job, loader)}
         if due(step, run.eval_every, run.steps):
             values |= heldout_metrics(job, run.eval_samples) | heldout_acceptance(job, run.eval_prompts)
+        if step == 1 and routers_start:
+            values |= routers_start
+            if job.is_first:
+                print(routing.spread_line(values), flush=True)
         if values:
             tracker.log(step, values)
 

@@ -16,6 +16,7 @@ BALANCE_LOSS_MICRO = "balance_loss_micro"  # over each micro-batch of a data-par
 Z_LOSS = "z_loss"
 MAX_VIOLATION = "max_violation"  # MaxVio: the largest load over the global batch, minus 1
 MAX_VIOLATION_MICRO = "max_violation_micro"  # mean of the same over the micro-batches of each data-parallel rank
+LOAD_VARIATION = "expert_load_cv"  # coefficient of variation: standard deviation over experts, of loads of mean 1.0
 LOAD_MIN = "expert_load_min"
 LOAD_P10 = "expert_load_p10"
 LOAD_P50 = "expert_load_p50"
@@ -55,6 +56,11 @@ def heldout_mtp_loss(depth: int) -> str:
 def of_layer(name: str, layer: str) -> str:
     """Name of a router's metric in one mixture of experts: a number from 1 in the trunk, ``mtp`` for the MTP layer."""
     return f"{name}/{layer}"
+
+
+def as_drawn(name: str) -> str:
+    """Name of a load of a new run's first batch, had the rows of its routers not been made equally long."""
+    return f"{name}_rows_as_drawn"
 
 
 def heldout_acceptance(step: int) -> str:

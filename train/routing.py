@@ -1,5 +1,7 @@
 """The routers of a run: counted ahead of a step where that is needed, and what a logged step says of them."""
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from statistics import fmean
 
@@ -9,6 +11,7 @@ from torch import Tensor
 from model.balance import NOTES, Balance, counting_ahead, shares
 from model.batch import MicroBatch
 from model.forecast import histogram
+from model.init import rows_as_drawn
 from parallel.collectives import max_over_all, sum_over, sum_over_all
 from parallel.engine_megatron import run_schedule
 from train import metrics
@@ -59,6 +62,25 @@ def count_ahead(job: Job, batches: list[MicroBatch]) -> None:
         run_schedule(job.chunks, only_routing, job.microbatch_tokens, forward_only=True)
 
 
+@torch.no_grad()
+def loads_as_drawn(job: Job, batches: list[MicroBatch]) -> list["LayerLoad"]:
+    """Loads of a new run's first batch, had its routers' rows not been made equally long: one more forward pass.
+
+    Only the routers differ, and what follows from them in later layers. Nothing is left of it but the numbers.
+    """
+    own = balances(job).values()
+    for balance in own:
+        balance.begin_step(recording=False)
+    with ExitStack() as stack:
+        for chunk in job.chunks:
+            stack.enter_context(rows_as_drawn(chunk, chunk.sharded_state_dict(), job.config.seed))
+        count_ahead(job, batches)
+    found = layer_loads(job)
+    for balance in own:
+        balance.counts.zero_()
+    return found
+
+
 def end_step(job: Job) -> None:
     """After the optimizer's step."""
     for balance in balances(job).values():
@@ -78,16 +100,27 @@ class LayerLoad:
     mean_scores: Tensor
     notes: dict[str, float]
 
+    def load(self) -> Tensor:
+        """[E], each expert's over the uses; 1.0: an even share."""
+        return self.counts.sum(dim=0) / self.counts.sum().clamp(min=1) * self.counts.shape[1]
+
+    def spread(self) -> dict[str, float]:
+        """How uneven the loads are, by name."""
+        load = self.load()
+        return {
+            metrics.MAX_VIOLATION: load.max().item() - 1.0,
+            metrics.LOAD_VARIATION: load.std(correction=0).item(),
+        }
+
     def statistics(self) -> dict[str, float]:
         """The numbers of a logged step, by their names."""
-        experts = self.counts.shape[1]
-        load = self.counts.sum(dim=0) / self.counts.sum().clamp(min=1) * experts  # 1.0: an even share
+        experts, load = self.counts.shape[1], self.load()
         at = torch.quantile(load, torch.tensor([share / 100 for share in PERCENTILES], dtype=load.dtype))
         return {
             metrics.BALANCE_LOSS: experts * (shares(self.counts) * self.mean_scores).sum().item(),
             metrics.BALANCE_LOSS_MICRO: self.notes["local_loss"],
             metrics.Z_LOSS: self.notes["z_loss"],
-            metrics.MAX_VIOLATION: load.max().item() - 1.0,
+            **self.spread(),
             metrics.MAX_VIOLATION_MICRO: self.notes["local_violation"],
             **dict(zip(PERCENTILES.values(), at.tolist(), strict=True)),
             metrics.DEAD_EXPERTS: float((load == 0).sum()),
@@ -121,15 +154,43 @@ def layer_loads(job: Job) -> list[LayerLoad]:
     return found
 
 
+def layer_names(job: Job) -> list[str]:
+    """A name for each mixture of the model: numbers from 1 in the trunk, then mtp."""
+    trunk = range(1, 1 + job.config.model.layers.count("E"))
+    return [*map(str, trunk), *["mtp"] * (job.config.mtp.steps > 0)]
+
+
+def spread_as_drawn(job: Job, batches: list[MicroBatch]) -> dict[str, float]:
+    """`loads_as_drawn` as metrics: means over the layers, and by layer; none where routers are not new or not used."""
+    if job.config.run.init or job.config.balance.forced:
+        return {}
+    rows = [load.spread() for load in loads_as_drawn(job, batches)]
+    values = {metrics.as_drawn(name): fmean(row[name] for row in rows) for name in (rows[0] if rows else ())}
+    for layer, row in zip(layer_names(job), rows, strict=True):
+        values |= {metrics.of_layer(metrics.as_drawn(name), layer): value for name, value in row.items()}
+    return values
+
+
+def spread_line(values: dict[str, float]) -> str:
+    """The first step's metrics of the routers' start, in a line for a person."""
+
+    def loads(name_of: Callable[[str], str]) -> str:
+        fullest, variation = values[name_of(metrics.MAX_VIOLATION)] + 1, values[name_of(metrics.LOAD_VARIATION)]
+        return f"fullest {fullest:.2f} x an even share, coefficient of variation {variation:.2f}"
+
+    return (
+        f"expert load of the first batch, mean over layers: {loads(str)}; with router rows as drawn, not of equal "
+        f"norm: {loads(metrics.as_drawn)}"
+    )
+
+
 def routing_metrics(job: Job) -> dict[str, float]:
     """What a logged step says of the routers: each number's mean over the layers, and by layer."""
     rows = [load.statistics() for load in layer_loads(job)]
-    trunk = job.config.model.layers.count("E")
     values = {}
     for name in rows[0] if rows else (metrics.BALANCE_LOSS, metrics.BALANCE_LOSS_MICRO, metrics.Z_LOSS):
         values[name] = fmean(row[name] for row in rows) if rows else 0.0
-    for number, row in enumerate(rows, start=1):
-        layer = str(number) if number <= trunk else "mtp"
+    for layer, row in zip(layer_names(job), rows, strict=True):
         values |= {metrics.of_layer(name, layer): value for name, value in row.items() if name != metrics.Z_LOSS}
     if job.config.balance.forced:
         values[metrics.FORCED_ROUTING] = 1.0
