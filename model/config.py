@@ -145,15 +145,23 @@ def check_balance(balance: BalanceConfig) -> None:
     for name, choices in BALANCE_CHOICES.items():
         value = getattr(balance, name)
         if value not in choices:
-            raise ModelError(f"balance.{name}={value!r} is not known: choose {', '.join(choices)}")
+            known = f"{', '.join(choices[:-1])} or {choices[-1]}"
+            raise ModelError(f"balance.{name}={value!r} is not known: choose {known}")
     for name in ("weight", "micro_weight", "z_weight", "bias_rate"):
         value = getattr(balance, name)
         if not 0 <= value < float("inf"):
-            raise ModelError(f"balance.{name}={value} must be at least 0, and finite")
+            raise ModelError(
+                f"balance.{name}={value} would drive loads apart: choose a finite number of at least 0 (0: none)"
+            )
     if balance.mode == "exact" and balance.scope != "global":
         raise ModelError(
             f"balance.mode=exact counts the global batch ahead, and balance.scope={balance.scope} does not read it: "
             f"choose balance.scope=global or balance.mode=online"
+        )
+    if balance.mode == "exact" and not balance.weight:
+        raise ModelError(
+            f"balance.mode=exact counts the global batch ahead for the balance loss, which "
+            f"balance.weight={balance.weight} leaves out: choose a weight above 0 or balance.mode=online"
         )
     if balance.forced and balance.bias_rate:
         raise ModelError(

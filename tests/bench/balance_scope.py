@@ -127,7 +127,7 @@ def main() -> None:
     """Runs everything and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/balance_scope"), help="directory of the runs")
-    parser.add_argument("--steps", type=int, default=250, help="steps of each run; 250 is the recipe's")
+    parser.add_argument("--steps", type=int, default=150, help="steps of each run; 150 is the recipe's")
     asked = parser.parse_args()
     runs = {pair: RunReference("{}_{}".format(*pair), str(asked.runs)) for pair in product(SCOPES, SEEDS)}
     for (scope, seed), run in runs.items():

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from model.config import SIZES, ModelConfig, ModelError, MtpConfig, check_model
+from model.config import SIZES, BalanceConfig, ModelConfig, ModelError, MtpConfig, check_balance, check_model
 
 
 def test_defaults_can_be_built() -> None:
@@ -103,6 +103,40 @@ def test_mistakes_are_refused_with_one_line(changes: dict, message: str) -> None
 def test_mistaken_prediction_settings_are_refused(changes: dict, says: str) -> None:
     with pytest.raises(ModelError) as refusal:
         check_model(ModelConfig(), replace(MtpConfig(), **changes))
+    assert says in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"scope": "batch"}, "balance.scope='batch' is not known: choose global, micro or sequence"),
+        ({"mode": "fast"}, "balance.mode='fast' is not known: choose online or exact"),
+        *(
+            ({name: value}, f"balance.{name}={value} would drive loads apart: choose a finite number of at")
+            for name in ("weight", "micro_weight", "z_weight", "bias_rate")
+            for value in (-0.1, float("inf"), float("nan"))
+        ),
+        (
+            {"mode": "exact", "scope": "micro"},
+            "balance.mode=exact counts the global batch ahead, and balance.scope=micro does not read it: choose "
+            "balance.scope=global or balance.mode=online",
+        ),
+        (
+            {"mode": "exact", "weight": 0.0},
+            "balance.mode=exact counts the global batch ahead for the balance loss, which balance.weight=0.0 leaves "
+            "out: choose a weight above 0 or balance.mode=online",
+        ),
+        (
+            {"forced": True, "bias_rate": 0.001},
+            "balance.forced=true chooses experts in turn: balance.bias_rate=0.001 moves nothing, set 0",
+        ),
+    ],
+)
+def test_mistaken_balance_settings_are_refused(changes: dict, says: str) -> None:
+    check_balance(BalanceConfig())
+    with pytest.raises(ModelError) as refusal:
+        check_balance(replace(BalanceConfig(), **changes))
     assert says in str(refusal.value)
     assert "\n" not in str(refusal.value)
 

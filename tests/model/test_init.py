@@ -9,8 +9,9 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from torch.nn import functional as F
 
 from model.config import BalanceConfig, ModelConfig, MtpConfig
-from model.init import _draw, initialise, narrowed, rules, suspicious
+from model.init import _draw, initialise, narrowed, rows_as_drawn, rules, suspicious
 from model.network import LanguageModel
+from model.router import normalise_rows
 from model.stack import hybrid_config
 from tests.model.helpers import BALANCE, SMALL
 
@@ -139,6 +140,20 @@ def test_spread_of_the_weights(fresh: Callable) -> None:
             # n > 1000 numbers give their standard deviation to 1 / sqrt(2n) < 2.3 %; 10 % is above four sigma.
             assert parameter.std() == pytest.approx(std, rel=0.1), name
             assert parameter.mean().abs() < 5 * std / parameter.numel() ** 0.5, name
+
+
+def test_rows_as_drawn_are_there_for_a_while(fresh: Callable, groups) -> None:
+    network = fresh(replace(FLOAT32, experts=64, experts_per_token=2), steps=1)
+    routers = [mixture.router.weight for mixture in network.mixtures()]
+    before = [weight.detach().clone() for weight in routers]
+    with rows_as_drawn(network, sharded_state(network, groups), seed=1):
+        drawn = [weight.detach().clone() for weight in routers]
+    for weight, one, other in zip(routers, before, drawn, strict=True):
+        assert torch.equal(weight, one)
+        # The same draws to float32 rounding, but for their lengths: norms of 24 normal numbers scatter by 1 / sqrt(48).
+        torch.testing.assert_close(normalise_rows(other, FLOAT32.init_std), one, rtol=1e-5, atol=1e-8)
+        assert 0.1 < other.norm(dim=1).std() / other.norm(dim=1).mean() < 0.2
+        assert other.std() == pytest.approx(FLOAT32.init_std, rel=0.1)
 
 
 def test_suspicious_names_planted_faults(fresh: Callable) -> None:

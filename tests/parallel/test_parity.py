@@ -39,9 +39,8 @@ from tests.parallel.tiny import (
 from train import metrics
 from train.build import Job
 from train.config import BatchConfig
-from train.evaluate import microbatch
-from train.loop import step_metrics, train_step
-from train.routing import begin_step
+from train.loop import micro_batches, step_metrics, train_step
+from train.routing import balances, begin_step, end_step
 
 pytestmark = pytest.mark.timeout(1500)  # the first test computes all results
 ROWS = 8
@@ -147,28 +146,44 @@ def _trajectory(case: Case, experts_per_token: int, mode: str) -> list[dict[str,
     return steps
 
 
-def _gradients(case: Case, balance: BalanceConfig) -> list[tuple]:
-    """(name, shape of the whole, where this part starts, gradient) of every parameter of this rank, in float64."""
+def _in_float64(case: Case, balance: BalanceConfig) -> tuple[Job, list[DistributedDataParallel]]:
+    """A job whose parameters and gradients are float64, and its wrapped stages."""
     job = _job(case, balance, dtype="float64")
     chunks = [chunk.double() for chunk in fill(job)]
     config = chunks[0].config
     config.finalize_model_grads_func = _finalize
     ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=False, grad_reduce_in_fp32=False)
-    ddp = [DistributedDataParallel(config, ddp_config, chunk, pg_collection=job.groups) for chunk in chunks]
-    counts = count_targets(random_batch(ROWS, seed=0).documents, job.config.mtp.steps)
-    ready = [microbatch(job, batch, counts) for batch in _batches(job, case, seed=0)]
+    return job, [DistributedDataParallel(config, ddp_config, chunk, pg_collection=job.groups) for chunk in chunks]
+
+
+def _gradients(case: Case, balance: BalanceConfig) -> list[tuple]:
+    """(name, shape of the whole, where this part starts, gradient) of every parameter of this rank, in float64."""
+    job, ddp = _in_float64(case, balance)
+    ready = micro_batches(job, _batches(job, case, seed=0))
     begin_step(job, ready, recording=False)
     run_schedule(ddp, ready, job.microbatch_tokens, forward_only=False)
-    states = [entry for chunk in chunks for entry in chunk.sharded_state_dict().values()]
+    states = [entry for chunk in job.chunks for entry in chunk.sharded_state_dict().values()]
     whole = {id(entry.data): entry for entry in states if isinstance(entry, ShardedTensor)}
     found = []
-    for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
+    for parameter in (parameter for chunk in job.chunks for parameter in chunk.parameters()):
         entry = whole[id(parameter)]
         found.append((entry.key, entry.global_shape, entry.global_offset, parameter.main_grad.clone()))
     return found
 
 
-SPARSE, ONLINE, DENSE, GRADIENTS, BY_SEQUENCE = "sparse", "sparse, online", "dense", "gradients", "by sequence"
+def _biases(case: Case) -> dict[int, torch.Tensor]:
+    """Each router's bias, by its place in the model, after three steps in float64 that leave the weights alone."""
+    job, ddp = _in_float64(case, replace(EXACT, mode="online", bias_rate=0.01))
+    for seed in range(3):
+        ready = micro_batches(job, _batches(job, case, seed))
+        begin_step(job, ready, recording=False)
+        run_schedule(ddp, ready, job.microbatch_tokens, forward_only=False)
+        end_step(job)
+    return {place: balance.bias for place, balance in balances(job).items()}
+
+
+SPARSE, ONLINE, DENSE, GRADIENTS = "sparse", "sparse, online", "dense", "gradients"
+BY_SEQUENCE, BIASES = "by sequence", "biases"
 COMPUTE = {
     SPARSE: lambda case: _trajectory(case, MODEL.experts_per_token, "exact"),
     ONLINE: lambda case: _trajectory(case, MODEL.experts_per_token, "online"),
@@ -176,17 +191,20 @@ COMPUTE = {
     DENSE: lambda case: _trajectory(case, MODEL.experts, "online"),
     GRADIENTS: lambda case: _gradients(case, EXACT),
     BY_SEQUENCE: lambda case: _gradients(case, replace(EXACT, mode="online", scope="sequence")),
+    BIASES: _biases,
 }
 CHOOSING = [case for case in LAYOUTS if case.world == 2]
 SEQUENCES = [case for case in LAYOUTS if case.name in ("DP2", "TP2xCP2", "CP2xEP2", "PP2 interleaved")]
+BIASED = [case for case in CHOOSING if case.name.startswith(("DP2", "EP2", "TP2 with", "PP2 inter", "CP2 by heads"))]
 PLAN = (
-    [(REFERENCE, kind) for kind in (SPARSE, DENSE, GRADIENTS, BY_SEQUENCE)]
+    [(REFERENCE, kind) for kind in (SPARSE, DENSE, GRADIENTS, BY_SEQUENCE, BIASES)]
     + [(TWO_MICRO_BATCHES, ONLINE)]
     + [(case, kind) for case in LAYOUTS for kind in (DENSE, GRADIENTS)]
     + [(case, SPARSE if case.parallel.pipeline > 1 else ONLINE) for case in CHOOSING]
     + [(case, kind) for case in MICRO_BATCHED for kind in (DENSE, GRADIENTS)]
     + [(case, GRADIENTS) for case in (*OTHER_DEPTHS, *DEPTH_REFERENCES.values(), DEPTH_REFERENCE, DEPTH)]
     + [(case, BY_SEQUENCE) for case in SEQUENCES]
+    + [(case, BIASES) for case in BIASED]
 )
 
 
@@ -327,6 +345,17 @@ def test_gradients_of_a_balance_loss_by_sequence(results, case: Case):
         {name: x for name, _, _, x in results[REFERENCE, kind][0]}[router] for kind in (GRADIENTS, BY_SEQUENCE)
     )
     assert (of_whole - by_sequence).abs().max() > 1e-3 * of_whole.abs().max(), "the balance loss plays no part here"
+
+
+@pytest.mark.parametrize("case", BIASED, ids=lambda case: case.name)
+def test_the_bias_is_the_same_in_every_layout(results, case: Case):
+    """Bit for bit: it moves by the signs of sums of whole numbers."""
+    expected = results[REFERENCE, BIASES][0]
+    assert all(len(bias.unique()) > 2 for bias in expected.values()), "the biases have hardly moved"
+    ranks = results[case, BIASES]
+    assert set().union(*ranks) == expected.keys()
+    for place, bias in (pair for rank in ranks for pair in rank.items()):
+        assert torch.equal(bias, expected[place]), f"router {place}"
 
 
 def test_the_reference_is_a_hard_case(results):

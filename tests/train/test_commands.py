@@ -58,6 +58,8 @@ def refused(*arguments: str) -> str:
         ("train model.pattern=GEGE|GE*E", "parallel.pipeline=1 but model.pattern='GEGE|GE*E' x 1 has 2 stages"),
         ("train data.corpus=/a(b),c", "data.corpus=/a(b),c does not exist"),
         ("train data.seq_length=3", "data.seq_length=3 is too short for mtp.steps=2"),
+        ("train balance.weight=-1", "balance.weight=-1.0 would drive loads apart: choose a finite number"),
+        ("train balance.mode=exact balance.scope=micro", "balance.mode=exact counts the global batch ahead, and"),
         ("train run.dir=/dev/null", "run.dir=/dev/null cannot be written: /dev/null/tiny: Not a directory"),
         ("prepare", "input must be given: input=..."),
         ("prepare input=x outputs=y", "unknown setting outputs=y: did you mean output?"),
@@ -160,6 +162,13 @@ def python_m_train(*arguments: str, **options) -> subprocess.Popen:
         text=True,
         **options,
     )
+
+
+def test_a_mistake_in_a_value_is_one_line_and_exit_code_2():
+    process = python_m_train("train", "balance.scope=batch")
+    out, err = process.communicate(timeout=60)
+    message = "error: balance.scope='batch' is not known: choose global, micro or sequence\n"
+    assert (process.returncode, out, err) == (2, "", message)
 
 
 def test_a_mistake_is_one_line_and_exit_code_2_without_torch():

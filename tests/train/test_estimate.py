@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from model import cost
 from model.cost import training_flops
 from train.__main__ import compose, run
 from train.config import check_plan
@@ -123,3 +124,15 @@ def test_it_needs_no_torch() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
+
+
+def test_what_counting_ahead_costs(said) -> None:
+    """A forward pass without the head: its operations over three passes with it."""
+    config = compose(["-cn", "qwen3_next_80b_a3b"], planned=True)
+    parts = cost.forward_flops(config.model, config.mtp, 151936, 4096)
+    share = (sum(parts.values()) - parts[cost.HEAD]) / (3 * sum(parts.values()))
+    text = said("-cn", "qwen3_next_80b_a3b", "batch.global=1024", "batch.micro=4")
+    # 48 mixtures and one MTP step, 512 experts, 1024 / 64 / 4 = 4 micro-batches, 8 bytes, this process's and the sums.
+    assert f"{share:.1%} more operations; it keeps {49 * 512 * 4 * 8 * 2 / 2**20:.2f} MiB of counts" in text
+    assert "balance.mode=exact" not in said("-cn", "qwen3_next_80b_a3b", "batch.global=256", "batch.micro=4")
+    assert "balance.mode=exact" not in said("-cn", "qwen3_32b")

@@ -101,6 +101,13 @@ def test_a_run_is_repeatable_bit_for_bit_and_keeps_the_contract_of_its_directory
     assert set(commands.metrics("first")[0]) >= CONTRACT
     assert "heldout_unigram_entropy" in commands.metrics("first")[-1]
     assert "unigram entropy" in output and "held-out lm_loss" in output
+    assert "expert load of the first batch, mean over layers: fullest" in output
+    first, second, *_ = (set(entry) for entry in commands.metrics("first"))
+    assert {name for name in first - second if "heldout" not in name} == {
+        f"{name}_rows_as_drawn{layer}"
+        for name in ("max_violation", "expert_load_cv")
+        for layer in ("", "/1", "/2", "/mtp")
+    }
     assert (commands.runs / "first" / "config.yaml").is_file()
     assert [path.name for path in (commands.runs / "first" / "checkpoints").iterdir()] == ["step_00000004"]
     # Another seed is another run.
@@ -114,7 +121,8 @@ def test_a_run_resumes_exactly_and_a_finished_one_says_so(commands: Commands):
     constant = (*rate, "batch.schedule=[[500,12]]", "batch.length_schedule=[[0,24],[1000,48]]")
     commands.train("whole", *constant)
     commands.train("parts", *constant, "run.steps=2")
-    assert "starting after step 2" in commands.train("parts", *constant)
+    resumed = commands.train("parts", *constant)
+    assert "starting after step 2" in resumed and "expert load of the first batch" not in resumed
     assert commands.losses("parts") == commands.losses("whole")
     tokens = [0, 8 * 48, 16 * 48, 28 * 48, 40 * 48]
     assert [line["tokens"] for line in commands.metrics("parts")] == tokens[1:]
@@ -183,7 +191,9 @@ def test_ctrl_c_saves_and_the_run_goes_on(commands: Commands):
 
 
 def test_max_time_ends_a_run_with_a_checkpoint(commands: Commands):
-    assert "stopped after step 1 of 4" in commands.train("run", "run.max_time=0.00001")
+    output = commands.train("run", "run.max_time=0.00001", "balance.mode=exact")
+    assert "stopped after step 1 of 4" in output
+    assert "balance.mode=exact: a forward pass without the head ahead of each step, " in output
     assert (commands.runs / "run" / "checkpoints" / "step_00000001").is_dir()
 
 
