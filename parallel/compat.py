@@ -1,7 +1,7 @@
 """Every patch of megatron-core, one function each: the symbol, the versions, the reason.
 
-All of them let megatron-core 0.19 run without CUDA; with a GPU none is applied. `tests/parallel/test_compat.py` holds
-a test for each that fails once upstream no longer needs the patch.
+All but `use_torch_adamw` let megatron-core 0.19 run without CUDA, and none of these is applied with a GPU.
+`tests/parallel/test_compat.py` holds a test for each that fails once upstream no longer needs the patch.
 """
 
 import contextlib
@@ -87,7 +87,18 @@ def optimizer_context(device: torch.device) -> contextlib.AbstractContextManager
     return cuda_type_names() if device.type == "cpu" else contextlib.nullcontext()
 
 
+def use_torch_adamw() -> None:
+    """Symbol: `megatron.core.optimizer.USING_PYTORCH_OPTIMIZER`, 0.19.x.
+
+    Reason: where Transformer Engine is installed megatron-core takes its FusedAdam, which needs CUDA and keeps another
+    state than our checkpoints hold. What is installed must not decide how a run trains.
+    """
+    optimizer: Any = importlib.import_module("megatron.core.optimizer")
+    optimizer.USING_PYTORCH_OPTIMIZER = True
+
+
 def apply(device: torch.device) -> None:
     """Applies what this device needs, once per process and before the engine is built."""
+    use_torch_adamw()
     if device.type == "cpu":
         replace_cuda_device()

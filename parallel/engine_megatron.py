@@ -253,7 +253,6 @@ class MegatronEngine:
         self._apply_settings()
         for part in optimizers:
             for group in part.optimizer.param_groups:
-                group["step"] = self._steps  # Transformer Engine's AdamW counts here, torch's for each parameter
                 for parameter in group["params"]:
                     where = parameter.device if group["fused"] else None
                     part.optimizer.state[parameter]["step"] = torch.tensor(float(self._steps), device=where)

@@ -24,7 +24,9 @@ def require_room(job: Job) -> None:
         ConfigError: its disk has no room for a checkpoint.
     """
     run, needed = job.config.run, checkpoint_bytes(job.config, job.vocab_size)
-    free = shutil.disk_usage(run.path).free if job.is_first else 0
+    # The run's folder may be still to come.
+    there = next(path for path in (run.path, *run.path.parents) if path.exists())
+    free = shutil.disk_usage(there).free if job.is_first else 0
     free = int(sum_over_all(torch.tensor(free, device=job.device)))
     if free < needed:
         raise ConfigError(

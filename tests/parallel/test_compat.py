@@ -111,6 +111,22 @@ def _build_with_type_names_as_they_are(runs: Path) -> None:
         compat.optimizer_context = kept
 
 
+def _fused_adam(**settings) -> None:
+    raise RuntimeError("FusedAdam asks for CUDA")
+
+
+def _build_beside_transformer_engine(runs: Path, patched: bool) -> None:
+    optimizer = importlib.import_module("megatron.core.optimizer")
+    kept, kept_class = optimizer.USING_PYTORCH_OPTIMIZER, optimizer.Adam
+    optimizer.USING_PYTORCH_OPTIMIZER, optimizer.Adam = False, _fused_adam
+    try:
+        if patched:
+            compat.use_torch_adamw()
+        start_engine(_job(runs))
+    finally:
+        optimizer.USING_PYTORCH_OPTIMIZER, optimizer.Adam = kept, kept_class
+
+
 def _take_away(runs: Path) -> dict[str, str | None]:
     """What is taken away -> how the CPU run then fails; None where it works."""
     process_groups.start(torch.device("cpu"))
@@ -123,6 +139,8 @@ def _take_away(runs: Path) -> dict[str, str | None]:
             found[name] = _complaint(_train_and_save, runs)
     found["type names when building"] = _complaint(_build_with_type_names_as_they_are, runs)
     found["type names when clipping"] = _complaint(_clip_outside, runs)
+    for name, patched in (("nothing, beside Transformer Engine", True), ("torch's AdamW", False)):
+        found[name] = _complaint(_build_beside_transformer_engine, runs, patched)
     found["nothing, clipping"] = _complaint(_clip_inside, runs)
     return found
 
@@ -132,7 +150,10 @@ def complaints(tmp_path_factory) -> list[dict[str, str | None]]:
     return run_ranks(_take_away, 2, tmp_path_factory.mktemp("runs"), timeout=300)
 
 
-@pytest.mark.parametrize("what", ["nothing", "nothing, sending", "nothing, clipping"])
+WORKING = ["nothing", "nothing, sending", "nothing, clipping", "nothing, beside Transformer Engine"]
+
+
+@pytest.mark.parametrize("what", WORKING)
 def test_with_every_patch_it_works(complaints, what: str):
     assert [rank[what] for rank in complaints] == [None, None]
 
@@ -143,6 +164,11 @@ def test_without_one_replacement_it_asks_for_cuda(complaints, name: str):
         assert rank[name] is not None, f"megatron-core no longer needs this: take {name} out of parallel/compat.py"
         # torch's two ways of refusing: no driver, or a build without CUDA.
         assert "NVIDIA" in rank[name] or "CUDA" in rank[name]
+
+
+def test_without_torchs_adamw_it_takes_transformer_engines(complaints):
+    for rank in complaints:
+        assert "FusedAdam" in rank["torch's AdamW"], "megatron-core no longer chooses by what is installed"
 
 
 def test_without_type_names_the_optimizer_refuses(complaints):
