@@ -16,6 +16,7 @@ Shape suffixes: T tokens, E experts, K experts per token, R sequences of a micro
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +84,8 @@ class Online:
         self.forward_sums: list[PendingSum] = []
         self.seen_E = torch.zeros(expected_ME.shape[1], dtype=torch.int64, device=expected_ME.device)
         self.added = self.backward_passes = 0
-        self.done = self.given = 0.0  # share of the batch's assignments behind us, and what they were given of f
+        self.done: Any = 0.0  # share of the batch's assignments behind us; a tensor once there are some
+        self.given: Any = 0.0  # what they were given of f
 
     def settle(self) -> Tensor:
         """int64 [E]: all that the forward passes so far have counted."""
@@ -124,9 +126,11 @@ class Balance(nn.Module):
 
     counts: Tensor
     bias: Tensor | None
-    seen: Tensor
     mean_scores: Tensor
     notes: Tensor
+    counted_UME: Tensor | None
+    histogram_MB: Tensor | None
+    recording: bool
 
     def __init__(self, config, pg_collection):
         super().__init__()
@@ -166,7 +170,7 @@ class Balance(nn.Module):
         local = None
         if self.local_weight or self.recording:
             local = start_sum(self.count(experts_TK, tokens, self.by_row), self.local_group)
-        if self.recording:
+        if self.recording and local is not None:
             self.note(logits_TE, scores_TE, experts_TK, tokens, local)
         return _HangLoss.apply(weights_TK, scores_TE, tokens.weight_T, lambda: self.pressure(tokens, local))
 
@@ -182,6 +186,7 @@ class Balance(nn.Module):
         """d loss / d score over the token's weight: [E], or [T, E] by sequence. Called in the backward pass."""
         total = self.global_weight * self.share(tokens)
         if self.local_weight:
+            assert local is not None  # started in the forward pass
             share_RE = shares(local.wait())
             total = total + self.local_weight * (share_RE[tokens.row_T()] if self.by_row else share_RE[0])
         return self.num_experts * total
@@ -271,7 +276,7 @@ def counting_ahead(balances: Iterable[Balance], group) -> Iterator[None]:
         balance.ahead = [[] for _ in balance.counts]
     yield
     if balances:
-        own = [torch.stack([torch.stack(passes) for passes in balance.ahead]) for balance in balances]
+        own = [torch.stack([torch.stack(passes) for passes in balance.ahead or []]) for balance in balances]
         parts = sum_over(torch.cat(own), group).split([len(part) for part in own])
         for balance, counted_UME in zip(balances, parts, strict=True):
             balance.take_counts(counted_UME)

@@ -17,7 +17,8 @@ def online_shares(counts_ME: Tensor, expected_ME: Tensor, in_flight: int) -> Ten
         counts_ME: assignments in each micro-batch. expected_ME: what they were expected to be.
         in_flight: micro-batches whose forward passes are done when a backward pass comes, itself included.
     """
-    weights, given = counts_ME.sum(dim=1) / counts_ME.sum(), []
+    weights = counts_ME.sum(dim=1) / counts_ME.sum()
+    given: list[Tensor] = []
     for m in range(len(counts_ME)):
         seen, to_come = counts_ME[: m + in_flight].sum(dim=0), counts_ME[m + in_flight :].sum()
         expected = expected_ME[m + in_flight :].sum(dim=0)
