@@ -1,6 +1,6 @@
 """What it does to a model whether its experts are balanced over the global batch or over each micro-batch.
 
-    python -m tests.bench.balance_scope [--runs DIR] [--steps N]
+    python -m tests.bench.balance_scope [--runs DIR] [--steps N] [--weight W]
 
 Trains the recipe `balance_scope` once for each scope and seed, one run after the other in one process each, and prints
 a table in Markdown: means over the seeds, and in parentheses the standard deviation. A run that is finished already is
@@ -78,11 +78,12 @@ def rows_of_kinds(job: Job) -> Tensor:
 
 def counts_by_kind(job: Job, tokens_KRS: Tensor) -> Tensor:
     """Assignments [layers, kinds, experts] of rows of each kind."""
-    batches = [Batch(tokens, torch.zeros_like(tokens, dtype=torch.int32)) for tokens in tokens_KRS]
+    parts = tokens_KRS.flatten(0, 1).split(job.config.batch.micro)
+    batches = [Batch(tokens, torch.zeros_like(tokens, dtype=torch.int32)) for tokens in parts]
     ready = [microbatch(job, batch, count_targets(batch.documents, 0)) for batch in batches]
     routing.count_ahead(job, ready)
     found = [balance.by_micro_batch()[0] for _, balance in sorted(routing.balances(job).items())]
-    return torch.stack(found)
+    return torch.stack(found).unflatten(1, (len(tokens_KRS), -1)).sum(dim=2)
 
 
 def specialisation(counts_LKE: Tensor) -> tuple[float, float]:
@@ -128,11 +129,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/balance_scope"), help="directory of the runs")
     parser.add_argument("--steps", type=int, default=150, help="steps of each run; 150 is the recipe's")
+    parser.add_argument("--weight", type=float, default=0.01, help="weight of the balance loss; 0.01 is the recipe's")
     asked = parser.parse_args()
     runs = {pair: RunReference("{}_{}".format(*pair), str(asked.runs)) for pair in product(SCOPES, SEEDS)}
     for (scope, seed), run in runs.items():
         place = [f"run.name={run.name}", f"run.dir={run.dir}", f"run.steps={asked.steps}", "wandb.mode=disabled"]
-        command("train", "-cn", "balance_scope", *place, f"seed={seed}", f"balance.scope={scope}")
+        balance = [f"balance.scope={scope}", f"balance.weight={asked.weight}"]
+        command("train", "-cn", "balance_scope", *place, f"seed={seed}", *balance)
         print(f"{run.name} done", file=sys.stderr, flush=True)
     compat.apply(torch.device("cpu"))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
