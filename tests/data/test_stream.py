@@ -67,6 +67,23 @@ def test_a_window_deals_out_its_samples_in_another_order(stream: TokenStream, mo
         assert sorted(dealt[first : first + 8]) == sorted(in_order[first : first + 8])
 
 
+def test_memory_holds_the_units_of_a_window_and_the_next(stream: TokenStream, monkeypatch) -> None:
+    monkeypatch.setattr("data.stream.WINDOW_SAMPLES", 4)
+    expected, kept = [], []
+    for index in range(2 * stream.samples_per_epoch):
+        stream.sample(index)
+        epoch, position = divmod(index, stream.samples_per_epoch)
+        window = position // 4
+        following = (epoch, window + 1) if (window + 1) * 4 < stream.samples_per_epoch else (epoch + 1, 0)
+        needed = {*stream._units_of_window(epoch, window), *stream._units_of_window(*following)}
+        expected.append(needed)
+        kept.append({unit for _, unit in stream.cache._kept})
+    assert all(found <= needed for found, needed in zip(kept, expected, strict=True))
+    assert max(map(len, expected)) < stream.reader.num_units
+    # What both windows need is read once.
+    assert sum(len(after - before) for before, after in zip(kept, kept[1:], strict=False)) < 3 * stream.reader.num_units
+
+
 def test_an_epoch_holds_every_document_once(stream: TokenStream, monkeypatch) -> None:
     monkeypatch.setattr("data.stream.WINDOW_SAMPLES", 1)  # samples in the order of their tokens
     assert stream.reader.num_units > 3
