@@ -9,6 +9,7 @@ grow. Beside work that holds Python's lock, reading in a thread (`data.workers=0
 """
 
 import argparse
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -45,7 +46,7 @@ TOKENS = 120_000_000  # of the corpus: more than is read, so that nothing is fou
 MEDIAN_TOKENS, SPREAD = 600, 1.0  # of a document: log-normal
 ROWS_PER_GROUP = 1000
 MEASURED = 6 * WINDOW_TOKENS  # tokens of one measurement: whole windows, whose units are read at their beginning
-WORK = 0.05  # seconds of a step's own work, where a loader works beside it
+WORK = 0.02  # seconds of a step's own work, where a loader works beside it
 
 
 @dataclass(frozen=True)
@@ -228,6 +229,7 @@ def speed_table(root: Path, repeats: int) -> str:
         cores = sorted(reading.tokens / reading.cpu / 1e6 for reading in found)
         wall = median(reading.tokens / reading.wall / 1e6 for reading in found)
         lines.append(f"| {name} | {median(cores):.1f} M | {wall:.1f} M | {cores[0]:.1f} to {cores[-1]:.1f} M |")
+        print(lines[-1], file=sys.stderr, flush=True)
     return "\n".join(lines)
 
 
@@ -256,6 +258,7 @@ def memory_table(root: Path, repeats: int) -> str:
         assert max(found) - found[0] < 4 * WINDOW_TOKENS, (name, found)
         first, last, most = (f"{size / 1e6:.0f} MB" for size in (found[0], found[-1], max(found)))
         lines.append(f"| {name} | {first} | {last} | {most} |")
+        print(lines[-1], file=sys.stderr, flush=True)
     return "\n".join(lines)
 
 
@@ -303,6 +306,7 @@ def workers_table(root: Path, repeats: int) -> str:
         found = [in_process(function, *arguments) for _ in range(repeats)]
         wall, cpu = (median(column) for column in zip(*found, strict=True))
         lines.append(f"| {workers} | {source} | {wall:.1f} ms | {cpu:.1f} ms |")
+        print(lines[-1], file=sys.stderr, flush=True)
     return "\n".join(lines)
 
 
@@ -327,6 +331,7 @@ def resume_table(root: Path, repeats: int) -> str:
     for source in ("prepared", "tokens.parquet", "megatron"):
         found = median(in_process(resume, source, root) for _ in range(repeats))
         lines.append(f"| {source} | {found:.1f} s |")
+        print(lines[-1], file=sys.stderr, flush=True)
     return "\n".join(lines)
 
 
