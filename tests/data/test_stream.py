@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +81,7 @@ def test_memory_holds_the_units_of_a_window_and_the_next(stream: TokenStream, mo
     assert all(found <= needed for found, needed in zip(kept, expected, strict=True))
     assert max(map(len, expected)) < stream.reader.num_units
     # What both windows need is read once.
-    assert sum(len(after - before) for before, after in zip(kept, kept[1:], strict=False)) < 3 * stream.reader.num_units
+    assert sum(len(after - before) for before, after in pairwise(kept)) < 3 * stream.reader.num_units
 
 
 def test_an_epoch_holds_every_document_once(stream: TokenStream, monkeypatch) -> None:
