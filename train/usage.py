@@ -63,7 +63,7 @@ EXAMPLES = {
         ("train run.init=theirs run.name=further data.corpus=corpora/mine", "trains on from its weights"),
     ),
     "bench": (
-        ("bench", "the recipe tiny, in seconds on a CPU"),
+        ("bench", "the recipe tiny, in minutes on a CPU"),
         ("bench -cn proxy", "four real-width blocks on a GPU, beside transformers"),
         ("bench -cn proxy model.repeats=3 bench.sequences=[2]", "twelve blocks"),
     ),
