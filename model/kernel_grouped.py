@@ -1,8 +1,8 @@
 """Triton kernels of products with many matrices: rows sorted by expert, each times its own expert's matrix.
 
 Hundreds of experts leave each a few hundred rows or fewer: time goes into the edges of tiles, into reading every weight
-and into writing every gradient. So a program computes one tile and several share a multiprocessor, one's writing
-behind another's products; and a product reads rows that several experts want from where they lie (``source``).
+and into writing every gradient. So gradients are computed in tiles small enough for several to share a multiprocessor,
+one writing while others multiply; and a product reads rows that several experts want from where they lie (``source``).
 
     product:   y_n = x_source(n) W_e(n)^T,  or  x_source(n) W_e(n)
     gradient:  dW_e = sum over the rows n of e of  left_n right_n^T
