@@ -15,7 +15,7 @@ from data.index import measure
 from data.manifest import HELDOUT, TRAIN, is_corpus
 from data.megatron_files import MegatronReader, megatron_prefix
 from data.mixture import MixedStream, Mixture
-from data.packing import BEST_FIT, SPLIT
+from data.packing import BEST_FIT, SPLIT, num_samples
 from data.pool import SKIP, UnitCache
 from data.prepare import embedded_corpus
 from data.readers import ChosenUnits, Joined, PreparedReader, Reader, Subset, digest_of
@@ -92,8 +92,14 @@ class Dataset:
     def heldout_stream(self) -> TokenStream:
         """The held-out samples of all sources, in the order in which they lie."""
         reader = Joined([source.heldout for source in self.sources])
-        sizes = self._measure(reader, SPLIT)
-        return TokenStream(reader, sizes, self.config.seq_length, seed=0, shuffle=False)
+        sizes, length = self._measure(reader, SPLIT), self.config.seq_length
+        if not num_samples(sizes.num_tokens, length):
+            raise CorpusError(
+                f"data.seq_length={length} is longer than all held-out text ({sizes.num_tokens} tokens, {length + 1} "
+                f"needed): lower it, or hold out more (data.heldout_fraction={self.config.heldout_fraction} of files "
+                f"as they are, heldout_fraction of prepare)"
+            )
+        return TokenStream(reader, sizes, length, seed=0, shuffle=False)
 
     def check(self) -> None:
         """Raises CorpusError where a source, or what is held out, does not fill one sample."""

@@ -245,6 +245,12 @@ def test_held_out_units_are_not_trained_on(settings_of) -> None:
     assert dataset.heldout_stream().samples_per_epoch > 1
 
 
+def test_without_held_out_text_a_run_is_refused(settings_of) -> None:
+    dataset = Dataset(settings_of("parquet tokens", heldout_fraction=0.0))
+    with pytest.raises(CorpusError, match=r"all held-out text \(0 tokens.*data\.heldout_fraction=0\.0"):
+        dataset.check()
+
+
 def test_sources_with_different_tokenizers_are_refused(mixed, tmp_path: Path) -> None:
     train_bpe(TEXTS, 300, progress=False).save(tmp_path / "tokenizer.json")
     with pytest.raises(CorpusError, match="have different tokenizers"):
