@@ -10,7 +10,8 @@ import gc
 import json
 import platform
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -70,28 +71,29 @@ def random_batches(sequences: int, length: int, vocab_size: int, number: int) ->
     return [torch.randint(0, vocab_size, (sequences, length + 1), generator=generator) for _ in range(number)]
 
 
-def network_step(network: LanguageModel, device: torch.device, tokens_RS: Tensor) -> None:
-    """Our forward and backward pass over rows that are one document each."""
+@contextmanager
+def counted(network: LanguageModel, device: torch.device, tokens_RS: Tensor) -> Iterator[MicroBatch]:
+    """A step's only micro-batch, of rows that are one document each; its experts are counted as in training."""
     documents_RS = torch.zeros_like(tokens_RS)
-    counts = count_targets(documents_RS, network.config.mtp.steps)
     balances = network.balances().values()
     for balance in balances:
         balance.begin_step(recording=False)
-    network(MicroBatch.build(tokens_RS, documents_RS, counts).to(device)).total.backward()
+    counts = count_targets(documents_RS, network.config.mtp.steps)
+    yield MicroBatch.build(tokens_RS, documents_RS, counts).to(device)
     for balance in balances:
         balance.end_step()
+
+
+def network_step(network: LanguageModel, device: torch.device, tokens_RS: Tensor) -> None:
+    """Our forward and backward pass."""
+    with counted(network, device, tokens_RS) as batch:
+        network(batch).total.backward()
 
 
 def engine_step(engine: MegatronEngine, network: LanguageModel, device: torch.device, tokens_RS: Tensor) -> None:
     """A whole step of training, as `train.loop` does it."""
-    documents_RS = torch.zeros_like(tokens_RS)
-    batch = MicroBatch.build(tokens_RS, documents_RS, count_targets(documents_RS, network.config.mtp.steps)).to(device)
-    balances = network.balances().values()
-    for balance in balances:
-        balance.begin_step(recording=False)
-    engine.train_step([batch], batch.tokens_KRL[0].numel(), LEARNING_RATE)
-    for balance in balances:
-        balance.end_step()
+    with counted(network, device, tokens_RS) as batch:
+        engine.train_step([batch], batch.tokens_KRL[0].numel(), LEARNING_RATE)
 
 
 def about(config: Config, device: torch.device) -> dict[str, str]:
