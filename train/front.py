@@ -191,8 +191,12 @@ def _quiet() -> Iterator[None]:
 
 
 def _failure(error: "ChildFailedError") -> int:
-    """Says in one line which worker failed first and how; returns the exit code."""
-    rank, failure = error.get_first_failure()
+    """Says in one line which worker failed first and how; returns the exit code.
+
+    A mistake that a worker has recorded goes before all: the others are ended for it, and may be seen to end first.
+    """
+    mistakes = [(rank, one) for rank, one in error.failures.items() if one.exitcode == 2]
+    rank, failure = mistakes[0] if mistakes else error.get_first_failure()
     if failure.exitcode in (128 + signal.SIGINT, 128 + signal.SIGTERM):
         return failure.exitcode
     message: Any = failure.message  # declared as text; a dict where the worker left its exception

@@ -1,5 +1,6 @@
 """Starting and stopping workers, with real processes and real signals; the workers are stubs."""
 
+import json
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from parallel.topology import ParallelConfig
 from train import front
@@ -190,3 +192,15 @@ def test_only_a_worker_has_a_world(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert front.world_size() == 8
+
+
+def test_a_recorded_mistake_goes_before_the_end_of_the_others(tmp_path, capsys) -> None:
+    file = tmp_path / "error.json"
+    message = {"message": "ConfigError: the mistake", "extraInfo": {"timestamp": "99999999999"}}
+    file.write_text(json.dumps({"message": message}), encoding="utf-8")
+    mistake = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(file))
+    ended = ProcessFailure(local_rank=1, pid=2, exitcode=-signal.SIGTERM, error_file=str(tmp_path / "none"))
+    error = ChildFailedError("train", {0: mistake, 1: ended})
+    assert error.get_first_failure()[0] == 1, "the other would be taken for the first"
+    assert front._failure(error) == 2
+    assert capsys.readouterr().err == "error: the mistake\n"
