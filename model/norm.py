@@ -22,6 +22,15 @@ def zero_centred_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 @accelerated("model.kernel_norm")
+def rms_norm_with_residual(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`zero_centred_rms_norm` of x, and x itself for the residual connection around what reads the norm.
+
+    Both uses of x are one function, so its backward pass adds their gradients where it writes the norm's.
+    """
+    return zero_centred_rms_norm(x, weight, eps), x
+
+
+@accelerated("model.kernel_norm")
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Zero-centred RMSNorm of x, then times SiLU(gate): the output norm of Gated DeltaNet. Shapes [..., D]."""
     return (zero_centred_rms_norm(at_least_float32(x), weight, eps) * F.silu(at_least_float32(gate))).to(x.dtype)
@@ -44,6 +53,14 @@ class ZeroCentredRMSNorm(nn.Module):
     @recomputable("norm")
     def forward(self, x: Tensor) -> Tensor:
         return zero_centred_rms_norm(x, self.weight, self.eps)
+
+
+class ResidualRMSNorm(ZeroCentredRMSNorm):
+    """The norm at the start of a layer, which hands its input on as the layer's residual (megatron-core takes both)."""
+
+    @recomputable("norm")
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return rms_norm_with_residual(x, self.weight, self.eps)
 
 
 class GatedRMSNorm(ZeroCentredRMSNorm):

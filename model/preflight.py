@@ -21,7 +21,7 @@ from model.dense import swiglu_pairs
 from model.documents import Documents
 from model.experts import combine_rows, count_sorted, expert_rows, gate_rows, gather_rows, invert, mix_rows
 from model.loss import add_product, scaled, softmax_gradient
-from model.norm import gated_rms_norm, zero_centred_rms_norm
+from model.norm import gated_rms_norm, rms_norm_with_residual, zero_centred_rms_norm
 from model.router import route, router_logits
 
 ROWS, LENGTH, EXPERTS, ROUTED, VOCAB = 2, 192, 6, 4, 1000
@@ -101,9 +101,10 @@ def layer_cases(shape: ModelConfig, device: torch.device, dtype: torch.dtype) ->
     heads, ratio = shape.linear_key_heads, shape.linear_value_heads // shape.linear_key_heads
     documents = _documents(device, single=False)
     per_head = 2 * key + ratio * (2 * value + 2)
+    normed = [draw.narrow(tokens, shape.hidden_size), draw.wide(shape.hidden_size)]
     cases = [
-        Case("norm", zero_centred_rms_norm, [draw.narrow(tokens, shape.hidden_size), draw.wide(shape.hidden_size)],
-             _plain(eps)),
+        Case("norm", zero_centred_rms_norm, normed, _plain(eps)),
+        Case("norm and residual", rms_norm_with_residual, normed, _plain(eps)),
         Case("SwiGLU", swiglu_pairs, [draw.narrow(tokens, 1, 2 * (shape.shared_expert_size or shape.dense_size))],
              _plain()),
     ]  # fmt: skip

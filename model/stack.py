@@ -25,7 +25,7 @@ from model.deltanet import GatedDeltaNet, GatedDeltaNetSubmodules
 from model.dense import Dense, SwiGLUSubmodules
 from model.experts import MixtureOfExperts
 from model.mtp import MtpLayer
-from model.norm import GatedRMSNorm, ZeroCentredRMSNorm
+from model.norm import GatedRMSNorm, ResidualRMSNorm, ZeroCentredRMSNorm
 from model.recompute import recomputable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -160,14 +160,14 @@ def stack_spec() -> ModuleSpec:
 
     def mixer(module, submodules) -> ModuleSpec:
         return layer(
-            input_layernorm=ZeroCentredRMSNorm,
+            input_layernorm=ResidualRMSNorm,
             self_attention=ModuleSpec(module=module, submodules=submodules),
             self_attn_bda=get_bias_dropout_add,
         )
 
     def feed_forward(mlp) -> ModuleSpec:
         return layer(
-            pre_mlp_layernorm=ZeroCentredRMSNorm,
+            pre_mlp_layernorm=ResidualRMSNorm,
             mlp=mlp.builder(SwiGLUSubmodules(column_linear, row_linear)),
             mlp_bda=get_bias_dropout_add,
         )

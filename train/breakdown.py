@@ -50,7 +50,7 @@ class _Stopwatch:
         self.hooks: list[RemovableHandle] = []
         inside: set[nn.Module] = set()
         for module in network.modules():
-            kind = next((kind for kind in PARTS if type(module) is kind), None)
+            kind = next((kind for kind in PARTS if isinstance(module, kind)), None)
             if kind is None or module in inside:
                 continue
             inside.update(module.modules())

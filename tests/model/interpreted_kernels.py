@@ -4,11 +4,14 @@ Run by `test_kernels` in a process of its own, since the interpreter is chosen w
 """
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from model import preflight
+from model.norm import rms_norm_with_residual
 from tests.model.helpers import SMALL
 
 # These call a library's GPU kernels; only tests/gpu and the preflight see them.
@@ -35,7 +38,7 @@ def test_triton_kernels_equal_their_twins(shape) -> None:
         for case in cases
         if case.function.__name__ not in LIBRARIES
     }
-    assert len(errors) == 14
+    assert len(errors) == 15
     assert {name: error for name, error in errors.items() if error > TOLERANCE} == {}
 
 
@@ -44,3 +47,35 @@ def test_a_wrong_kernel_is_found() -> None:
     right = case.function.kernel()
     assert preflight.error(case, lambda x, weight, eps: right(x, weight + 0.1, eps)) > preflight.TOLERANCE
     assert preflight.error(case, lambda x, weight, eps: right(x, weight, eps) * float("nan")) == float("inf")
+
+
+def strided(seed: int) -> torch.Tensor:
+    """[9, 20] of which neither rows nor columns lie side by side."""
+    return torch.randn(20, 18, generator=torch.Generator().manual_seed(seed))[:, ::2].T
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("used", [(0, 1), (0,), (1,)], ids=["both", "norm", "residual"])
+def test_a_residual_sends_its_gradient_through_the_norm(used: tuple[int, ...], recomputed: bool) -> None:
+    """Whichever result is used, whatever the strides, and where the norm is computed again."""
+    kernel, gradients = rms_norm_with_residual.kernel(), []
+    for function, dtype in ((kernel, torch.float32), (rms_norm_with_residual.__wrapped__, torch.float64)):
+        x, weight = (x.to(dtype).requires_grad_() for x in (strided(0), strided(1)[0].contiguous()))
+        apply = partial(checkpoint, function, use_reentrant=True) if recomputed else function
+        results = apply(x, weight, 1e-6)
+        assert torch.equal(results[1], x)
+        torch.autograd.backward([results[i] for i in used], [strided(2 + i).to(dtype) for i in used])
+        gradients.append((x.grad, weight.grad))
+    for found, expected in zip(*gradients, strict=True):
+        if expected is None:
+            assert found is None
+        else:
+            assert float((found - expected).norm()) <= TOLERANCE * float(expected.norm())
+
+
+def test_a_residual_is_the_input_and_cannot_be_changed_in_place() -> None:
+    x, weight = strided(0).requires_grad_(), torch.zeros(20, requires_grad=True)
+    _, residual = rms_norm_with_residual.kernel()(x, weight, 1e-6)
+    assert residual.data_ptr() == x.data_ptr() and residual.stride() == x.stride()
+    with pytest.raises(RuntimeError, match="modified inplace"):
+        residual.add_(1)

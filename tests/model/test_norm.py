@@ -5,7 +5,15 @@ from torch.nn import functional as F
 
 from model import reference
 from model.config import MtpConfig
-from model.norm import GatedRMSNorm, ZeroCentredRMSNorm, at_least_float32, gated_rms_norm, zero_centred_rms_norm
+from model.norm import (
+    GatedRMSNorm,
+    ResidualRMSNorm,
+    ZeroCentredRMSNorm,
+    at_least_float32,
+    gated_rms_norm,
+    rms_norm_with_residual,
+    zero_centred_rms_norm,
+)
 from model.stack import hybrid_config
 from tests.model.helpers import SMALL, assert_twins
 
@@ -20,6 +28,17 @@ def test_zero_centred_norm() -> None:
         lambda x, weight: reference.rms_norm(x, weight, 1e-2),
         {"x": normal(5, 3, 7), "weight": normal(7, seed=1)},
     )
+
+
+def test_norm_with_residual() -> None:
+    x, weight = normal(5, 3, 7), normal(7, seed=1)
+    assert_twins(
+        lambda x, weight: torch.cat(rms_norm_with_residual(x, weight, 1e-2), dim=-1),
+        lambda x, weight: torch.cat([reference.rms_norm(x, weight, 1e-2), x], dim=-1),
+        {"x": x, "weight": weight},
+    )
+    leaves = (x.requires_grad_(), weight.requires_grad_())
+    assert torch.autograd.gradcheck(lambda x, weight: rms_norm_with_residual(x, weight, 1e-2), leaves)
 
 
 def test_gated_norm_gates_after_the_norm() -> None:
@@ -48,12 +67,16 @@ def test_half_precision_rounds_once_at_the_end() -> None:
 def test_modules_hold_a_float32_weight() -> None:
     config = hybrid_config(SMALL, MtpConfig())
     x, gate = normal(3, 8), normal(3, 8, seed=1)
-    for module in (ZeroCentredRMSNorm(config, 8, 1e-3), GatedRMSNorm(config, 8, 1e-3)):
+    for kind in (ZeroCentredRMSNorm, ResidualRMSNorm, GatedRMSNorm):
+        module = kind(config, 8, 1e-3)
         assert module.weight.dtype == torch.float32
         torch.nn.init.normal_(module.weight)
         expected = reference.rms_norm(x, module.weight.double(), 1e-3)
-        gated = isinstance(module, GatedRMSNorm)
+        gated = kind is GatedRMSNorm
         out = module(x, gate) if gated else module(x)
+        if kind is ResidualRMSNorm:
+            out, residual = out
+            assert torch.equal(residual, x)
         # float64 all the way; the weight is exact in both.
         assert torch.allclose(out, expected * F.silu(gate) if gated else expected, rtol=1e-12)
 

@@ -12,7 +12,7 @@ from model.config import LAYER, BalanceConfig, MtpConfig
 from model.deltanet import GatedDeltaNet
 from model.experts import Experts
 from model.network import LanguageModel
-from model.norm import ZeroCentredRMSNorm
+from model.norm import GatedRMSNorm, ResidualRMSNorm, ZeroCentredRMSNorm
 from model.recompute import recomputable
 from model.stack import Layer
 from parallel.topology import RECOMPUTABLE
@@ -22,14 +22,16 @@ from tests.model.test_network import VOCAB, micro_batch, random_tokens
 MTP = MtpConfig(steps=2, weight=0.3)
 SHAPE = replace(SMALL, pattern="GE*E")
 BALANCE = BalanceConfig(weight=0.1, z_weight=0.1)
-# The method that is marked for each part.
-MARKED = {
-    LAYER: (Layer, "compute"),
-    "attention": (GatedAttention, "attend"),
-    "deltanet": (GatedDeltaNet, "mix"),
-    "experts": (Experts, "forward"),
-    "norm": (ZeroCentredRMSNorm, "forward"),
-}
+# The methods that are marked, with their parts.
+MARKED = [
+    (LAYER, Layer, "compute"),
+    ("attention", GatedAttention, "attend"),
+    ("deltanet", GatedDeltaNet, "mix"),
+    ("experts", Experts, "forward"),
+    ("norm", ZeroCentredRMSNorm, "forward"),
+    ("norm", ResidualRMSNorm, "forward"),
+    ("norm", GatedRMSNorm, "forward"),
+]
 
 
 @contextmanager
@@ -95,12 +97,14 @@ def test_nothing_is_recomputed_without_gradients(build: Callable) -> None:
     assert not losses.total.requires_grad
 
 
-@pytest.mark.parametrize("part", [LAYER, *RECOMPUTABLE])
-def test_every_part_that_can_be_named_is_marked(build: Callable, part: str) -> None:
-    """A marked method runs once when it is not named, twice when it is."""
-    owner, name = MARKED[part]
+def test_every_part_that_can_be_named_is_marked() -> None:
+    assert {part for part, *_ in MARKED} == {LAYER, *RECOMPUTABLE}
+
+
+@pytest.mark.parametrize(("part", "owner", "name"), MARKED)
+def test_a_marked_method_runs_twice_where_its_part_is_named(build: Callable, part: str, owner: type, name: str) -> None:
     network = build(SHAPE, MtpConfig(steps=0), VOCAB, balance=BALANCE)
-    module = next(module for module in network.modules() if isinstance(module, owner))
+    module = next(module for module in network.modules() if type(module) is owner)
     calls = []
     marked = getattr(owner, name).__wrapped__
 

@@ -10,7 +10,7 @@ from model.attention import GatedAttention
 from model.config import MtpConfig
 from model.deltanet import GatedDeltaNet
 from model.experts import MixtureOfExperts
-from model.norm import GatedRMSNorm, ZeroCentredRMSNorm
+from model.norm import GatedRMSNorm, ResidualRMSNorm, ZeroCentredRMSNorm
 from model.stack import full_pattern, hybrid_config
 from tests.model.helpers import SMALL
 
@@ -79,6 +79,7 @@ def test_modules_are_ours(build: Callable) -> None:
     assert len(norms) == 4 + 3 + 3 + 4
     assert all(isinstance(module, ZeroCentredRMSNorm) for module in norms)
     assert isinstance(delta.self_attention.out_norm, GatedRMSNorm)
+    assert sum(type(module) is ResidualRMSNorm for module in norms) == 3 + 2
     assert all(module.eps == SMALL.norm_eps for module in norms)
 
 
