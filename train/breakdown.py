@@ -41,7 +41,7 @@ class Part:
     floor_milliseconds: float
 
 
-class _Stopwatch:
+class Stopwatch:
     """Times the modules of `PARTS`, forwards and backwards, through hooks; what lies inside one counts as its."""
 
     def __init__(self, network: nn.Module, device: torch.device) -> None:
@@ -96,7 +96,7 @@ def parts_of(
         total: milliseconds of a step. rate: operations a second of a large matrix product.
     """
     device = next(network.parameters()).device
-    watch = _Stopwatch(network, device)
+    watch = Stopwatch(network, device)
     step(tokens_RS)
     found = watch.take()
     for parameter in network.parameters():

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from megatron.core.transformer.identity_op import IdentityOp
 
 from model.attention import GatedAttention
 from model.config import MtpConfig
@@ -12,7 +13,8 @@ from model.deltanet import GatedDeltaNet
 from model.experts import MixtureOfExperts
 from model.norm import GatedRMSNorm, ResidualRMSNorm, ZeroCentredRMSNorm
 from model.stack import full_pattern, hybrid_config
-from tests.model.helpers import SMALL
+from tests.model.helpers import SMALL, ids_from_starts
+from tests.model.test_network import VOCAB, micro_batch, random_tokens
 
 MIXTURE = {
     "mlp.experts.weight1",
@@ -81,6 +83,22 @@ def test_modules_are_ours(build: Callable) -> None:
     assert isinstance(delta.self_attention.out_norm, GatedRMSNorm)
     assert sum(type(module) is ResidualRMSNorm for module in norms) == 3 + 2
     assert all(module.eps == SMALL.norm_eps for module in norms)
+
+
+def test_layers_take_their_residual_from_their_norm(build: Callable) -> None:
+    """A residual of zeros from the norm leaves of a layer only its mixer or MLP."""
+    network = build(replace(SMALL, pattern="G*E-"), MtpConfig(steps=0), VOCAB)
+    outputs: dict[str, list[torch.Tensor]] = {"module": [], "layer": []}
+    for layer in network.decoder.layers:
+        kind = "self_attention" if isinstance(layer.mlp, IdentityOp) else "mlp"
+        norm = layer.input_layernorm if kind == "self_attention" else layer.pre_mlp_layernorm
+        norm.register_forward_hook(lambda _, __, out: (out[0], torch.zeros_like(out[1])))
+        layer.get_submodule(kind).register_forward_hook(lambda _, __, out: outputs["module"].append(out[0]))
+        layer.register_forward_hook(lambda _, __, out: outputs["layer"].append(out[0]))
+    ids = ids_from_starts(20, [3])
+    network(micro_batch(random_tokens(*ids.shape), ids, 0))
+    assert len(outputs["layer"]) == 4
+    assert all(map(torch.equal, outputs["layer"], outputs["module"]))
 
 
 def test_a_bfloat16_model_keeps_what_is_delicate_in_float32(build: Callable) -> None:

@@ -8,11 +8,14 @@ import torch
 from torch import nn
 
 from model import preflight
-from model.config import BalanceConfig
+from model.config import BalanceConfig, MtpConfig
+from model.norm import ResidualRMSNorm, ZeroCentredRMSNorm
+from model.stack import hybrid_config
 from tests.model.helpers import SMALL
 from train import doctor
 from train.__main__ import run
 from train.bench import Result, Timing, report
+from train.breakdown import Stopwatch
 from train.config import Config
 from train.peers import missing
 from train.settings import ConfigError
@@ -41,6 +44,17 @@ def test_bench_times_ours_and_the_peers(tmp_path, capfd: pytest.CaptureFixture) 
     names = {part["name"] for part in written["parts"]["2"]}
     assert names > {"Gated DeltaNet", "attention", "router", "routed experts", "shared expert", "norms"}
     assert "CPU" in written["about"]["device"] and "CPU" in capfd.readouterr().out
+
+
+def test_the_table_counts_the_norms_of_layers_too() -> None:
+    config = hybrid_config(SMALL, MtpConfig())
+    norms = nn.ModuleList([ZeroCentredRMSNorm(config, 8, 1e-6), ResidualRMSNorm(config, 8, 1e-6)])
+    watch = Stopwatch(norms, torch.device("cpu"))
+    x = torch.randn(4, 8, requires_grad=True)
+    normed, residual = norms[1](norms[0](x))
+    (normed * residual).sum().backward()
+    assert [len(pair) for pair in watch.marks[ZeroCentredRMSNorm]] == [2] * 4  # each forwards and backwards
+    assert watch.take()[ZeroCentredRMSNorm] > 0
 
 
 def test_a_peer_that_cannot_route_in_turn_is_left_out() -> None:
