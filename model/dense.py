@@ -41,8 +41,16 @@ class SwiGLU(MegatronModule):
 
     def forward(self, hidden_T1H: Tensor) -> Tensor:
         """[T, 1, H] -> [T, 1, H]."""
+        return self.narrow(self.widen(hidden_T1H))
+
+    def widen(self, hidden_T1H: Tensor) -> Tensor:
+        """The first half: [T, 1, H] -> this rank's part of the units, gated."""
         mixed, _ = self.linear_fc1(hidden_T1H)
-        out, _ = self.linear_fc2(swiglu_pairs(mixed))
+        return swiglu_pairs(mixed)
+
+    def narrow(self, units: Tensor) -> Tensor:
+        """The second half: units -> [T, 1, H]."""
+        out, _ = self.linear_fc2(units)
         return out
 
 

@@ -21,7 +21,7 @@ from model.dense import SwiGLU, SwiGLUSubmodules
 from model.norm import at_least_float32
 from model.recompute import recomputable
 from model.router import Router
-from parallel.collectives import exchange_rows, gather_counts
+from parallel.collectives import gather_counts, start_exchange
 
 WIDTH_DIM = 2  # of both weights of the experts
 
@@ -195,8 +195,11 @@ class SharedExpert(SwiGLU):
         self.gate_weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, hidden_T1H: Tensor) -> Tensor:
-        out = super().forward(hidden_T1H)
-        return gate_rows(out, F.linear(hidden_T1H, self.gate_weight))
+        return self.finish(self.widen(hidden_T1H), hidden_T1H)
+
+    def finish(self, units: Tensor, hidden_T1H: Tensor) -> Tensor:
+        """What follows on `widen`."""
+        return gate_rows(self.narrow(units), F.linear(hidden_T1H, self.gate_weight))
 
 
 class MixtureOfExperts(MegatronModule):
@@ -229,18 +232,27 @@ class MixtureOfExperts(MegatronModule):
         counts = count_sorted(ordered, self.router.num_experts)
         share = permute(weights.flatten(), order, inverse.flatten())
         if self.owner_group.size() > 1:
-            rows = self.experts_over_group(gather_rows(flat, order, inverse), share, counts)
+            rows = gather_rows(flat, order, inverse)
+            rows, shared = self.experts_over_group(rows, share, counts, hidden_states)
             mixed = combine_rows(rows, order, inverse)
         else:
             mixed = self.experts(flat, share, counts, order, inverse)
+            shared = self.shared_expert(hidden_states) if self.shared_expert else None
         mixed = mixed.view_as(hidden_states)
-        return (mixed + self.shared_expert(hidden_states) if self.shared_expert else mixed), None
+        return (mixed if shared is None else mixed + shared), None
 
-    def experts_over_group(self, rows: Tensor, share: Tensor, counts: Tensor) -> Tensor:
+    def experts_over_group(
+        self, rows: Tensor, share: Tensor, counts: Tensor, hidden_T1H: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """Sends rows (sorted by global expert) to the ranks that hold their experts, and the results back.
 
+        Meanwhile the shared expert is computed: its first half while rows travel, its second while results return,
+        and likewise the other way round in the backward pass.
         Where several hold parts of an expert, each gets its rows and returns addends: as much traffic as a gather and
         a reduce-scatter among them, in the exchanges that are there anyway.
+
+        Returns:
+            The results, in the order of the rows, and what the shared expert makes of hidden, if there is one.
         """
         group, local, copies = self.owner_group, self.experts.local, self.experts.etp_group.size()
         sent = counts.view(-1, local)
@@ -248,10 +260,15 @@ class MixtureOfExperts(MegatronModule):
         sizes = torch.cat([sent.sum(1), received.sum(1)]).tolist()
         parts, receive = sizes[: len(sent)], sizes[len(sent) :]
         send = [size for size in parts for _ in range(copies)]
-        arrived, share = (exchange_rows(repeat_parts(x, parts, copies), send, receive, group) for x in (rows, share))
+        leaving = [start_exchange(repeat_parts(x, parts, copies), send, receive, group) for x in (rows, share)]
+        units = self.shared_expert.widen(hidden_T1H) if self.shared_expert else None
         # Rows arrive ordered by (source, expert); the grouped products want them by expert.
-        expert = torch.arange(local, device=rows.device).repeat(group.size()).repeat_interleave(received.flatten())
+        expert = torch.arange(local, device=rows.device).repeat(group.size())
+        expert = expert.repeat_interleave(received.flatten(), output_size=sum(receive))  # known: no wait for the GPU
         order = expert.argsort(stable=True)
         inverse = invert(order)
+        arrived, share = (pending.wait() for pending in leaving)
         out = self.experts.rows(permute(arrived, order, inverse), permute(share, order, inverse), received.sum(0))
-        return add_parts(exchange_rows(permute(out, inverse, order), receive, send, group), parts, copies)
+        returning = start_exchange(permute(out, inverse, order), receive, send, group)
+        shared = self.shared_expert.finish(units, hidden_T1H) if self.shared_expert else None
+        return add_parts(returning.wait(), parts, copies), shared

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 type Gradients = tuple[Tensor | None, ...]  # one for each input of a function
 
@@ -81,29 +82,84 @@ def gather_counts(counts: Tensor, group: dist.ProcessGroup) -> Tensor:
     return gathered.view(group.size(), *counts.shape)
 
 
-class _ExchangeRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.send, ctx.receive, ctx.group = send, receive, group
-        out = x.new_empty(sum(receive), *x.shape[1:])
-        dist.all_to_all_single(out, x.contiguous(), receive, send, group=group)
+class _Journey:
+    """One all-to-all at a time, there or back: what must stay in memory until it has been waited for."""
+
+    def __init__(self, send: list[int], receive: list[int], group: dist.ProcessGroup) -> None:
+        self._send, self._receive, self._group = send, receive, group
+        self._under_way: tuple[dist.Work, Tensor, Tensor] | None = None
+
+    def set_out(self, x: Tensor, back: bool = False) -> None:
+        send, receive = (self._receive, self._send) if back else (self._send, self._receive)
+        x, out = x.contiguous(), x.new_empty(sum(receive), *x.shape[1:])
+        work = dist.all_to_all_single(out, x, receive, send, group=self._group, async_op=True)
+        self._under_way = work, x, out
+
+    def arrive(self) -> Tensor:
+        assert self._under_way is not None, "rows are waited for once"
+        work, _, out = self._under_way
+        work.wait()
+        self._under_way = None  # the stream that waits is the one that allocates: what was sent may be overwritten
         return out
 
+
+class _Depart(torch.autograd.Function):
     @staticmethod
+    def forward(ctx: Any, x: Tensor, journey: _Journey) -> Tensor:
+        ctx.journey = journey
+        journey.set_out(x)
+        return x.new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> Gradients:
+        return ctx.journey.arrive(), None
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ticket: Tensor, journey: _Journey) -> Tensor:
+        ctx.journey = journey
+        return journey.arrive()
+
+    @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Gradients:
-        return _ExchangeRows.apply(grad, ctx.receive, ctx.send, ctx.group), None, None, None
+        ctx.journey.set_out(grad, back=True)
+        return grad.new_zeros(()), None
 
 
-def exchange_rows(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-    """All-to-all of rows with unequal counts; the gradient takes the way back.
+class PendingRows:
+    """Rows on their way between ranks.
+
+    The ticket, one number, ties the end to the start in the graph. The rows themselves are not passed through it: in
+    the backward pass they would be seen by autograd before they have arrived.
+    """
+
+    def __init__(self, ticket: Tensor, journey: _Journey) -> None:
+        self._ticket, self._journey = ticket, journey
+
+    def wait(self) -> Tensor:
+        """The rows that were sent here, [sum(receive), ...], those from rank 0 first; to be called once.
+
+        On a GPU only the current stream waits.
+        """
+        return _Arrive.apply(self._ticket, self._journey)
+
+
+def start_exchange(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> PendingRows:
+    """Starts an all-to-all of rows with unequal counts, and returns at once; the gradient takes the way back.
+
+    The roles turn in the backward pass: it starts the gradient's exchange where rows were waited for, and waits where
+    they were sent. Autograd runs what is ready in the reverse of the order it was recorded in, so what was computed
+    between the two has its gradient computed between them too. Every rank must start and wait in the same order.
 
     Args:
         x: [sum(send), ...], the rows for rank 0 first.
         send, receive: rows to and from each rank of the group.
-    Returns:
-        [sum(receive), ...], the rows from rank 0 first.
     """
-    return _ExchangeRows.apply(x, send, receive, group)
+    journey = _Journey(send, receive, group)
+    return PendingRows(_Depart.apply(x, journey), journey)
 
 
 class _GatherParts(torch.autograd.Function):

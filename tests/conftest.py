@@ -16,6 +16,7 @@ LONG = (
     "parallel/test_dense.py",
     "parallel/test_dist.py",
     "parallel/test_engine.py",
+    "parallel/test_exchange.py",
     "parallel/test_memory.py",
     "parallel/test_parity.py",
     "serving/",

@@ -6,11 +6,11 @@ import torch.distributed as dist
 
 from parallel.collectives import (
     attach_loss,
-    exchange_rows,
     from_last,
     gather_counts,
     max_over,
     max_over_all,
+    start_exchange,
     sum_over,
     sum_over_all,
 )
@@ -41,7 +41,7 @@ def _exchange() -> list[tuple[torch.Tensor, torch.Tensor]]:
     for counts in COUNTS:
         send, receive = counts[rank], [row[rank] for row in counts]
         x = _rows(rank, sum(send)).requires_grad_()
-        received = exchange_rows(x, send, receive, group)
+        received = start_exchange(x, send, receive, group).wait()
         (received.square() * _slopes(rank, sum(receive))).sum().backward()
         results.append((received.detach(), x.grad))
     return results
@@ -89,7 +89,7 @@ def results() -> list[tuple[list, dict]]:
     return run_ranks(_checks, 3)
 
 
-def test_exchange_rows(results):
+def test_start_exchange(results):
     for index, counts in enumerate(COUNTS):
         for rank, (received, grad) in enumerate(_exchange_in_one(counts)):
             # Rows are only moved, and each gradient is one product: equal to the last bit.
