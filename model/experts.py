@@ -270,5 +270,5 @@ class MixtureOfExperts(MegatronModule):
         arrived, share = (pending.wait() for pending in leaving)
         out = self.experts.rows(permute(arrived, order, inverse), permute(share, order, inverse), received.sum(0))
         returning = start_exchange(permute(out, inverse, order), receive, send, group)
-        shared = self.shared_expert.finish(units, hidden_T1H) if self.shared_expert else None
+        shared = self.shared_expert.finish(units, hidden_T1H) if self.shared_expert and units is not None else None
         return add_parts(returning.wait(), parts, copies), shared
