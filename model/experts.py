@@ -22,37 +22,48 @@ from model.norm import at_least_float32
 from model.recompute import recomputable
 from model.router import Router
 from parallel.collectives import gather_counts, start_exchange
+from parallel.main_grads import accumulate, add_product, stand_in
 
 WIDTH_DIM = 2  # of both weights of the experts
+
+type Totals = tuple[Tensor | None, Tensor | None]  # of the gradients of the experts' two weights
+NO_TOTALS: Totals = (None, None)
 
 
 class _LoopedLinear(torch.autograd.Function):
     """One matrix product an expert. On a CPU this beats `grouped_mm`, whose cost there grows with idle experts."""
 
     @staticmethod
-    def forward(ctx, x_NI: Tensor, weight_EOI: Tensor, counts: list[int]) -> Tensor:
-        ctx.save_for_backward(x_NI, weight_EOI)
-        ctx.counts = counts
-        out = x_NI.new_empty(x_NI.shape[0], weight_EOI.shape[1])
-        for rows, weight, x in zip(out.split(counts), weight_EOI, x_NI.split(counts), strict=True):
-            torch.mm(x, weight.t(), out=rows)
+    def forward(ctx, x_NI: Tensor, weight: Tensor, counts: list[int], total: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x_NI, weight)
+        ctx.counts, ctx.total = counts, total
+        matrices_EOI = weight.view(len(counts), -1, x_NI.shape[1])
+        out = x_NI.new_empty(x_NI.shape[0], matrices_EOI.shape[1])
+        for rows, matrix, x in zip(out.split(counts), matrices_EOI, x_NI.split(counts), strict=True):
+            torch.mm(x, matrix.t(), out=rows)
         return out
 
     @staticmethod
     def backward(ctx, grad_NO: Tensor):
-        x_NI, weight_EOI = ctx.saved_tensors
-        grad_x, grad_weight = torch.empty_like(x_NI), torch.empty_like(weight_EOI)
-        grad_NO = grad_NO.contiguous()
+        x_NI, weight = ctx.saved_tensors
+        grad_x, grad_NO = torch.empty_like(x_NI), grad_NO.contiguous()
+        sums = torch.zeros_like(weight) if ctx.total is None else ctx.total
+        matrices_EOI, sums_EOI = (x.view(len(ctx.counts), -1, x_NI.shape[1]) for x in (weight, sums))
         parts = (grad_NO.split(ctx.counts), x_NI.split(ctx.counts), grad_x.split(ctx.counts))
-        for grad, x, out, weight, out_weight in zip(*parts, weight_EOI, grad_weight, strict=True):
-            torch.mm(grad, weight, out=out)
-            torch.mm(grad.t(), x, out=out_weight)
-        return grad_x, grad_weight, None
+        for grad, x, out, matrix, total in zip(*parts, matrices_EOI, sums_EOI, strict=True):
+            torch.mm(grad, matrix, out=out)
+            add_product(grad.t(), x, total)
+        return grad_x, sums if ctx.total is None else stand_in(weight), None, None
 
 
-def grouped_linear(x_NI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
-    """Rows sorted by expert, each times its expert's matrix: [N, I] x [E, O, I] -> [N, O]; counts [E] sum to N."""
-    return _LoopedLinear.apply(x_NI, weight_EOI, counts_E.tolist())
+def grouped_linear(x_NI: Tensor, weight: Tensor, counts_E: Tensor, total: Tensor | None = None) -> Tensor:
+    """Rows sorted by expert, each times its expert's matrix [O, I]: [N, I] -> [N, O]; counts [E] sum to N.
+
+    Args:
+        weight: [E, ..., I] with O columns out in all between. total: of the weight's shape; if given, the weight's
+            gradient is added to it (`parallel.main_grads`).
+    """
+    return _LoopedLinear.apply(x_NI, weight, counts_E.tolist(), total)
 
 
 def count_sorted(ordered_N: Tensor, values: int) -> Tensor:
@@ -113,10 +124,21 @@ def combine_rows(y_NH: Tensor, order_N: Tensor, inverse_TK: Tensor) -> Tensor:
 
 
 @accelerated("model.kernel_experts")
-def expert_rows(x_NH: Tensor, weight1_E2FH: Tensor, weight2_EHF: Tensor, share_N: Tensor, counts_E: Tensor) -> Tensor:
-    """SwiGLU of each row by its expert, times the row's share; ``counts`` rows for each expert, sorted."""
-    gate, up = grouped_linear(x_NH, weight1_E2FH.flatten(1, 2), counts_E).chunk(2, dim=-1)
-    return grouped_linear(F.silu(gate) * up * share_N[:, None].to(x_NH.dtype), weight2_EHF, counts_E)
+def expert_rows(
+    x_NH: Tensor,
+    weight1_E2FH: Tensor,
+    weight2_EHF: Tensor,
+    share_N: Tensor,
+    counts_E: Tensor,
+    totals: Totals = NO_TOTALS,
+) -> Tensor:
+    """SwiGLU of each row by its expert, times the row's share; ``counts`` rows for each expert, sorted.
+
+    Args:
+        totals: what the gradients of the two weights are added to, see `grouped_linear`.
+    """
+    gate, up = grouped_linear(x_NH, weight1_E2FH, counts_E, totals[0]).chunk(2, dim=-1)
+    return grouped_linear(F.silu(gate) * up * share_N[:, None].to(x_NH.dtype), weight2_EHF, counts_E, totals[1])
 
 
 @accelerated("model.kernel_experts")
@@ -128,10 +150,11 @@ def mix_rows(
     counts_E: Tensor,
     order_N: Tensor,
     inverse_TK: Tensor,
+    totals: Totals = NO_TOTALS,
 ) -> Tensor:
     """`expert_rows` of each token's K rows, added up: [T, H]. Arguments as of `gather_rows` and `expert_rows`."""
     rows = gather_rows(x_TH, order_N, inverse_TK)
-    return combine_rows(expert_rows(rows, weight1_E2FH, weight2_EHF, share_N, counts_E), order_N, inverse_TK)
+    return combine_rows(expert_rows(rows, weight1_E2FH, weight2_EHF, share_N, counts_E, totals), order_N, inverse_TK)
 
 
 class Experts(MegatronModule):
@@ -146,8 +169,8 @@ class Experts(MegatronModule):
         self.ep_group, self.etp_group, self.dp_group = pg_collection.ep, pg_collection.expt_tp, pg_collection.expt_dp
         self.local = shape.experts // self.ep_group.size()
         width, hidden, dtype = shape.expert_size // self.etp_group.size(), config.hidden_size, config.params_dtype
-        self.weight1 = nn.Parameter(torch.empty(self.local, 2, width, hidden, dtype=dtype))
-        self.weight2 = nn.Parameter(torch.empty(self.local, hidden, width, dtype=dtype))
+        self.weight1 = accumulate(nn.Parameter(torch.empty(self.local, 2, width, hidden, dtype=dtype)))
+        self.weight2 = accumulate(nn.Parameter(torch.empty(self.local, hidden, width, dtype=dtype)))
         for weight in (self.weight1, self.weight2):
             # megatron-core's mark of a parameter reduced over its expert-data-parallel group, not over all of
             # data parallel. Tensor ranks count too: each routes its own slice of the sequence.
@@ -155,10 +178,15 @@ class Experts(MegatronModule):
             # Its part of the gradient's norm is every process's own.
             weight.tensor_model_parallel, weight.partition_dim, weight.partition_stride = True, WIDTH_DIM, 1
 
+    @property
+    def totals(self) -> Totals:
+        """Where the gradients of the weights are added up in training under data parallelism."""
+        return self.weight1.main_grad, self.weight2.main_grad
+
     @recomputable("experts")
     def forward(self, x_TH: Tensor, share_N: Tensor, counts_E: Tensor, order_N: Tensor, inverse_TK: Tensor) -> Tensor:
         """What all experts make of tokens, on a rank that holds them all: see `mix_rows`."""
-        return mix_rows(x_TH, self.weight1, self.weight2, share_N, counts_E, order_N, inverse_TK)
+        return mix_rows(x_TH, self.weight1, self.weight2, share_N, counts_E, order_N, inverse_TK, self.totals)
 
     @recomputable("experts")
     def rows(self, x_NH: Tensor, share_N: Tensor, counts_E: Tensor) -> Tensor:
@@ -166,7 +194,7 @@ class Experts(MegatronModule):
 
         An addend where the width of experts is spread.
         """
-        return expert_rows(x_NH, self.weight1, self.weight2, share_N, counts_E)
+        return expert_rows(x_NH, self.weight1, self.weight2, share_N, counts_E, self.totals)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets=(), metadata=None):
         """One tensor of all experts, cut along the experts and along their width."""

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from model.kernel_grouped import grouped_gradient, grouped_product, tile_rows
+from parallel.main_grads import stand_in
 
 BLOCK = 1024
 
@@ -166,17 +167,25 @@ def _forward(x, source_N, weight1_E2FH, weight2_EHF, share_N, tiles):
     return inner_NG, grouped_product(active_NF, weight2_EHF, tiles, rows, True)
 
 
-def _backward(grad, x, inner_NG, source_N, weight1_E2FH, weight2_EHF, share_N, ends_E, tiles):
+def _weight_gradient(left_NO, right_NI, ends_E, weight, total):
+    """The gradient of a weight [E, ...], or what stands for it once it was added to ``total``."""
+    if total is None:
+        return grouped_gradient(left_NO, right_NI, ends_E).view_as(weight)
+    grouped_gradient(left_NO, right_NI, ends_E, total.view(ends_E.numel(), left_NO.shape[1], right_NI.shape[1]))
+    return stand_in(weight)
+
+
+def _backward(grad, x, inner_NG, source_N, weight1_E2FH, weight2_EHF, share_N, ends_E, tiles, totals):
     """Gradients of the rows [N, H] that were read, of both weights and of the shares."""
     rows = share_N.numel()
     # A gradient's product reads its rows once for every tile: there gathering on the way costs more than a copy.
     grad_NH = grad if source_N is None else grad.index_select(0, source_N)
     grad_active_NF = grouped_product(grad_NH, weight2_EHF, tiles, rows, False)
     grad_inner_NG, grad_share_N, active_NF = swiglu_backward(inner_NG, share_N, grad_active_NF, interleaved=False)
-    grad_weight2 = grouped_gradient(grad_NH, active_NF, ends_E)
+    grad_weight2 = _weight_gradient(grad_NH, active_NF, ends_E, weight2_EHF, totals[1])
     del grad_NH, grad_active_NF, active_NF
     x_NH = x if source_N is None else x.index_select(0, source_N)
-    grad_weight1 = grouped_gradient(grad_inner_NG, x_NH, ends_E).view_as(weight1_E2FH)
+    grad_weight1 = _weight_gradient(grad_inner_NG, x_NH, ends_E, weight1_E2FH, totals[0])
     del x_NH
     grad_x_NH = grouped_product(grad_inner_NG, weight1_E2FH.flatten(1, 2), tiles, rows, False)
     return grad_x_NH, grad_weight1, grad_weight2, grad_share_N
@@ -184,40 +193,49 @@ def _backward(grad, x, inner_NG, source_N, weight1_E2FH, weight2_EHF, share_N, e
 
 class _ExpertRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_NH, weight1_E2FH, weight2_EHF, share_N, counts_E):
+    def forward(ctx, x_NH, weight1_E2FH, weight2_EHF, share_N, counts_E, totals):
         ends_E = counts_E.cumsum(0).int()
         tiles = tile_rows(ends_E, x_NH.shape[0])
         inner_NG, out_NH = _forward(x_NH, None, weight1_E2FH, weight2_EHF, share_N, tiles)
         ctx.save_for_backward(x_NH, inner_NG, weight1_E2FH, weight2_EHF, share_N, ends_E, tiles)
+        ctx.totals = totals
         return out_NH
 
     @staticmethod
     def backward(ctx, grad_NH: Tensor):
         x_NH, inner_NG, *rest = ctx.saved_tensors
-        return *_backward(grad_NH.contiguous(), x_NH, inner_NG, None, *rest), None
+        return *_backward(grad_NH.contiguous(), x_NH, inner_NG, None, *rest, ctx.totals), None, None
 
 
-def expert_rows(x_NH: Tensor, weight1_E2FH: Tensor, weight2_EHF: Tensor, share_N: Tensor, counts_E: Tensor) -> Tensor:
+def expert_rows(
+    x_NH: Tensor,
+    weight1_E2FH: Tensor,
+    weight2_EHF: Tensor,
+    share_N: Tensor,
+    counts_E: Tensor,
+    totals: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> Tensor:
     """See `model.experts.expert_rows`."""
-    return _ExpertRows.apply(x_NH.contiguous(), weight1_E2FH, weight2_EHF, share_N.float(), counts_E)
+    return _ExpertRows.apply(x_NH.contiguous(), weight1_E2FH, weight2_EHF, share_N.float(), counts_E, totals)
 
 
 class _MixRows(torch.autograd.Function):
     """Nothing is kept for the backward pass of the rows but what the first product made of them."""
 
     @staticmethod
-    def forward(ctx, x_TH, weight1_E2FH, weight2_EHF, share_N, counts_E, order_N, inverse_TK):
+    def forward(ctx, x_TH, weight1_E2FH, weight2_EHF, share_N, counts_E, order_N, inverse_TK, totals):
         ends_E, source_N = counts_E.cumsum(0).int(), order_N // inverse_TK.shape[1]
         tiles = tile_rows(ends_E, order_N.numel())
         inner_NG, out_NH = _forward(x_TH, source_N, weight1_E2FH, weight2_EHF, share_N, tiles)
         ctx.save_for_backward(inverse_TK, x_TH, inner_NG, source_N, weight1_E2FH, weight2_EHF, share_N, ends_E, tiles)
+        ctx.totals = totals
         return sum_rows(out_NH, inverse_TK)
 
     @staticmethod
     def backward(ctx, grad_TH: Tensor):
         inverse_TK, *rest = ctx.saved_tensors
-        grad_x_NH, *grads = _backward(grad_TH.contiguous(), *rest)
-        return sum_rows(grad_x_NH, inverse_TK), *grads, None, None, None
+        grad_x_NH, *grads = _backward(grad_TH.contiguous(), *rest, ctx.totals)
+        return sum_rows(grad_x_NH, inverse_TK), *grads, None, None, None, None
 
 
 def mix_rows(
@@ -228,10 +246,11 @@ def mix_rows(
     counts_E: Tensor,
     order_N: Tensor,
     inverse_TK: Tensor,
+    totals: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor:
     """See `model.experts.mix_rows`."""
     weights = (weight1_E2FH, weight2_EHF)
-    return _MixRows.apply(x_TH.contiguous(), *weights, share_N.float(), counts_E, order_N, inverse_TK)
+    return _MixRows.apply(x_TH.contiguous(), *weights, share_N.float(), counts_E, order_N, inverse_TK, totals)
 
 
 @triton.jit

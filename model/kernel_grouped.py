@@ -104,7 +104,8 @@ def grouped_product(
 
 
 @triton.jit
-def _gradient(left, right, ends, out, OUT: tl.constexpr, IN: tl.constexpr, TILE: tl.constexpr, INNER: tl.constexpr):
+def _gradient(left, right, ends, out, OUT: tl.constexpr, IN: tl.constexpr, ADD: tl.constexpr, TILE: tl.constexpr,
+              INNER: tl.constexpr):  # fmt: skip
     ACROSS: tl.constexpr = (IN + TILE - 1) // TILE
     DOWN: tl.constexpr = (OUT + TILE - 1) // TILE
     tile = tl.program_id(0)
@@ -112,6 +113,8 @@ def _gradient(left, right, ends, out, OUT: tl.constexpr, IN: tl.constexpr, TILE:
     top, side = tile // ACROSS % DOWN * TILE, tile % ACROSS * TILE
     o = top + tl.arange(0, TILE)[None, :]
     first, last = tl.load(ends + expert - 1, expert > 0, 0), tl.load(ends + expert)
+    if ADD and first == last:
+        return
     total = tl.zeros([TILE, TILE], tl.float32)
     for start in range(first, last, INNER):
         row = start + tl.arange(0, INNER)[:, None]
@@ -119,19 +122,30 @@ def _gradient(left, right, ends, out, OUT: tl.constexpr, IN: tl.constexpr, TILE:
         inside = row < last if OUT % TILE == 0 else (row < last) & (o < OUT)
         a = tl.load(left + row.to(tl.int64) * OUT + o, inside, 0.0)
         total = tl.dot(a.T, right.load([start, side]), total)
-    out.store([expert, top, side], total.to(out.dtype)[None, :, :])
+    if ADD:
+        row, column = top + tl.arange(0, TILE)[:, None], side + tl.arange(0, TILE)[None, :]
+        place = out + (expert * OUT + row).to(tl.int64) * IN + column
+        inside = (row < OUT) & (column < IN)
+        tl.store(place, tl.load(place, inside) + total, inside)
+    else:
+        out.store([expert, top, side], total.to(out.dtype)[None, :, :])
 
 
-def grouped_gradient(left_NO: Tensor, right_NI: Tensor, ends_E: Tensor) -> Tensor:
-    """The sum over each expert's rows of left^T right: [E, O, I]; zero for an expert without rows."""
+def grouped_gradient(left_NO: Tensor, right_NI: Tensor, ends_E: Tensor, total_EOI: Tensor | None = None) -> Tensor:
+    """The sum over each expert's rows of left^T right: [E, O, I]; zero for an expert without rows.
+
+    Args:
+        total_EOI: float32; if given the result is added to it, and it is returned.
+    """
     experts, height, width = ends_E.numel(), left_NO.shape[1], right_NI.shape[1]
     if not left_NO.shape[0]:
-        return left_NO.new_zeros(experts, height, width)
-    out_EOI = left_NO.new_empty(experts, height, width)
+        return left_NO.new_zeros(experts, height, width) if total_EOI is None else total_EOI
+    out_EOI = left_NO.new_empty(experts, height, width) if total_EOI is None else total_EOI
     tile, inner, warps, stages = GRADIENT
     right = TensorDescriptor.from_tensor(right_NI, [inner, tile])
-    target = TensorDescriptor.from_tensor(out_EOI, [1, tile, tile])
+    target = TensorDescriptor.from_tensor(out_EOI, [1, tile, tile]) if total_EOI is None else out_EOI
     _gradient[(experts * triton.cdiv(height, tile) * triton.cdiv(width, tile),)](
-        left_NO, right, ends_E, target, height, width, tile, inner, num_warps=warps, num_stages=stages
-    )
+        left_NO, right, ends_E, target, height, width, total_EOI is not None, tile, inner,
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
     return out_EOI

@@ -14,6 +14,7 @@ from model.backends import accelerated, on_kernels
 from model.config import HEAD_CHUNK, KERNEL_HEAD_CHUNK
 from model.norm import at_least_float32
 from parallel.collectives import max_over, sum_over
+from parallel.main_grads import stand_in
 
 
 def _chunk_losses(logits_CV: Tensor, target_C: Tensor, group) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,7 +65,7 @@ def scaled(x: Tensor, factor: Tensor) -> Tensor:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_TH: Tensor, head_VH: Tensor, target_T: Tensor, weight_T: Tensor, group, train: bool):
+    def forward(ctx, hidden_TH, head_VH, target_T, weight_T, group, total_VH, train: bool):
         dtype = torch.promote_types(hidden_TH.dtype, torch.float32)
         losses = torch.empty(target_T.shape, dtype=dtype, device=hidden_TH.device)
         grad_hidden = torch.empty_like(hidden_TH) if train else None
@@ -83,19 +84,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 left, right = grad.t(), hidden_TH[part]
                 grad_head = left @ right if once else add_product(left, right, grad_head)
         if train:
-            ctx.save_for_backward(grad_hidden, None if grad_head is None else grad_head.to(head_VH.dtype))
+            if grad_head is not None and total_VH is None:
+                grad_head = grad_head.to(head_VH.dtype)
+            ctx.save_for_backward(grad_hidden, grad_head, head_VH)
+            ctx.total_VH = total_VH
         ctx.mark_non_differentiable(losses)
         return (losses * weight_T).sum(), losses
 
     @staticmethod
     def backward(ctx, grad_total: Tensor, _):
-        grad_hidden, grad_head = ctx.saved_tensors
-        grad_head = None if grad_head is None else scaled(grad_head, grad_total)
-        return scaled(grad_hidden, grad_total), grad_head, None, None, None, None
+        grad_hidden, grad_head, head_VH = ctx.saved_tensors
+        if grad_head is not None and ctx.total_VH is not None:
+            ctx.total_VH.addcmul_(grad_head, grad_total)
+            grad_head = stand_in(head_VH)
+        elif grad_head is not None:
+            grad_head = scaled(grad_head, grad_total)
+        return scaled(grad_hidden, grad_total), grad_head, None, None, None, None, None
 
 
 def linear_cross_entropy(
-    hidden_TH: Tensor, head_VH: Tensor, target_T: Tensor, weight_T: Tensor, group
+    hidden_TH: Tensor, head_VH: Tensor, target_T: Tensor, weight_T: Tensor, group, total_VH: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Weighted sum of next-token cross-entropies, and the cross-entropy of each token (nats, not differentiable).
 
@@ -106,7 +114,8 @@ def linear_cross_entropy(
         target_T: token ids; where the weight is 0 any valid id will do.
         weight_T: weight of each token in the sum, float32.
         group: tensor-parallel group over which the vocabulary is cut.
+        total_VH: if given, the head's gradient is added to it (`parallel.main_grads`).
     """
     # Inside the function gradients are always off, and needs_input_grad says nothing of torch.no_grad().
     train = torch.is_grad_enabled() and (hidden_TH.requires_grad or head_VH.requires_grad)
-    return _LinearCrossEntropy.apply(hidden_TH, head_VH, target_T, weight_T, group, train)
+    return _LinearCrossEntropy.apply(hidden_TH, head_VH, target_T, weight_T, group, total_VH, train)

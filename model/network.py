@@ -12,7 +12,7 @@ from model.balance import Balance, RoutedTokens
 from model.batch import MicroBatch
 from model.documents import Documents
 from model.experts import MixtureOfExperts
-from model.loss import linear_cross_entropy
+from model.head import Head
 from model.stack import HybridConfig, full_pattern, stack_spec
 
 
@@ -56,6 +56,8 @@ class LanguageModel(HybridModel):
             pg_collection=pg_collection,
             vp_stage=vp_stage,
         )
+        if post_process:
+            self.output_layer = Head(config, vocab_size, pg_collection.tp)
         for place, balance in self.balances().items():
             if place == config.shape.layers.count("E"):
                 balance.set_uses(config.mtp.steps)
@@ -126,8 +128,7 @@ class LanguageModel(HybridModel):
 
     def logits(self, hidden_T1H: Tensor) -> Tensor:
         """Output head over the whole vocabulary: [T, 1, H] -> [T, V]."""
-        logits, _ = self.output_layer(hidden_T1H, runtime_gather_output=True)
-        return logits[:, 0]
+        return self.output_layer.logits(hidden_T1H)
 
     def forward(self, batch: MicroBatch) -> Losses | Tensor:
         """The losses of a micro-batch on the last pipeline stage, the states to send on elsewhere."""
@@ -139,16 +140,5 @@ class LanguageModel(HybridModel):
             return Losses(none.sum(), none.sum(dim=1), none)
         if self.config.sequence_parallel:
             states = [gather_from_sequence_parallel_region(x, group=self.tp_group) for x in states]
-        mtp, head = self.config.mtp, self.output_layer.weight
-        heads = [head, *[head.detach() if mtp.detach else head] * mtp.steps]
-        # The head works out its gradient on the way forward: it is told there what a step's loss counts for.
-        factors, dtype = [1.0, *mtp.loss_weights(batch.tokens_before)], torch.promote_types(head.dtype, torch.float32)
-        results = [
-            linear_cross_entropy(hidden[:, 0], own, target, factor * weight, self.tp_group)
-            for hidden, own, target, weight, factor in zip(
-                states, heads, batch.targets_KT, batch.weights_KT.to(dtype), factors, strict=True
-            )
-        ]
-        tokens_KT = torch.stack([losses for _, losses in results])
-        by_step = (tokens_KT * batch.weights_KT).sum(dim=1)
-        return Losses(torch.stack([mean for mean, _ in results]).sum(), by_step, tokens_KT)
+        total, tokens_KT = self.output_layer(states, batch)
+        return Losses(total, (tokens_KT * batch.weights_KT).sum(dim=1), tokens_KT)

@@ -147,6 +147,13 @@ def mixing_cases(shape: ModelConfig, device: torch.device, dtype: torch.dtype) -
     return cases
 
 
+def _call_totals(counts_E: Tensor, function: Callable, leaves: list[Tensor]) -> tuple:
+    """What the weights' gradients are added to; the gradient of the rows is the rows themselves."""
+    totals = tuple(at_least_float32(torch.ones_like(weight)) for weight in leaves[1:3])
+    function(*leaves, counts_E, totals).square().sum().backward()
+    return totals
+
+
 def expert_cases(shape: ModelConfig, device: torch.device, dtype: torch.dtype) -> list[Case]:
     """What a mixture of experts is made of; one expert goes without a row."""
     draw, tokens, hidden, width = _Draw(device, dtype), ROWS * LENGTH, shape.hidden_size, shape.expert_size
@@ -165,6 +172,8 @@ def expert_cases(shape: ModelConfig, device: torch.device, dtype: torch.dtype) -
         Case("rows from experts", combine_rows, [draw.narrow(rows, hidden)], _plain(order_N, inverse_TK)),
         Case("grouped products", expert_rows, [draw.narrow(rows, hidden), *weights, draw.wide(rows).sigmoid()],
              _plain(counts_E)),
+        Case("gradients into sums", expert_rows, [draw.narrow(rows, hidden), *weights, draw.wide(rows).sigmoid()],
+             partial(_call_totals, counts_E)),
         Case("mixture", mix_rows, [draw.narrow(tokens, hidden), *weights, draw.wide(rows).sigmoid()],
              _plain(counts_E, order_N, inverse_TK)),
     ]  # fmt: skip

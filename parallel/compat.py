@@ -1,6 +1,7 @@
 """Every patch of megatron-core, one function each: the symbol, the versions, the reason.
 
-All but `use_torch_adamw` let megatron-core 0.19 run without CUDA, and none of these is applied with a GPU.
+All but `use_torch_adamw` and `sum_gradients` let megatron-core 0.19 run without CUDA, and none of these is applied
+with a GPU.
 `tests/parallel/test_compat.py` holds a test for each that fails once upstream no longer needs the patch.
 """
 
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from parallel.main_grads import add_product
 
 # megatron-core modules on our path that name the "cuda" device outright (0.19.2).
 CUDA_BOUND_MODULES = (
@@ -97,8 +100,23 @@ def use_torch_adamw() -> None:
     optimizer.USING_PYTORCH_OPTIMIZER = True
 
 
+def _add_weight_gradient(x: Tensor, grad: Tensor, total: Tensor) -> None:
+    add_product(grad.t(), x, total)
+
+
+def sum_gradients() -> None:
+    """Symbol: `megatron.core.tensor_parallel.layers.fused_weight_gradient_mlp_cuda`, 0.19.x.
+
+    Reason: its linear layers add gradients to float32 sums by an extension of APEX, which is built from its source;
+    torch does the same.
+    """
+    layers: Any = importlib.import_module("megatron.core.tensor_parallel.layers")
+    layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(wgrad_gemm_accum_fp32=_add_weight_gradient)
+
+
 def apply(device: torch.device) -> None:
     """Applies what this device needs, once per process and before the engine is built."""
     use_torch_adamw()
+    sum_gradients()
     if device.type == "cpu":
         replace_cuda_device()

@@ -17,8 +17,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from parallel import compat, optimizer_state
+from parallel import compat, main_grads, optimizer_state
 from parallel.optimizer_state import State
+
+
+# Numbers of a bucket of gradients or weights, which travels while others are computed: enough to keep a network busy,
+# and enough of them in each rank's share.
+BUCKET, BUCKET_SHARE = 40_000_000, 1_000_000
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,10 @@ def run_schedule(
 
 def _ddp_config() -> DistributedDataParallelConfig:
     return DistributedDataParallelConfig(
-        use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False
+        use_distributed_optimizer=True,
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=True,
+        overlap_param_gather=True,
     )
 
 
@@ -74,7 +82,7 @@ def buffer_layout(chunk: MegatronModule, groups: ProcessGroupCollection) -> Full
     """Where the parameters of a pipeline stage lie in the flat buffers of each type; needs no numbers in them."""
     layout = DistributedOptimizer.compute_full_param_layout(
         [parameter for parameter in chunk.parameters() if parameter.requires_grad],
-        None,
+        max(BUCKET, BUCKET_SHARE * groups.intra_dp_cp.size()),
         groups.intra_dp_cp.size(),
         _ddp_config(),
         expert_data_parallel_world_size=groups.intra_expt_dp.size(),
@@ -93,7 +101,9 @@ def buffer_layout(chunk: MegatronModule, groups: ProcessGroupCollection) -> Full
 def wrap(chunk: MegatronModule, groups: ProcessGroupCollection) -> DistributedDataParallel:
     """One pipeline stage with the buffers that its gradients are gathered and summed in."""
     layout = buffer_layout(chunk, groups)
-    return DistributedDataParallel(chunk.config, _ddp_config(), chunk, pg_collection=groups, full_param_layout=layout)
+    ddp = DistributedDataParallel(chunk.config, _ddp_config(), chunk, pg_collection=groups, full_param_layout=layout)
+    main_grads.fuse(chunk)
+    return ddp
 
 
 def allocated_bytes(chunk: MegatronModule, groups: ProcessGroupCollection) -> dict[str, int]:
@@ -150,6 +160,9 @@ class MegatronEngine:
         config = chunks[0].config
         config.finalize_model_grads_func = _finalize
         self.ddp = [wrap(chunk, groups) for chunk in chunks]
+        # Gradients travel from the last micro-batch on.
+        no_sync = [chunk.no_sync for chunk in self.ddp]
+        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         undecayed = ParamWithNamePredicate(name="undecayed", fn=lambda _, name: not decays(name))
         # megatron-core numbers a group's parameters as if all had one type, so the float32 ones of a bfloat16 model
         # get groups of their own. Only its scheduler, which we do not use, reads end_wd: here it tells groups apart.
@@ -190,6 +203,9 @@ class MegatronEngine:
     def train_step(self, batches: Sequence[Any], tokens: int, lr: float) -> tuple[list[Any], float]:
         """One optimizer step over this rank's micro-batches of ``tokens`` tokens each.
 
+        Each rank then has its own part of the new weights; the others' arrive while the next step's forward pass runs.
+        Whoever reads weights before it calls `gather_weights`.
+
         Returns:
             What the network returned for each micro-batch (last pipeline stage only), and the gradient norm before
             clipping.
@@ -221,8 +237,14 @@ class MegatronEngine:
         self._steps += 1
         return grad_norm
 
+    def gather_weights(self) -> None:
+        """Makes every rank's weights whole after a step. All ranks call it."""
+        for chunk in self.ddp:
+            chunk.start_param_sync(force_sync=True)
+
     def sharded_state_dict(self, is_loading: bool) -> State:
         """Model and optimizer as megatron-core's sharded state dict, for saving or as a template for loading."""
+        self.gather_weights()
         if is_loading:
             self._allocate_moments()
         weights = self._sharded_weights()

@@ -129,6 +129,7 @@ def fit(
             values |= step_metrics(job, outputs, behind)
             values |= {metrics.GRAD_NORM: grad_norm, metrics.LR: lr, **speed.take(), **data_metrics(job, loader)}
         if due(step, run.eval_every, run.steps):
+            engine.gather_weights()
             values |= heldout_metrics(job, run.eval_samples) | heldout_acceptance(job, run.eval_prompts)
         if step == 1 and routers_start:
             values |= routers_start

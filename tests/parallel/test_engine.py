@@ -41,6 +41,7 @@ def _values(job: Job) -> dict[str, torch.Tensor]:
 def _step(job: Job, engine: MegatronEngine, seed: int, lr: float) -> float:
     batch = part_of(random_batch(8, seed), job.groups.dp.rank(), job.groups.dp.size())
     _, grad_norm = train_step(job, engine, [batch], lr)
+    engine.gather_weights()
     return grad_norm
 
 
@@ -71,7 +72,7 @@ def _poison() -> dict:
     before = _values(job)
     handle = None
     if job.groups.dp.rank() == 1:
-        weight = job.chunks[0].mixtures()[0].experts.weight1
+        weight = job.chunks[0].mixtures()[0].router.weight
         handle = weight.register_hook(lambda gradient: gradient * math.nan)
     refusal = None
     try:
