@@ -184,17 +184,23 @@ class Experts(MegatronModule):
         return self.weight1.main_grad, self.weight2.main_grad
 
     @recomputable("experts")
-    def forward(self, x_TH: Tensor, share_N: Tensor, counts_E: Tensor, order_N: Tensor, inverse_TK: Tensor) -> Tensor:
-        """What all experts make of tokens, on a rank that holds them all: see `mix_rows`."""
-        return mix_rows(x_TH, self.weight1, self.weight2, share_N, counts_E, order_N, inverse_TK, self.totals)
+    def forward(
+        self,
+        x: Tensor,
+        share_N: Tensor,
+        counts_E: Tensor,
+        order_N: Tensor | None = None,
+        inverse_TK: Tensor | None = None,
+    ) -> Tensor:
+        """What all experts make of tokens x [T, H], on a rank that holds them all: see `mix_rows`.
 
-    @recomputable("experts")
-    def rows(self, x_NH: Tensor, share_N: Tensor, counts_E: Tensor) -> Tensor:
-        """What this rank's experts make of the rows that were sent to them, sorted: see `expert_rows`.
-
-        An addend where the width of experts is spread.
+        Without an order, what this rank's experts make of the sorted rows x [N, H] that were sent to them: see
+        `expert_rows`. An addend where the width of experts is spread.
         """
-        return expert_rows(x_NH, self.weight1, self.weight2, share_N, counts_E, self.totals)
+        weights = (self.weight1, self.weight2)
+        if order_N is None:
+            return expert_rows(x, *weights, share_N, counts_E, self.totals)
+        return mix_rows(x, *weights, share_N, counts_E, order_N, inverse_TK, self.totals)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets=(), metadata=None):
         """One tensor of all experts, cut along the experts and along their width."""
@@ -222,11 +228,13 @@ class SharedExpert(SwiGLU):
         self.gate_weight = nn.Parameter(torch.empty(1, config.hidden_size, dtype=config.params_dtype))
         self.gate_weight.sequence_parallel = config.sequence_parallel
 
-    def forward(self, hidden_T1H: Tensor) -> Tensor:
-        return self.finish(self.widen(hidden_T1H), hidden_T1H)
+    def forward(self, hidden_T1H: Tensor, units: Tensor | None = None) -> Tensor:
+        """[T, 1, H] -> [T, 1, H].
 
-    def finish(self, units: Tensor, hidden_T1H: Tensor) -> Tensor:
-        """What follows on `widen`."""
+        Args:
+            units: what `widen` made of hidden, where that was done before.
+        """
+        units = self.widen(hidden_T1H) if units is None else units
         return gate_rows(self.narrow(units), F.linear(hidden_T1H, self.gate_weight))
 
 
@@ -296,7 +304,7 @@ class MixtureOfExperts(MegatronModule):
         order = expert.argsort(stable=True)
         inverse = invert(order)
         arrived, share = (pending.wait() for pending in leaving)
-        out = self.experts.rows(permute(arrived, order, inverse), permute(share, order, inverse), received.sum(0))
+        out = self.experts(permute(arrived, order, inverse), permute(share, order, inverse), received.sum(0))
         returning = start_exchange(permute(out, inverse, order), receive, send, group)
-        shared = self.shared_expert.finish(units, hidden_T1H) if self.shared_expert and units is not None else None
+        shared = self.shared_expert(hidden_T1H, units) if self.shared_expert else None
         return add_parts(returning.wait(), parts, copies), shared

@@ -175,7 +175,7 @@ def _weight_gradient(left_NO, right_NI, ends_E, weight, total):
     return stand_in(weight)
 
 
-def _backward(grad, x, inner_NG, source_N, weight1_E2FH, weight2_EHF, share_N, ends_E, tiles, totals):
+def _backward(grad, totals, x, inner_NG, source_N, weight1_E2FH, weight2_EHF, share_N, ends_E, tiles):
     """Gradients of the rows [N, H] that were read, of both weights and of the shares."""
     rows = share_N.numel()
     # A gradient's product reads its rows once for every tile: there gathering on the way costs more than a copy.
@@ -204,7 +204,7 @@ class _ExpertRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_NH: Tensor):
         x_NH, inner_NG, *rest = ctx.saved_tensors
-        return *_backward(grad_NH.contiguous(), x_NH, inner_NG, None, *rest, ctx.totals), None, None
+        return *_backward(grad_NH.contiguous(), ctx.totals, x_NH, inner_NG, None, *rest), None, None
 
 
 def expert_rows(
@@ -234,7 +234,7 @@ class _MixRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_TH: Tensor):
         inverse_TK, *rest = ctx.saved_tensors
-        grad_x_NH, *grads = _backward(grad_TH.contiguous(), *rest, ctx.totals)
+        grad_x_NH, *grads = _backward(grad_TH.contiguous(), ctx.totals, *rest)
         return sum_rows(grad_x_NH, inverse_TK), *grads, None, None, None, None
 
 

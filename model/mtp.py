@@ -48,7 +48,8 @@ class MtpLayer(MegatronModule):
         self.layer_number = layer_number
         self.tp_group = pg_collection.tp
         norm = (config, config.hidden_size, config.layernorm_epsilon)
-        self.enorm, self.hnorm, self.final_layernorm = (submodules.norm(*norm) for _ in range(3))
+        # In the order of use, in which weights arrive from other ranks.
+        self.enorm, self.hnorm = submodules.norm(*norm), submodules.norm(*norm)
         self.eh_proj = submodules.eh_proj(2 * config.hidden_size, config.hidden_size, config)
         self.mtp_model_layer = submodules.stack(
             config=config,
@@ -58,6 +59,7 @@ class MtpLayer(MegatronModule):
             pg_collection=pg_collection,
             is_mtp_layer=True,
         )
+        self.final_layernorm = submodules.norm(*norm)
 
     def forward(
         self,

@@ -149,7 +149,8 @@ def mixing_cases(shape: ModelConfig, device: torch.device, dtype: torch.dtype) -
 
 def _call_totals(counts_E: Tensor, function: Callable, leaves: list[Tensor]) -> tuple:
     """What the weights' gradients are added to; the gradient of the rows is the rows themselves."""
-    totals = tuple(at_least_float32(torch.ones_like(weight)) for weight in leaves[1:3])
+    types = [torch.promote_types(weight.dtype, torch.float32) for weight in leaves[1:3]]
+    totals = tuple(torch.ones_like(weight, dtype=dtype) for weight, dtype in zip(leaves[1:3], types, strict=True))
     function(*leaves, counts_E, totals).square().sum().backward()
     return totals
 

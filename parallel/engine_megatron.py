@@ -20,7 +20,6 @@ from torch import Tensor
 from parallel import compat, main_grads, optimizer_state
 from parallel.optimizer_state import State
 
-
 # Numbers of a bucket of gradients or weights, which travels while others are computed: enough to keep a network busy,
 # and enough of them in each rank's share.
 BUCKET, BUCKET_SHARE = 40_000_000, 1_000_000

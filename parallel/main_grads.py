@@ -5,15 +5,17 @@ type and moves a third more bytes. Who computes a gradient is given the sum to a
 megatron-core's hook then finds nothing to add, but knows that the gradient is there.
 """
 
+from typing import Any, cast
+
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 
 
-def accumulate(parameter: nn.Parameter) -> nn.Parameter:
+def accumulate(parameter: Any) -> nn.Parameter:
     """The parameter, whose module adds up its gradients itself once data parallelism has given it a ``main_grad``."""
     parameter.main_grad = None
-    return parameter
+    return cast(nn.Parameter, parameter)
 
 
 def fuse(chunk: nn.Module) -> None:
@@ -37,10 +39,10 @@ def add_product(left: Tensor, right: Tensor, total: Tensor) -> None:
         total.add_(left @ right)
 
 
-def stand_in(weight: Tensor) -> Tensor:
+def stand_in(weight: Any) -> Tensor:
     """What a backward pass returns in place of a gradient that it has added to the weight's ``main_grad``.
 
     megatron-core drops it unread, so the weight's own memory will do.
     """
     weight.grad_added_to_main_grad = True
-    return weight.detach()
+    return cast(Tensor, weight.detach())

@@ -86,7 +86,7 @@ def test_mixture_equals_its_twin(groups, experts: int, k: int, shared: int) -> N
 def test_experts_without_tokens_get_no_gradient(groups) -> None:
     module = Experts(hybrid_config(SMALL, MtpConfig()), groups).double()
     randomise(module)
-    module.rows(normal(5, SMALL.hidden_size), torch.ones(5), torch.tensor([0, 2, 0, 0, 3, 0])).sum().backward()
+    module(normal(5, SMALL.hidden_size), torch.ones(5), torch.tensor([0, 2, 0, 0, 3, 0])).sum().backward()
     for weight in (module.weight1, module.weight2):
         idle = [not expert.any() for expert in weight.grad]
         assert idle == [True, False, True, True, False, True]
@@ -98,7 +98,7 @@ def test_expert_holds_its_gate_and_then_its_up_projection(groups) -> None:
     x = normal(1, SMALL.hidden_size)
     gate, up = x[0] @ module.weight1[2, 0].T, x[0] @ module.weight1[2, 1].T
     expected = 0.25 * (module.weight2[2] @ (gate * torch.sigmoid(gate) * up))
-    out = module.rows(x, torch.tensor([0.25]), torch.tensor([0, 0, 1, 0, 0, 0]))
+    out = module(x, torch.tensor([0.25]), torch.tensor([0, 0, 1, 0, 0, 0]))
     assert_close(out[0], expected, FLOAT64_TOLERANCE, "the output")
 
 

@@ -127,6 +127,16 @@ def _build_beside_transformer_engine(runs: Path, patched: bool) -> None:
         optimizer.USING_PYTORCH_OPTIMIZER, optimizer.Adam = kept, kept_class
 
 
+def _without_sums(runs: Path) -> None:
+    """megatron-core's own way of adding gradients to float32 sums."""
+    layers = importlib.import_module("megatron.core.tensor_parallel.layers")
+    kept = vars(layers).pop("fused_weight_gradient_mlp_cuda")
+    try:
+        _train_and_save(runs)
+    finally:
+        layers.fused_weight_gradient_mlp_cuda = kept
+
+
 def _take_away(runs: Path) -> dict[str, str | None]:
     """What is taken away -> how the CPU run then fails; None where it works."""
     process_groups.start(torch.device("cpu"))
@@ -141,6 +151,7 @@ def _take_away(runs: Path) -> dict[str, str | None]:
     found["type names when clipping"] = _complaint(_clip_outside, runs)
     for name, patched in (("nothing, beside Transformer Engine", True), ("torch's AdamW", False)):
         found[name] = _complaint(_build_beside_transformer_engine, runs, patched)
+    found["sums of gradients"] = _complaint(_without_sums, runs)
     found["nothing, clipping"] = _complaint(_clip_inside, runs)
     return found
 
@@ -169,6 +180,11 @@ def test_without_one_replacement_it_asks_for_cuda(complaints, name: str):
 def test_without_torchs_adamw_it_takes_transformer_engines(complaints):
     for rank in complaints:
         assert "FusedAdam" in rank["torch's AdamW"], "megatron-core no longer chooses by what is installed"
+
+
+def test_without_sums_of_gradients_it_looks_for_apex(complaints):
+    for rank in complaints:
+        assert "fused_weight_gradient_mlp_cuda" in rank["sums of gradients"], "megatron-core has a way of its own"
 
 
 def test_without_type_names_the_optimizer_refuses(complaints):

@@ -7,14 +7,16 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
+from model.config import BalanceConfig
 from parallel import groups as process_groups
 from parallel.engine_megatron import AdamW, MegatronEngine
 from parallel.topology import ParallelConfig
 from tests.dist import run_ranks
 from tests.parallel.tiny import MODEL, build_tiny, fill, parameters, part_of, random_batch, tiny_config
 from train.build import Job
-from train.loop import train_step
+from train.loop import micro_batches, train_step
 from train.optim import decays
+from train.routing import begin_step, end_step
 
 LR, DECAY = 0.1, 0.25
 # Parameters that are float32 in a model of any type.
@@ -100,9 +102,38 @@ def _islands() -> dict:
     }
 
 
+def _sums(dtype: str) -> dict:
+    """Every gradient of a micro-batch as autograd returns it, and as two micro-batches of it were summed by the engine.
+
+    Without a balance loss, whose estimate changes from step to step."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    job = build_tiny(tiny_config(replace(MODEL, dtype=dtype), balance=BalanceConfig(weight=0.0, micro_weight=0.0)))
+    (network,) = fill(job)
+    ready = micro_batches(job, [random_batch(8, seed=0)] * 2)
+    begin_step(job, ready, recording=False)
+    network(ready[0]).total.backward()
+    end_step(job)
+    alone = {}
+    for name, parameter in network.named_parameters():
+        alone[name], parameter.grad = parameter.grad, None
+    adamw = AdamW(betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, clip=0.0)
+    engine = MegatronEngine([network], job.groups, adamw, job.device, decays)
+    engine.train_step(ready, job.microbatch_tokens, 0.0)
+    summed = {name: parameter.main_grad.clone() for name, parameter in network.named_parameters()}
+    fused = {name for name, parameter in network.named_parameters() if parameter.grad_added_to_main_grad}
+    return {"alone": alone, "summed": summed, "fused": fused}
+
+
 def _one_process() -> dict:
     process_groups.start(torch.device("cpu"))
-    return {"decay": _decay(), "clip": {clip: _clip(clip) for clip in (0.0, 0.1, 1e3)}, "islands": _islands()}
+    sums = {"float32": _sums("float32"), "bfloat16": _sums("bfloat16")}
+    return {
+        "decay": _decay(),
+        "clip": {clip: _clip(clip) for clip in (0.0, 0.1, 1e3)},
+        "islands": _islands(),
+        "sums": sums,
+    }
 
 
 def _two_processes() -> dict:
@@ -149,6 +180,21 @@ def test_float32_islands_in_a_bfloat16_model(single):
     # Steps of 1e-6 are far below bfloat16's spacing at 0.5 (4e-3) and above float32's (6e-8): the optimizer works on
     # the islands themselves, not on copies that come back rounded.
     assert [name for name in wide if not found["moved"][name]] == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_go_straight_into_float32_sums(single, dtype: str):
+    found = single["sums"][dtype]
+    direct = ("linear_fc1.weight", "linear_fc2.weight", "experts.weight1", "experts.weight2", "output_layer.weight")
+    assert {name for name in found["summed"] if name.endswith(direct)} <= found["fused"]
+    for name, total in found["summed"].items():
+        assert total.dtype == torch.float32
+        # One rounding to the model's type is what the sum is spared; float32's own are in the order of its terms.
+        tolerance = 2.0**-7 if dtype == "bfloat16" else 1e-5
+        error = (total / 2 - found["alone"][name].float()).norm() / total.norm()
+        assert error < tolerance, name
+        if dtype == "bfloat16" and name in found["fused"]:
+            assert not torch.equal(total, total.bfloat16().float()), f"{name} was rounded on its way"
 
 
 def test_gradients_that_are_not_finite():

@@ -7,6 +7,7 @@ last moment: a rank's copy of what others hold is no number until the moment it 
 import contextlib
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 from unittest import mock
 
 import pytest
@@ -32,8 +33,10 @@ LAYOUTS = {
     "DP2": ParallelConfig(expert=1),
     "EP2": ParallelConfig(expert=2),
     "CP2xEP2": ParallelConfig(context=2, expert=2),
+    "DP2xEP2": ParallelConfig(expert=2),
     "DP2, layers recomputed": ParallelConfig(expert=1, recompute="full"),
 }
+FOUR = "DP2xEP2"  # of four processes, so that both kinds of weights have other holders
 Group = param_and_grad_buffer._ParamAndGradBucketGroup
 
 
@@ -128,8 +131,8 @@ def _noting(events: list[str], engine: MegatronEngine) -> Iterator[None]:
 
     layers = engine.ddp[0].module.decoder.layers
     hooks = [layers[-1].register_forward_pre_hook(lambda *_: events.append("forward of the last layer"))]
-    embedding = engine.ddp[0].module.embedding
-    hooks.append(embedding.register_full_backward_hook(lambda *_: events.append("backward of the embedding")))
+    embedding = engine.ddp[0].module.embedding.word_embeddings.weight
+    hooks.append(embedding.register_hook(lambda *_: events.append("backward of the embedding")))
     with noted("start_param_sync"), noted("finish_param_sync"), noted("start_grad_sync"):
         yield
     for hook in hooks:
@@ -146,11 +149,11 @@ def _events() -> tuple[list[str], int]:
     return events, len(_groups(engine))
 
 
-def _all() -> dict:
+def _all(layouts: list[str]) -> dict:
     process_groups.start(torch.device("cpu"))
     engine_megatron.BUCKET = engine_megatron.BUCKET_SHARE = 1  # a bucket for every parameter
     found = {"events": _events()}
-    for layout in LAYOUTS:
+    for layout in layouts:
         found[layout, "at once"] = _train(layout, late=False)
         with mock.patch.object(Group, "start_param_sync", _start_late):
             found[layout, "late"] = _train(layout, late=True)
@@ -159,7 +162,9 @@ def _all() -> dict:
 
 @pytest.fixture(scope="module")
 def results() -> list[dict]:
-    return run_ranks(_all, 2, timeout=400)
+    of_two = run_ranks(_all, 2, [name for name in LAYOUTS if name != FOUR], timeout=400)
+    of_four = run_ranks(_all, 4, [FOUR], timeout=400)
+    return [two | four for two, four in zip(of_two, of_four, strict=False)]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -175,7 +180,7 @@ def test_weights_set_off_one_bucket_ahead(results):
         forward = events[: events.index("backward of the embedding")]
         waits = [event for event in forward if event.startswith("wait for")]
         assert len(waits) == buckets, "every bucket is waited for, once"
-        for this, following in zip(waits, waits[1:], strict=False):
+        for this, following in pairwise(waits):
             name = following.removeprefix("wait for ")
             assert events.index(f"weights of {name}") < events.index(following), following
             assert events.index(f"weights of {name}") > events.index(this), "not all at the start"
@@ -184,7 +189,8 @@ def test_weights_set_off_one_bucket_ahead(results):
 
 def test_gradients_set_off_before_the_backward_pass_ends(results):
     for events, buckets in (rank["events"] for rank in results):
-        end = events.index("backward of the embedding")
+        first, end = (index for index, event in enumerate(events) if event == "backward of the embedding")
+        assert not [event for event in events[:first] if event.startswith("gradients of")], "not the last micro-batch"
         early = [event for event in events[:end] if event.startswith("gradients of")]
         # All but the embedding's own.
         assert len(set(early)) >= buckets - 2

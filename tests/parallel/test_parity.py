@@ -21,6 +21,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from model import cost, deltanet
 from model.batch import count_targets
 from model.config import BalanceConfig, ModelConfig, MtpConfig
+from parallel import engine_megatron
 from parallel import groups as process_groups
 from parallel.engine_megatron import _finalize, run_schedule
 from parallel.topology import ParallelConfig
@@ -46,6 +47,7 @@ pytestmark = pytest.mark.timeout(1500)  # the first test computes all results
 ROWS = 8
 STEPS = 20
 CASES_AT_ONCE = 3
+BUCKET = 10_000  # numbers: gradients and weights travel in more than ten parts
 LR = 3e-3  # takes the loss from 5.5 to 3.9 nats in twenty steps
 
 
@@ -121,6 +123,7 @@ EXACT = BalanceConfig(weight=0.01, micro_weight=0.0, z_weight=0.001, mode="exact
 
 
 def _job(case: Case, balance: BalanceConfig = EXACT, **model) -> Job:
+    engine_megatron.BUCKET = engine_megatron.BUCKET_SHARE = BUCKET
     deltanet.passes_states = cost.passes_states if case.states is None else lambda *_: case.states
     mtp = MtpConfig(steps=case.mtp_steps, keys=case.keys)
     job = build_tiny(tiny_config(replace(case.model, **model), case.parallel, balance=balance, mtp=mtp))
