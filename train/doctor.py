@@ -25,6 +25,13 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def _cudnn() -> str:
+    try:
+        return str(torch.backends.cudnn.version())
+    except RuntimeError as error:  # another package loaded another one than torch was built with
+        return f"of no use to torch: {error}"
+
+
 def facts(device: torch.device) -> list[str]:
     """Versions, GPU, collectives and disk, a line each."""
     free = shutil.disk_usage(".").free / 1e9
@@ -39,7 +46,7 @@ def facts(device: torch.device) -> list[str]:
         driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
         number = torch.cuda.device_count()
         lines.append(f"{number} x {properties.name}, {properties.total_memory / 1e9:.0f} GB, driver {driver}")
-        lines.append(f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}")
+        lines.append(f"CUDA {torch.version.cuda}, cuDNN {_cudnn()}")
     else:
         lines.append(f"no GPU; {torch.get_num_threads()} CPU threads")
     lines.append(f"collectives: {', '.join(backends)}")

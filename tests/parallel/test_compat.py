@@ -86,7 +86,7 @@ def _send_round(runs: Path) -> None:
 def _complaint(action: Callable, *args) -> str | None:
     try:
         action(*args)
-    except (AssertionError, RuntimeError, TypeError) as error:
+    except (AssertionError, NameError, RuntimeError, TypeError) as error:
         return str(error)
     return None
 
