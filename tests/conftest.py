@@ -18,6 +18,7 @@ LONG = (
     "parallel/test_engine.py",
     "parallel/test_exchange.py",
     "parallel/test_memory.py",
+    "parallel/test_overlap.py",
     "parallel/test_parity.py",
     "serving/",
     "test_launch.py",
