@@ -249,16 +249,19 @@ def import_(arguments: list[str]) -> int:
 
 
 def bench(arguments: list[str]) -> int:
-    """Times one process, and a peer beside it."""
+    """Times one process, and peers beside it."""
     own = [argument for argument in arguments if argument.startswith("bench.")]
     settings = from_text(BenchConfig, own).bench
     check_bench(settings)
-    config = compose([argument for argument in arguments if argument not in own], planned=True)
-    check_plan(config, 1)
+    rest = [argument for argument in arguments if argument not in own]
+    configs = {"the recipe": compose(rest, planned=True)}
+    configs |= {variant: compose([*rest, *variant.split()], planned=True) for variant in settings.also}
+    for config in configs.values():
+        check_plan(config, 1)
     if front.world_size():
         from train.bench import run_bench
 
-        return run_bench(config, settings)
+        return run_bench(configs, settings)
     return front.launch(["-m", "train", "bench", *arguments], 1)
 
 

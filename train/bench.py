@@ -10,7 +10,7 @@ import gc
 import json
 import platform
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -26,7 +26,7 @@ from model.init import initialise
 from model.network import LanguageModel
 from parallel import groups as process_groups
 from parallel.engine_megatron import MegatronEngine
-from parallel.topology import resolve
+from parallel.topology import Topology, resolve
 from train.breakdown import Part, parts_of
 from train.build import build_chunks
 from train.config import Config
@@ -134,10 +134,10 @@ class _Bench:
         return timing
 
     def ours(self, network: LanguageModel) -> None:
-        """Times our network at every size, with the table of its parts."""
+        """Times our network at every size that it has memory for, with the table of its parts."""
         step, parameters = partial(network_step, network, self.device), list(network.parameters())
-        for sequences in self.settings.sequences:
-            total = self.time("tessera", sequences, step, parameters).milliseconds
+        self.sizes("tessera", step, parameters)
+        for sequences, total in [(timing.sequences, timing.milliseconds) for timing in self.result.timings]:
             (tokens_RS,) = random_batches(sequences, self.config.data.seq_length, self.vocab_size, 1)
             self.result.parts[sequences] = parts_of(network, step, tokens_RS, total, self.rate, self.config)
 
@@ -174,30 +174,31 @@ class _Bench:
 
 def line(timing: Timing) -> str:
     """A timing for the screen and for the page of results."""
-    memory = "" if timing.peak_gigabytes is None else f" | {timing.peak_gigabytes:.1f} GB"
+    memory = "" if timing.peak_gigabytes is None else f"{timing.peak_gigabytes:.1f} GB"
     return (
         f"| {timing.name} | {timing.sequences} | {timing.milliseconds:.1f} ms | host {timing.host_milliseconds:.1f} ms "
         f"| {timing.tokens_per_second / 1e3:.1f}k tokens/s | {timing.tflops:.3g} TFLOP/s "
-        f"| {timing.share_of_matmul_rate:.0%} of matmul{memory} |"
+        f"| {timing.share_of_matmul_rate:.0%} of matmul | {memory} |"
     )
 
 
 def report(result: Result) -> str:
     """The page of results: what ran where, timings, and where our time goes."""
-    lines = [f"{name}: {value}" for name, value in result.about.items()]
-    lines += [f"matrix products: {result.matmul_tflops:.3g} TFLOP/s measured", "", *map(line, result.timings)]
+    lines = [f"- {name}: {value}" for name, value in result.about.items()]
+    lines += [f"- matrix products: {result.matmul_tflops:.3g} TFLOP/s measured"]
+    lines += [f"- left out: {what}: {why}" for what, why in result.left_out.items()]
+    lines += ["", "| | sequences | step | host | speed | operations | share | memory |", "|---" * 8 + "|"]
+    lines += map(line, result.timings)
     for sequences, parts in result.parts.items():
-        lines += ["", f"where tessera's time goes at {sequences} sequences (ms, and the floor of its operations):", ""]
+        lines += ["", f"Where tessera's time goes at {sequences} sequences (ms, and the floor of its operations):", ""]
+        lines += ["| | time | floor |", "|---|---|---|"]
         lines += [f"| {row.name} | {row.milliseconds:.2f} | {row.floor_milliseconds:.2f} |" for row in parts]
-    return "\n".join([*lines, *(f"left out: {what}: {why}" for what, why in result.left_out.items())])
+    return "\n".join(lines)
 
 
-def run_bench(config: Config, settings: Measurement) -> int:
-    """The bench command in its process; returns the exit code."""
-    device = process_groups.local_device()
-    process_groups.start(device)
-    topology = resolve(config.parallel, config.model, torch.distributed.get_world_size())
-    groups, vocab_size = process_groups.lay_out(topology), planned_vocab(config, topology)
+def measure(config: Config, settings: Measurement, topology: Topology, groups: ProcessGroupCollection) -> Result:
+    """Times a model of ours at every size, and the peers'."""
+    device, vocab_size = process_groups.local_device(), planned_vocab(config, topology)
     bench = _Bench(config, settings, device, vocab_size)
     print("\n".join(f"{name}: {value}" for name, value in bench.result.about.items()), flush=True)
     with torch.device(device):
@@ -210,9 +211,26 @@ def run_bench(config: Config, settings: Measurement) -> int:
     gc.collect()
     if settings.peers:
         bench.peers()
-    path = Path(settings.output)
+    return bench.result
+
+
+def run_bench(configs: Mapping[str, Config], settings: Measurement) -> int:
+    """The bench command in its process: a recipe and its variants, by name, one after the other; the exit code.
+
+    What is measured so far is on disk after each.
+    """
+    process_groups.start(process_groups.local_device())
+    first, *_ = configs.values()
+    topology = resolve(first.parallel, first.model, torch.distributed.get_world_size())
+    groups = process_groups.lay_out(topology)
+    path, results = Path(settings.output), {}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(bench.result), indent=1), encoding="utf-8")
-    print(f"\n{report(bench.result)}\n\nwritten: {path}", flush=True)
+    for name, config in configs.items():
+        results[name] = measure(config, settings, topology, groups)
+        gc.collect()
+        path.write_text(json.dumps({key: asdict(value) for key, value in results.items()}, indent=1), encoding="utf-8")
+        page = "\n\n".join(f"## {key}\n\n{report(value)}" for key, value in results.items())
+        path.with_suffix(".md").write_text(f"# Measured\n\n{page}\n", encoding="utf-8")
+        print(f"\n{report(results[name])}\n\nwritten: {path} and {path.with_suffix('.md')}", flush=True)
     process_groups.stop()
     return 0

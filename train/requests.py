@@ -14,7 +14,10 @@ class Measurement:
     repeats: int = setting(7, "steps of each size; their median counts")
     optimizer: bool = setting(False, "also times whole steps, with AdamW: 18 bytes a parameter")
     peers: bool = setting(True, "also times transformers' and megatron-core's Qwen3-Next; patterns of GE and *E only")
-    output: str = setting("bench.json", "where the numbers go")
+    also: tuple[str, ...] = setting(
+        (), 'variants timed after the recipe, as in ["model.repeats=3","balance.forced=true"]'
+    )
+    output: str = setting("bench.json", "where the numbers go, and beside it the same as a page (.md)")
 
 
 @dataclass(frozen=True)

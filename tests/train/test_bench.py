@@ -31,13 +31,21 @@ def test_bench_times_ours_and_the_peers(tmp_path, capfd: pytest.CaptureFixture) 
         "bench.sequences=[1,2]",
         "bench.repeats=1",
         "bench.optimizer=true",
+        'bench.also=["model.repeats=2 balance.forced=true"]',
         *sizes,
     ]
     assert run(arguments) == 0
-    written = json.loads(output.read_text())
+    written, forced = json.loads(output.read_text()).values()
+    assert "GEGEGE*E x 2" in forced["about"]["model"] and "forced" in forced["about"]["data"]
+    assert [(timing["name"], timing["sequences"]) for timing in forced["timings"]] == [
+        (name, sequences) for name in ("tessera", "tessera, whole step") for sequences in (1, 2)
+    ]
+    page = output.with_suffix(".md").read_text()
+    assert "## the recipe" in page and "## model.repeats=2 balance.forced=true" in page and "| routed experts |" in page
     found = [(timing["name"], timing["sequences"]) for timing in written["timings"]]
     contestants = ("tessera", "tessera, whole step", "transformers")
     assert found == [(name, sequences) for name in contestants for sequences in (1, 2)]
+    assert forced["left_out"]["transformers"] == "it has no forced routing"
     assert written["left_out"] == {"megatron-core with Transformer Engine": "transformer_engine is not installed"}
     for timing in written["timings"]:
         assert timing["tokens_per_second"] == pytest.approx(32e3 * timing["sequences"] / timing["milliseconds"])
@@ -62,7 +70,10 @@ def test_a_peer_that_cannot_route_in_turn_is_left_out() -> None:
     assert missing("transformers", Config(balance=BalanceConfig(forced=True))) == "it has no forced routing"
 
 
-@pytest.mark.parametrize("setting", ["bench.repeats=0", "bench.sequences=[]", "bench.sequences=[0,2]", "bench.size=3"])
+@pytest.mark.parametrize(
+    "setting",
+    ["bench.repeats=0", "bench.sequences=[]", "bench.sequences=[0,2]", "bench.size=3", 'bench.also=["bench.size"]'],
+)
 def test_bench_refuses_what_it_cannot_measure(setting: str) -> None:
     with pytest.raises(ConfigError, match="bench"):
         run(["bench", setting])
