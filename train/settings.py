@@ -125,7 +125,7 @@ def wanted(annotation: Any) -> str:
     if annotation in words:
         return words[annotation]
     if typing.get_origin(annotation) is tuple:
-        items = [wanted(item) for item in typing.get_args(annotation) if item is not ...]
+        items = ['"text"' if item is str else wanted(item) for item in typing.get_args(annotation) if item is not ...]
         return f"a list such as [{', '.join(items)}]"
     return " or ".join(wanted(option) for option in typing.get_args(annotation))
 

@@ -64,8 +64,8 @@ EXAMPLES = {
     ),
     "bench": (
         ("bench", "the recipe tiny, in minutes on a CPU"),
-        ("bench -cn proxy", "four real-width blocks on a GPU, beside transformers"),
-        ("bench -cn proxy model.repeats=3 bench.sequences=[2]", "twelve blocks"),
+        ("bench -cn proxy", "four real-width blocks on a GPU, beside transformers and megatron-core"),
+        ("bench -cn proxy 'bench.also=[\"model.repeats=3\"]'", "then twelve blocks"),
     ),
     "doctor": (
         ("doctor", "the kernels of the recipe tiny"),
