@@ -24,7 +24,7 @@ SUMMARIES = {
     "generate": "Writes text with a run's last checkpoint.",
     "export": "Writes a run's weights as a Hugging Face checkpoint, for transformers, vLLM and SGLang.",
     "import": "Makes a run of a Hugging Face checkpoint, for others to start from: train run.init=NAME.",
-    "bench": "Times forward and backward passes on one device, where their time goes, and a peer's.",
+    "bench": "Times forward and backward passes on one device, where their time goes, and others'.",
     "doctor": "Says what this machine is, and checks every kernel of a recipe's model against its twin.",
 }
 EXAMPLES = {
@@ -64,7 +64,7 @@ EXAMPLES = {
     ),
     "bench": (
         ("bench", "the recipe tiny, in minutes on a CPU"),
-        ("bench -cn proxy", "four real-width blocks on a GPU, beside transformers and megatron-core"),
+        ("bench -cn proxy", "four real-width blocks on a GPU, beside others"),
         ("bench -cn proxy 'bench.also=[\"model.repeats=3\"]'", "then twelve blocks"),
     ),
     "doctor": (
