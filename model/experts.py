@@ -22,7 +22,7 @@ from model.norm import at_least_float32
 from model.recompute import recomputable
 from model.router import Router
 from parallel.collectives import gather_counts, start_exchange
-from parallel.main_grads import accumulate, add_product, stand_in
+from parallel.main_grads import add_weight_gradient, stand_in, with_main_grad
 
 WIDTH_DIM = 2  # of both weights of the experts
 
@@ -52,7 +52,7 @@ class _LoopedLinear(torch.autograd.Function):
         parts = (grad_NO.split(ctx.counts), x_NI.split(ctx.counts), grad_x.split(ctx.counts))
         for grad, x, out, matrix, total in zip(*parts, matrices_EOI, sums_EOI, strict=True):
             torch.mm(grad, matrix, out=out)
-            add_product(grad.t(), x, total)
+            add_weight_gradient(x, grad, total)
         return grad_x, sums if ctx.total is None else stand_in(weight), None, None
 
 
@@ -169,8 +169,8 @@ class Experts(MegatronModule):
         self.ep_group, self.etp_group, self.dp_group = pg_collection.ep, pg_collection.expt_tp, pg_collection.expt_dp
         self.local = shape.experts // self.ep_group.size()
         width, hidden, dtype = shape.expert_size // self.etp_group.size(), config.hidden_size, config.params_dtype
-        self.weight1 = accumulate(nn.Parameter(torch.empty(self.local, 2, width, hidden, dtype=dtype)))
-        self.weight2 = accumulate(nn.Parameter(torch.empty(self.local, hidden, width, dtype=dtype)))
+        self.weight1 = with_main_grad(nn.Parameter(torch.empty(self.local, 2, width, hidden, dtype=dtype)))
+        self.weight2 = with_main_grad(nn.Parameter(torch.empty(self.local, hidden, width, dtype=dtype)))
         for weight in (self.weight1, self.weight2):
             # megatron-core's mark of a parameter reduced over its expert-data-parallel group, not over all of
             # data parallel. Tensor ranks count too: each routes its own slice of the sequence.

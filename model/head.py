@@ -6,7 +6,7 @@ from torch import Tensor
 
 from model.batch import MicroBatch
 from model.loss import linear_cross_entropy
-from parallel.main_grads import accumulate
+from parallel.main_grads import with_main_grad
 
 
 class Head(ColumnParallelLinear):
@@ -26,7 +26,7 @@ class Head(ColumnParallelLinear):
             gather_output=False,
             tp_group=tp_group,
         )
-        accumulate(self.weight)
+        with_main_grad(self.weight)
 
     def forward(self, states_T1H: list[Tensor], batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """The loss to differentiate, and the cross-entropy of every position at every prediction step: [1 + K, T].

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from parallel.main_grads import add_product
+from parallel.main_grads import add_weight_gradient
 
 # megatron-core modules on our path that name the "cuda" device outright (0.19.2).
 CUDA_BOUND_MODULES = (
@@ -100,10 +100,6 @@ def use_torch_adamw() -> None:
     optimizer.USING_PYTORCH_OPTIMIZER = True
 
 
-def _add_weight_gradient(x: Tensor, grad: Tensor, total: Tensor) -> None:
-    add_product(grad.t(), x, total)
-
-
 def sum_gradients() -> None:
     """Symbol: `megatron.core.tensor_parallel.layers.fused_weight_gradient_mlp_cuda`, 0.19.x.
 
@@ -111,7 +107,7 @@ def sum_gradients() -> None:
     torch does the same.
     """
     layers: Any = importlib.import_module("megatron.core.tensor_parallel.layers")
-    layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(wgrad_gemm_accum_fp32=_add_weight_gradient)
+    layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(wgrad_gemm_accum_fp32=add_weight_gradient)
 
 
 def apply(device: torch.device) -> None:

@@ -1,7 +1,7 @@
 """Gradients of weights that go straight into the float32 sums of megatron-core's data parallelism (``main_grad``).
 
 Otherwise each micro-batch's gradient is written in the weight's type, read again and added, which rounds it to that
-type and moves a third more bytes. Who computes a gradient is given the sum to add to, and returns `stand_in`:
+type and moves half as many bytes again. Who computes a gradient is given the sum to add to, and returns `stand_in`:
 megatron-core's hook then finds nothing to add, but knows that the gradient is there.
 """
 
@@ -12,7 +12,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from torch import Tensor, nn
 
 
-def accumulate(parameter: Any) -> nn.Parameter:
+def with_main_grad(parameter: Any) -> nn.Parameter:
     """The parameter, whose module adds up its gradients itself once data parallelism has given it a ``main_grad``."""
     parameter.main_grad = None
     return cast(nn.Parameter, parameter)
@@ -25,18 +25,18 @@ def fuse(chunk: nn.Module) -> None:
             module.gradient_accumulation_fusion = True
 
 
-def add_product(left: Tensor, right: Tensor, total: Tensor) -> None:
-    """total += left @ right, in at least the total's precision.
+def add_weight_gradient(x_NI: Tensor, grad_NO: Tensor, total_OI: Tensor) -> None:
+    """total += grad^T x, the gradient of a linear layer's weight, in at least the total's precision.
 
     Args:
-        left: [M, K]. right: [K, N]. total: [M, N], of the same type or float32.
+        total_OI: of the others' type or float32.
     """
-    if left.is_cuda and left.dtype != total.dtype:
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-    elif torch.promote_types(left.dtype, total.dtype) == total.dtype:
-        total.addmm_(left.to(total.dtype), right.to(total.dtype))
+    if x_NI.is_cuda and x_NI.dtype != total_OI.dtype:
+        torch.addmm(total_OI, grad_NO.t(), x_NI, out_dtype=total_OI.dtype, out=total_OI)
+    elif torch.promote_types(x_NI.dtype, total_OI.dtype) == total_OI.dtype:
+        total_OI.addmm_(grad_NO.t().to(total_OI.dtype), x_NI.to(total_OI.dtype))
     else:
-        total.add_(left @ right)
+        total_OI.add_(grad_NO.t() @ x_NI)
 
 
 def stand_in(weight: Any) -> Tensor:

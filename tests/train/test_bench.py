@@ -104,6 +104,14 @@ def test_doctor_checks_a_recipes_kernels(capsys: pytest.CaptureFixture) -> None:
         assert part in text
 
 
+def test_doctor_goes_on_where_torch_refuses_its_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version() -> int:
+        raise RuntimeError("cuDNN version incompatibility")
+
+    monkeypatch.setattr(torch.backends.cudnn, "version", version)
+    assert doctor._cudnn() == "of no use to torch: cuDNN version incompatibility"
+
+
 def test_doctor_fails_on_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(doctor, "error", lambda case: 0.2 if case.name == "grouped products" else 0.0)
     assert doctor.run_doctor(SMALL) == 1
