@@ -45,6 +45,7 @@ from train.requests import (
     check_draft,
     check_evaluate,
     check_generate,
+    check_variants,
 )
 from train.runs import last_checkpoint, require_checkpoint, require_same_data, steps_done
 from train.settings import MISSING, ConfigError, from_dict, from_text, hint, hint_known, settings, takes_text, to_dict
@@ -249,20 +250,21 @@ def import_(arguments: list[str]) -> int:
 
 
 def bench(arguments: list[str]) -> int:
-    """Times one process, and peers beside it."""
+    """Times a layout, and in one process peers beside it."""
     own = [argument for argument in arguments if argument.startswith("bench.")]
     settings = from_text(BenchConfig, own).bench
     check_bench(settings)
     rest = [argument for argument in arguments if argument not in own]
     configs = {"the recipe": compose(rest, planned=True)}
     configs |= {variant: compose([*rest, *variant.split()], planned=True) for variant in settings.also}
-    for config in configs.values():
-        check_plan(config, 1)
+    parallel = configs["the recipe"].parallel
+    processes = front.world_size() or front.num_processes(parallel.world or front.layout_size(parallel))
+    check_variants(configs, processes)
     if front.world_size():
         from train.bench import run_bench
 
         return run_bench(configs, settings)
-    return front.launch(["-m", "train", "bench", *arguments], 1)
+    return front.launch(["-m", "train", "bench", *arguments], processes)
 
 
 def doctor(arguments: list[str]) -> int:

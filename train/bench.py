@@ -1,8 +1,8 @@
-"""Speed of one process: forward and backward passes at several batch sizes, where their time goes, and a peer's.
+"""Speed of a layout: forward and backward passes at several batch sizes, where their time goes, and a peer's.
 
 Every contestant computes gradients in the model's type from nothing, as in a step's first micro-batch, over random
 tokens whose rows are one document each; routing is what the drawn weights give. Steps follow each other without a
-pause, as micro-batches do; medians are reported.
+pause, as micro-batches do; medians are reported, of the slowest process where there are several.
 """
 
 import datetime
@@ -25,6 +25,7 @@ from model.cost import training_flops
 from model.init import initialise
 from model.network import LanguageModel
 from parallel import groups as process_groups
+from parallel.collectives import max_over_all
 from parallel.engine_megatron import MegatronEngine
 from parallel.topology import Topology, resolve
 from train.breakdown import Part, parts_of
@@ -42,7 +43,8 @@ LEARNING_RATE = 1e-5  # of whole steps; too small to change routing within a few
 
 @dataclass(frozen=True)
 class Timing:
-    """One contestant at one size: medians over the repeats."""
+    """One contestant at one size: medians over the repeats. Sequences are those of a data-parallel rank; speeds and
+    memory are of a process."""
 
     name: str
     sequences: int
@@ -65,43 +67,47 @@ class Result:
     left_out: dict[str, str] = field(default_factory=dict)
 
 
-def random_batches(sequences: int, length: int, vocab_size: int, number: int) -> list[Tensor]:
-    """Tokens [sequences, length + 1] of each step; the same for every contestant."""
-    generator = torch.Generator().manual_seed(sequences)
+def random_batches(sequences: int, length: int, vocab_size: int, number: int, part: int = 0) -> list[Tensor]:
+    """Tokens [sequences, length + 1] of each step; the same for every contestant, other ones for each ``part``."""
+    generator = torch.Generator().manual_seed(sequences + 1_000_003 * part)
     return [torch.randint(0, vocab_size, (sequences, length + 1), generator=generator) for _ in range(number)]
 
 
 @contextmanager
-def counted(network: LanguageModel, device: torch.device, tokens_RS: Tensor) -> Iterator[MicroBatch]:
-    """A step's only micro-batch, of rows that are one document each; its experts are counted as in training."""
+def counted(network: LanguageModel, groups: ProcessGroupCollection, tokens_RS: Tensor) -> Iterator[MicroBatch]:
+    """A step's only micro-batch on this process, of rows that are one document each; its experts are counted as in
+    training."""
     documents_RS = torch.zeros_like(tokens_RS)
     balances = network.balances().values()
     for balance in balances:
         balance.begin_step(recording=False)
-    counts = count_targets(documents_RS, network.config.mtp.steps)
-    yield MicroBatch.build(tokens_RS, documents_RS, counts).to(device)
+    counts = groups.dp.size() * count_targets(documents_RS, network.config.mtp.steps)
+    batch = MicroBatch.build(tokens_RS, documents_RS, counts, groups.cp.rank(), groups.cp.size())
+    yield batch.to(process_groups.local_device())
     for balance in balances:
         balance.end_step()
 
 
-def network_step(network: LanguageModel, device: torch.device, tokens_RS: Tensor) -> None:
+def network_step(network: LanguageModel, groups: ProcessGroupCollection, tokens_RS: Tensor) -> None:
     """Our forward and backward pass."""
-    with counted(network, device, tokens_RS) as batch:
+    with counted(network, groups, tokens_RS) as batch:
         network(batch).total.backward()
 
 
-def engine_step(engine: MegatronEngine, network: LanguageModel, device: torch.device, tokens_RS: Tensor) -> None:
+def engine_step(engine: MegatronEngine, tokens_RS: Tensor) -> None:
     """A whole step of training, as `train.loop` does it."""
-    with counted(network, device, tokens_RS) as batch:
+    (network,) = engine.chunks
+    with counted(network, engine.groups, tokens_RS) as batch:
         engine.train_step([batch], batch.tokens_KRL[0].numel(), LEARNING_RATE)
 
 
-def about(config: Config, device: torch.device) -> dict[str, str]:
+def about(config: Config, topology: Topology, device: torch.device) -> dict[str, str]:
     """Hardware, versions and sizes, as they stand beside every number."""
     gpu = device.type == "cuda"
     return {
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name(device) if gpu else f"CPU, {torch.get_num_threads()} threads",
+        "processes": str(topology),
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
         "model": f"{config.model.pattern} x {config.model.repeats}, width {config.model.hidden_size}, "
         f"{config.model.experts} experts, top-{config.model.experts_per_token}, {config.model.dtype}",
@@ -111,58 +117,77 @@ def about(config: Config, device: torch.device) -> dict[str, str]:
 
 
 class _Bench:
-    def __init__(self, config: Config, settings: Measurement, device: torch.device, vocab_size: int) -> None:
-        self.config, self.settings, self.device, self.vocab_size = config, settings, device, vocab_size
+    def __init__(
+        self, config: Config, settings: Measurement, topology: Topology, groups: ProcessGroupCollection
+    ) -> None:
+        self.config, self.settings, self.topology, self.groups = config, settings, topology, groups
+        self.device, self.vocab_size = process_groups.local_device(), planned_vocab(config, topology)
+        self.speaks = torch.distributed.get_rank() == 0
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.model.dtype]
-        self.rate = matmul_rate(device, dtype)
-        self.result = Result(about(config, device), self.rate / 1e12)
+        self.rate = matmul_rate(self.device, dtype)
+        self.result = Result(about(config, topology, self.device), self.rate / 1e12)
+
+    def batches(self, sequences: int, number: int) -> list[Tensor]:
+        """Tokens of this process's data-parallel rank, for each of a number of steps."""
+        length = self.config.data.seq_length
+        return random_batches(sequences, length, self.vocab_size, number, self.groups.dp.rank())
 
     def time(self, name: str, sequences: int, step: Callable[[Tensor], None], parameters: list[nn.Parameter]) -> Timing:
-        length = self.config.data.seq_length
-        batches = random_batches(sequences, length, self.vocab_size, WARM_UP + self.settings.repeats)
-        if self.device.type == "cuda":
+        """Milliseconds, speed and memory of a contestant at one size."""
+        batches, gpu = self.batches(sequences, WARM_UP + self.settings.repeats), self.device.type == "cuda"
+        if gpu:
             torch.cuda.reset_peak_memory_stats()
         each = run_steps(step, parameters, batches, self.device)
         host = host_milliseconds(step, parameters, batches[0], self.device)
-        milliseconds, tokens = statistics.median(each), sequences * length
+        peak = torch.cuda.max_memory_allocated() / 1e9 if gpu else 0.0
+        slowest = max_over_all(torch.tensor([statistics.median(each), host, peak], device=self.device))
+        milliseconds, host, peak = slowest.tolist()
+        tokens = sequences * self.config.data.seq_length * self.topology.data / self.topology.world
         per_second = 1e3 * tokens / milliseconds
-        flops = per_second * training_flops(self.config.model, self.config.mtp, self.vocab_size, length)
-        peak = torch.cuda.max_memory_allocated() / 1e9 if self.device.type == "cuda" else None
-        timing = Timing(name, sequences, milliseconds, host, per_second, flops / 1e12, flops / self.rate, peak)
+        flops = per_second * training_flops(
+            self.config.model, self.config.mtp, self.vocab_size, self.config.data.seq_length
+        )
+        memory = peak if gpu else None
+        timing = Timing(name, sequences, milliseconds, host, per_second, flops / 1e12, flops / self.rate, memory)
         self.result.timings.append(timing)
-        print(line(timing), flush=True)
+        if self.speaks:
+            print(line(timing), flush=True)
         return timing
 
     def ours(self, network: LanguageModel) -> None:
         """Times our network at every size that it has memory for, with the table of its parts."""
-        step, parameters = partial(network_step, network, self.device), list(network.parameters())
+        step, parameters = partial(network_step, network, self.groups), list(network.parameters())
         self.sizes("tessera", step, parameters)
         for sequences, total in [(timing.sequences, timing.milliseconds) for timing in self.result.timings]:
-            (tokens_RS,) = random_batches(sequences, self.config.data.seq_length, self.vocab_size, 1)
+            (tokens_RS,) = self.batches(sequences, 1)
             self.result.parts[sequences] = parts_of(network, step, tokens_RS, total, self.rate, self.config)
 
     def sizes(self, name: str, step: Callable[[Tensor], None], parameters: list[nn.Parameter]) -> None:
-        """Times a contestant at every size that it has memory for."""
+        """Times a contestant at every size that it has memory for; several processes must have it for all."""
         for sequences in self.settings.sequences:
             try:
                 self.time(name, sequences, step, parameters)
             except torch.OutOfMemoryError:
+                if self.topology.world > 1:
+                    raise  # the others wait for this process
                 self.result.left_out[f"{name} at {sequences} sequences"] = "out of memory"
                 break
 
-    def with_optimizer(self, network: LanguageModel, groups: ProcessGroupCollection) -> None:
+    def with_optimizer(self, network: LanguageModel) -> None:
         """Times whole steps of training: also the sum over ranks, clipping and AdamW on float32 copies."""
         try:
-            engine = MegatronEngine([network], groups, adamw(self.config.optim), self.device, decays)
+            engine = MegatronEngine([network], self.groups, adamw(self.config.optim), self.device, decays)
         except torch.OutOfMemoryError:
+            if self.topology.world > 1:
+                raise
             self.result.left_out["tessera, whole step"] = "out of memory"
             return
-        self.sizes("tessera, whole step", partial(engine_step, engine, network, self.device), [])
+        self.sizes("tessera, whole step", partial(engine_step, engine), [])
 
     def peers(self) -> None:
         """Times what others offer, one after the other."""
         for name, build in PEERS.items():
-            reason = missing(name, self.config)
+            reason = missing(name, self.config, self.topology.world)
             if reason:
                 self.result.left_out[name] = reason
                 continue
@@ -198,15 +223,15 @@ def report(result: Result) -> str:
 
 def measure(config: Config, settings: Measurement, topology: Topology, groups: ProcessGroupCollection) -> Result:
     """Times a model of ours at every size, and the peers'."""
-    device, vocab_size = process_groups.local_device(), planned_vocab(config, topology)
-    bench = _Bench(config, settings, device, vocab_size)
-    print("\n".join(f"{name}: {value}" for name, value in bench.result.about.items()), flush=True)
-    with torch.device(device):
-        (network,) = build_chunks(config, topology, groups, vocab_size)
+    bench = _Bench(config, settings, topology, groups)
+    if bench.speaks:
+        print("\n".join(f"{name}: {value}" for name, value in bench.result.about.items()), flush=True)
+    with torch.device(bench.device):
+        (network,) = build_chunks(config, topology, groups, bench.vocab_size)
     initialise(network, network.sharded_state_dict(), config.seed)
     bench.ours(network)
     if settings.optimizer:
-        bench.with_optimizer(network, groups)
+        bench.with_optimizer(network)
     del network
     gc.collect()
     if settings.peers:
@@ -214,10 +239,16 @@ def measure(config: Config, settings: Measurement, topology: Topology, groups: P
     return bench.result
 
 
-def run_bench(configs: Mapping[str, Config], settings: Measurement) -> int:
-    """The bench command in its process: a recipe and its variants, by name, one after the other; the exit code.
+def write(results: Mapping[str, Result], path: Path) -> None:
+    """The numbers as JSON, and beside it as a page."""
+    path.write_text(json.dumps({key: asdict(value) for key, value in results.items()}, indent=1), encoding="utf-8")
+    page = "\n\n".join(f"## {key}\n\n{report(value)}" for key, value in results.items())
+    path.with_suffix(".md").write_text(f"# Measured\n\n{page}\n", encoding="utf-8")
 
-    What is measured so far is on disk after each.
+
+def run_bench(configs: Mapping[str, Config], settings: Measurement) -> int:
+    """The bench command in each of its processes: a recipe and its variants, by name, one after the other; the exit
+    code. What is measured so far is on disk after each.
     """
     process_groups.start(process_groups.local_device())
     first, *_ = configs.values()
@@ -228,9 +259,8 @@ def run_bench(configs: Mapping[str, Config], settings: Measurement) -> int:
     for name, config in configs.items():
         results[name] = measure(config, settings, topology, groups)
         gc.collect()
-        path.write_text(json.dumps({key: asdict(value) for key, value in results.items()}, indent=1), encoding="utf-8")
-        page = "\n\n".join(f"## {key}\n\n{report(value)}" for key, value in results.items())
-        path.with_suffix(".md").write_text(f"# Measured\n\n{page}\n", encoding="utf-8")
-        print(f"\n{report(results[name])}\n\nwritten: {path} and {path.with_suffix('.md')}", flush=True)
+        if torch.distributed.get_rank() == 0:
+            write(results, path)
+            print(f"\n{report(results[name])}\n\nwritten: {path} and {path.with_suffix('.md')}", flush=True)
     process_groups.stop()
     return 0

@@ -100,12 +100,21 @@ def launch(command: list[str], processes: int) -> int:
 
     SIGINT, SIGTERM and SIGHUP stop the workers in order: they get one SIGTERM and up to GRACE_S seconds; a
     second Ctrl-C kills them at once. The code is then 128 + the signal's number, or 1 if a worker failed.
+
+    Raises:
+        ConfigError: more processes than GPUs.
     """
     import torch
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < processes:
+        raise ConfigError(
+            f"{processes} processes are asked for, one a GPU, but this machine has {gpus}: set NPROC={gpus} or less, "
+            "or hide the GPUs (CUDA_VISIBLE_DEVICES=) to run on its CPU"
+        )
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
     print(f"starting {processes} process{'es' * (processes > 1)}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="train_") as logs, _quiet(), _stopping() as stop:

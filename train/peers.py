@@ -151,8 +151,10 @@ PEERS = {"transformers": transformers_step, "megatron-core with Transformer Engi
 PACKAGES = {transformers_step: "transformers", megatron_step: "transformer_engine"}
 
 
-def missing(name: str, settings: Config) -> str | None:
+def missing(name: str, settings: Config, processes: int) -> str | None:
     """Why a peer cannot be timed here, or None."""
+    if processes > 1:
+        return "it is timed in one process only"
     package = PACKAGES[PEERS[name]]
     if find_spec(package) is None:
         return f"{package} is not installed"

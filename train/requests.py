@@ -1,19 +1,22 @@
 """Settings of the commands that use a run or measure speed - evaluate, generate, bench - and their checks."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
-from train.config import Config, RunReference, check_choice, check_least
+from train.config import Config, RunReference, check_choice, check_least, check_plan
 from train.settings import ConfigError, setting
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What `bench` measures."""
+    """What `bench` measures, in the layout that the recipe asks for: parallel.expert=2 takes two processes."""
 
-    sequences: tuple[int, ...] = setting((2, 4, 8), "sequences of a step, one after the other")
+    sequences: tuple[int, ...] = setting((2, 4, 8), "sequences of a data-parallel rank's step, one after the other")
     repeats: int = setting(7, "steps of each size; their median counts")
     optimizer: bool = setting(False, "also times whole steps, with AdamW: 18 bytes a parameter")
-    peers: bool = setting(True, "also times transformers' and megatron-core's Qwen3-Next; patterns of GE and *E only")
+    peers: bool = setting(
+        True, "also times transformers' and megatron-core's Qwen3-Next in one process; patterns of GE and *E only"
+    )
     also: tuple[str, ...] = setting(
         (), 'variants timed after the recipe, as in ["model.repeats=3","balance.forced=true"]'
     )
@@ -64,6 +67,24 @@ def check_bench(bench: Measurement) -> None:
     """Raises ConfigError for the first setting that cannot be used."""
     check_least("bench.repeats", bench.repeats, 1)
     check_least("the shortest of bench.sequences", min(bench.sequences, default=0), 1)
+
+
+def check_variants(configs: Mapping[str, Config], world: int) -> None:
+    """Raises one of USER_ERRORS for the first recipe that `bench` cannot time on ``world`` processes with the others.
+
+    Its steps have sizes of their own, so the recipe's batch is not asked whether it fits.
+    """
+    layouts = set()
+    for name, config in configs.items():
+        batch = replace(config.batch, global_=config.batch.micro * world, schedule=())
+        layouts.add(check_plan(replace(config, batch=batch), world))
+        if config.parallel.pipeline > 1:
+            raise ConfigError(
+                f"parallel.pipeline={config.parallel.pipeline} but bench times all layers in one process: choose "
+                "parallel.pipeline=1 and fewer layers (model.repeats)"
+            )
+        if len(layouts) > 1:
+            raise ConfigError(f"bench.also={name!r} is another layout than the recipe's: run bench with it on its own")
 
 
 def check_evaluate(config: EvaluateConfig) -> None:

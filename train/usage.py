@@ -24,7 +24,7 @@ SUMMARIES = {
     "generate": "Writes text with a run's last checkpoint.",
     "export": "Writes a run's weights as a Hugging Face checkpoint, for transformers, vLLM and SGLang.",
     "import": "Makes a run of a Hugging Face checkpoint, for others to start from: train run.init=NAME.",
-    "bench": "Times forward and backward passes on one device, where their time goes, and others'.",
+    "bench": "Times forward and backward passes on GPUs, where their time goes, and others'.",
     "doctor": "Says what this machine is, and checks every kernel of a recipe's model against its twin.",
 }
 EXAMPLES = {
@@ -66,6 +66,7 @@ EXAMPLES = {
         ("bench", "the recipe tiny, in minutes on a CPU"),
         ("bench -cn proxy", "four real-width blocks on a GPU, beside others"),
         ("bench -cn proxy 'bench.also=[\"model.repeats=3\"]'", "then twelve blocks"),
+        ("bench -cn proxy parallel.expert=2", "its experts over two GPUs"),
     ),
     "doctor": (
         ("doctor", "the kernels of the recipe tiny"),
@@ -123,6 +124,8 @@ def command_help(command: str) -> str:
         lines += ["", "groups (GROUP=CHOICE swaps a section; a recipe has chosen them):"]
         for group, choices in groups().items():
             lines += _entry(group, ", ".join(choices), width)
+    if command == "bench":
+        lines += ["", "It starts as many processes as the layout needs (parallel.*), or NPROC."]
     if command in ("estimate", "bench"):
         lines += ["", "Every setting of train may be given too (train --help lists them); no corpus is needed."]
     elif command in ("train", "evaluate", "generate"):

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from model.stack import hybrid_config
 from tests.model.helpers import SMALL
 from train import doctor
 from train.__main__ import run
-from train.bench import Result, Timing, report
+from train.bench import Result, Timing, random_batches, report
 from train.breakdown import Stopwatch
 from train.config import Config
 from train.peers import missing
@@ -54,6 +55,41 @@ def test_bench_times_ours_and_the_peers(tmp_path, capfd: pytest.CaptureFixture) 
     assert "CPU" in written["about"]["device"] and "CPU" in capfd.readouterr().out
 
 
+def test_bench_times_a_layout_of_several_processes(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    output = tmp_path / "bench.json"
+    sizes = ["data.seq_length=32", "model.vocab_size=128", "model.hidden_size=32", "mtp.steps=0"]
+    own = [f"bench.output={output}", "bench.sequences=[1]", "bench.repeats=1", "bench.optimizer=true"]
+    assert run(["bench", *own, *sizes, "parallel.expert=2", "batch.global=8"]) == 0
+    (written,) = json.loads(output.read_text()).values()
+    assert written["about"]["processes"].startswith("2 = ") and "experts over 2" in written["about"]["processes"]
+    assert [timing["name"] for timing in written["timings"]] == ["tessera", "tessera, whole step"]
+    assert set(written["left_out"].values()) == {"it is timed in one process only"}
+    for timing in written["timings"]:  # of each process, which has a sequence of its own
+        assert timing["tokens_per_second"] == pytest.approx(32e3 / timing["milliseconds"])
+    assert capfd.readouterr().out.count("| tessera | 1 |") == 2  # as it goes, and in the report: by one process
+
+
+def test_data_parallel_ranks_are_timed_over_tokens_of_their_own() -> None:
+    one, other = (random_batches(2, 16, 100, 1, part)[0] for part in range(2))
+    assert one.shape == other.shape == (2, 17) and (one != other).any()
+    assert torch.equal(one, random_batches(2, 16, 100, 1)[0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (['bench.also=["parallel.tensor=2"]'], "is another layout"),
+        (["model.pattern=GE|*E", "parallel.pipeline=2"], "parallel.pipeline=2 but bench"),
+    ],
+)
+def test_bench_refuses_layouts_that_it_cannot_time(
+    settings: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NPROC", "2")
+    with pytest.raises(ConfigError, match=message):
+        run(["bench", *settings])
+
+
 def test_the_table_counts_the_norms_of_layers_too() -> None:
     config = hybrid_config(SMALL, MtpConfig())
     norms = nn.ModuleList([ZeroCentredRMSNorm(config, 8, 1e-6), ResidualRMSNorm(config, 8, 1e-6)])
@@ -66,8 +102,8 @@ def test_the_table_counts_the_norms_of_layers_too() -> None:
 
 
 def test_a_peer_that_cannot_route_in_turn_is_left_out() -> None:
-    assert missing("transformers", Config()) is None
-    assert missing("transformers", Config(balance=BalanceConfig(forced=True))) == "it has no forced routing"
+    assert missing("transformers", Config(), 1) is None
+    assert missing("transformers", Config(balance=BalanceConfig(forced=True)), 1) == "it has no forced routing"
 
 
 @pytest.mark.parametrize(

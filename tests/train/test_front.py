@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from parallel.topology import ParallelConfig
@@ -176,6 +177,12 @@ def test_nproc_must_be_a_number_of_processes(monkeypatch, text):
     monkeypatch.setenv("NPROC", text)
     with pytest.raises(ConfigError, match=f"NPROC={text} is not a number of processes"):
         front.num_processes()
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match=r"3 processes are asked for, one a GPU, but this machine has 2: set NPROC=2"):
+        front.launch(["-c", "raise SystemExit(3)"], 3)
 
 
 def test_layout_size():

@@ -1,0 +1,83 @@
+"""Training on two GPUs over NCCL against the same training on one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+STEPS = 8
+PIPELINE = "model.pattern=GEGE|GE*E"
+# What a process holds, and the settings that make it so on two GPUs.
+LAYOUTS = {
+    "data": ["parallel.expert=1"],
+    "expert": ["parallel.expert=2"],
+    "expert_tensor": ["parallel.expert=1", "parallel.expert_tensor=2"],
+    "tensor": ["parallel.tensor=2"],
+    "context": ["parallel.context=2"],
+    "pipeline": ["parallel.pipeline=2", PIPELINE],
+}
+COMPARED = ("lm_loss", "mtp_loss/1", "balance_loss", "grad_norm")
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+]
+
+
+def train(home: Path, name: str, gpus: int, *settings: str, steps: int = STEPS) -> list[dict]:
+    """Trains the recipe tiny, or goes on with it; what it logged of each step."""
+    own = [f"run.name={name}", f"run.dir={home}", f"run.steps={steps}", "run.log_every=1", "run.eval_every=0"]
+    shared = ["wandb.mode=disabled", f"data.cache={home / 'cache'}", "batch.micro=2", "optim.warmup_steps=4"]
+    shared += ["optim.min_lr=3e-4"]  # the peak: then a run that stops early and goes on learns as one that does not
+    command = [sys.executable, "-m", "train", "train", *own, *shared, *settings]
+    environment = os.environ | {"NPROC": str(gpus)}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads(line) for line in (home / name / "metrics.jsonl").read_text().splitlines() if "loss" in line]
+
+
+def largest_difference(found: list[dict], expected: list[dict]) -> float:
+    """Relative, over all that is compared of all steps."""
+    assert [row["step"] for row in found] == [row["step"] for row in expected]
+    pairs = zip(found, expected, strict=True)
+    return max(abs(row[name] / wanted[name] - 1) for row, wanted in pairs for name in COMPARED)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def alone(home: Path) -> list[dict]:
+    return train(home, "alone", 1)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_gpus_train_as_one(layout: str, home: Path, alone: list[dict]) -> None:
+    found = train(home, layout, 2, *LAYOUTS[layout])
+    difference = largest_difference(found, alone)
+    print(f"{layout}: {difference:.1e}")
+    # float32, sums in another order, and what AdamW's first steps make of the smallest gradients. A gradient that is
+    # not summed, or summed twice, changes its norm by tens of percent.
+    assert difference < 1e-3
+
+
+def test_a_run_of_two_gpus_goes_on_on_one(home: Path, alone: list[dict]) -> None:
+    train(home, "moved", 2, *LAYOUTS["expert"], steps=STEPS // 2)
+    found = train(home, "moved", 1)
+    assert largest_difference(found, alone) < 1e-3
+
+
+def test_two_gpus_train_as_one_in_bfloat16(home: Path) -> None:
+    expected = train(home, "narrow", 1, "model.dtype=bfloat16")
+    found = train(home, "narrow_apart", 2, "model.dtype=bfloat16", *LAYOUTS["expert"])
+    difference = largest_difference(found, expected)
+    print(f"bfloat16: {difference:.1e}")
+    # 8 bits of mantissa, whose rounding depends on the order of sums; gradients' norms feel it most.
+    assert difference < 3e-2
