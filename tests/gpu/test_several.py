@@ -21,7 +21,10 @@ LAYOUTS = {
     "context": ["parallel.context=2"],
     "pipeline": ["parallel.pipeline=2", PIPELINE],
 }
-COMPARED = ("lm_loss", "mtp_loss/1", "balance_loss", "grad_norm")
+# The largest relative difference of each metric in float32, where sums have another order and AdamW's first steps make
+# much of the smallest gradients; it flips near ties among experts, which the balance loss counts. A gradient that is
+# not summed, or summed twice, changes the norm by tens of percent.
+TOLERANCES = {"lm_loss": 1e-4, "mtp_loss/1": 1e-4, "balance_loss": 5e-3, "grad_norm": 1e-3}
 
 pytestmark = [
     pytest.mark.gpu,
@@ -41,11 +44,11 @@ def train(home: Path, name: str, gpus: int, *settings: str, steps: int = STEPS) 
     return [json.loads(line) for line in (home / name / "metrics.jsonl").read_text().splitlines() if "loss" in line]
 
 
-def largest_difference(found: list[dict], expected: list[dict]) -> float:
-    """Relative, over all that is compared of all steps."""
+def differences(found: list[dict], expected: list[dict]) -> dict[str, float]:
+    """The largest relative one of each metric, over all steps."""
     assert [row["step"] for row in found] == [row["step"] for row in expected]
-    pairs = zip(found, expected, strict=True)
-    return max(abs(row[name] / wanted[name] - 1) for row, wanted in pairs for name in COMPARED)
+    pairs = list(zip(found, expected, strict=True))
+    return {name: max(abs(row[name] / wanted[name] - 1) for row, wanted in pairs) for name in TOLERANCES}
 
 
 @pytest.fixture(scope="module")
@@ -58,26 +61,23 @@ def alone(home: Path) -> list[dict]:
     return train(home, "alone", 1)
 
 
+def assert_equal(found: list[dict], expected: list[dict], factor: float = 1.0) -> None:
+    """Metrics are equal within their tolerances, or a multiple of them."""
+    different = differences(found, expected)
+    assert all(different[name] < factor * tolerance for name, tolerance in TOLERANCES.items()), different
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_gpus_train_as_one(layout: str, home: Path, alone: list[dict]) -> None:
-    found = train(home, layout, 2, *LAYOUTS[layout])
-    difference = largest_difference(found, alone)
-    print(f"{layout}: {difference:.1e}")
-    # float32, sums in another order, and what AdamW's first steps make of the smallest gradients. A gradient that is
-    # not summed, or summed twice, changes its norm by tens of percent.
-    assert difference < 1e-3
+    assert_equal(train(home, layout, 2, *LAYOUTS[layout]), alone)
 
 
 def test_a_run_of_two_gpus_goes_on_on_one(home: Path, alone: list[dict]) -> None:
     train(home, "moved", 2, *LAYOUTS["expert"], steps=STEPS // 2)
-    found = train(home, "moved", 1)
-    assert largest_difference(found, alone) < 1e-3
+    assert_equal(train(home, "moved", 1), alone)
 
 
 def test_two_gpus_train_as_one_in_bfloat16(home: Path) -> None:
     expected = train(home, "narrow", 1, "model.dtype=bfloat16")
-    found = train(home, "narrow_apart", 2, "model.dtype=bfloat16", *LAYOUTS["expert"])
-    difference = largest_difference(found, expected)
-    print(f"bfloat16: {difference:.1e}")
-    # 8 bits of mantissa, whose rounding depends on the order of sums; gradients' norms feel it most.
-    assert difference < 3e-2
+    # 8 bits of mantissa instead of 24, whose rounding depends on the order of sums.
+    assert_equal(train(home, "narrow_apart", 2, "model.dtype=bfloat16", *LAYOUTS["expert"]), expected, factor=20)
