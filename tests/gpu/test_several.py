@@ -37,6 +37,7 @@ def train(home: Path, name: str, gpus: int, *settings: str, steps: int = STEPS) 
     own = [f"run.name={name}", f"run.dir={home}", f"run.steps={steps}", "run.log_every=1", "run.eval_every=0"]
     shared = ["wandb.mode=disabled", f"data.cache={home / 'cache'}", "batch.micro=2", "optim.warmup_steps=4"]
     shared += ["optim.min_lr=3e-4"]  # the peak: then a run that stops early and goes on learns as one that does not
+    shared += ["balance.mode=exact"]  # online, layouts estimate the load differently: they differ in micro-batches
     command = [sys.executable, "-m", "train", "train", *own, *shared, *settings]
     environment = os.environ | {"NPROC": str(gpus)}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, env=environment)
