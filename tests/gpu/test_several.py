@@ -10,7 +10,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-STEPS = 8
+STEPS = 5
 PIPELINE = "model.pattern=GEGE|GE*E"
 # What a process holds, and the settings that make it so on two GPUs.
 LAYOUTS = {
@@ -21,10 +21,10 @@ LAYOUTS = {
     "context": ["parallel.context=2"],
     "pipeline": ["parallel.pipeline=2", PIPELINE],
 }
-# The largest relative difference of each metric in float32, where sums have another order and AdamW's first steps make
-# much of the smallest gradients; it flips near ties among experts, which the balance loss counts. A gradient that is
-# not summed, or summed twice, changes the norm by tens of percent.
-TOLERANCES = {"lm_loss": 1e-4, "mtp_loss/1": 1e-4, "balance_loss": 5e-3, "grad_norm": 1e-3}
+# The largest relative difference of each metric in float32: sums have another order, which grows from step to step, and
+# flips near ties among experts, which the balance loss counts. On two H100s it was at most a tenth of these. A gradient
+# that is not summed, or summed twice, changes the norm by tens of percent.
+TOLERANCES = {"lm_loss": 5e-5, "mtp_loss/1": 5e-5, "balance_loss": 1e-3, "grad_norm": 2e-4}
 
 pytestmark = [
     pytest.mark.gpu,
@@ -62,10 +62,10 @@ def alone(home: Path) -> list[dict]:
     return train(home, "alone", 1)
 
 
-def assert_equal(found: list[dict], expected: list[dict], factor: float = 1.0) -> None:
-    """Metrics are equal within their tolerances, or a multiple of them."""
+def assert_equal(found: list[dict], expected: list[dict]) -> None:
+    """Metrics are equal within their tolerances."""
     different = differences(found, expected)
-    assert all(different[name] < factor * tolerance for name, tolerance in TOLERANCES.items()), different
+    assert all(different[name] < tolerance for name, tolerance in TOLERANCES.items()), different
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -76,9 +76,3 @@ def test_two_gpus_train_as_one(layout: str, home: Path, alone: list[dict]) -> No
 def test_a_run_of_two_gpus_goes_on_on_one(home: Path, alone: list[dict]) -> None:
     train(home, "moved", 2, *LAYOUTS["expert"], steps=STEPS // 2)
     assert_equal(train(home, "moved", 1), alone)
-
-
-def test_two_gpus_train_as_one_in_bfloat16(home: Path) -> None:
-    expected = train(home, "narrow", 1, "model.dtype=bfloat16")
-    # 8 bits of mantissa instead of 24, whose rounding depends on the order of sums.
-    assert_equal(train(home, "narrow_apart", 2, "model.dtype=bfloat16", *LAYOUTS["expert"]), expected, factor=20)
