@@ -22,8 +22,8 @@ LAYOUTS = {
     "pipeline": ["parallel.pipeline=2", PIPELINE],
 }
 # The largest relative difference of each metric in float32: sums have another order, which grows from step to step, and
-# flips near ties among experts, which the balance loss counts. On two H100s it was at most a tenth of these. A gradient
-# that is not summed, or summed twice, changes the norm by tens of percent.
+# flips near ties among experts, which the balance loss counts. Between layouts on two H100s it was a tenth of these. A
+# gradient that is not summed, or summed twice, changes the norm by tens of percent.
 TOLERANCES = {"lm_loss": 5e-5, "mtp_loss/1": 5e-5, "balance_loss": 1e-3, "grad_norm": 2e-4}
 
 pytestmark = [
