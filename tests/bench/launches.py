@@ -11,7 +11,6 @@ import argparse
 import os
 import statistics
 from collections.abc import Callable, Iterable
-from itertools import pairwise
 
 import torch
 from torch.autograd import DeviceType
@@ -24,20 +23,15 @@ from train.__main__ import compose
 from train.bench import counted, random_batches
 from train.build import build_chunks
 from train.footprint import planned_vocab
+from train.timing import WARM_UP, run_steps
 
-WARM_UP, REPEATS = 3, 10
+REPEATS = 10
 
 
 def milliseconds(step: Callable[[], object]) -> float:
     """Median of a step on the GPU, steps back to back."""
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(1 + WARM_UP + REPEATS)]
-    for mark in marks[:-1]:
-        mark.record()
-        step()
-    marks[-1].record()
-    torch.cuda.synchronize()
-    each = [first.elapsed_time(last) for first, last in pairwise(marks)]
-    return statistics.median(each[WARM_UP:])
+    each = run_steps(lambda _: step(), [], range(WARM_UP + REPEATS), torch.device("cuda"))
+    return statistics.median(each)
 
 
 def covered(intervals: Iterable[tuple[float, float]]) -> tuple[float, float]:
@@ -59,6 +53,8 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=2, help="sequences of 4096 tokens in the micro-batch")
     parser.add_argument("--compile", action="store_true", help="also times the network as torch.compile makes it")
     asked, settings = parser.parse_known_args()
+    if not torch.cuda.is_available():
+        parser.error("no GPU here: kernels are launched on one only")
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}
     config = compose(["-cn", "proxy", *settings], planned=True)
     device = process_groups.local_device()
