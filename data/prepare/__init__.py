@@ -1,0 +1,1 @@
+"""Documents to tokenized shards on a disk."""

@@ -1,0 +1,1 @@
+"""Units of documents from any source, with what can fail on the way."""

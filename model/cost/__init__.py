@@ -1,0 +1,1 @@
+"""What the network costs: parameters, operations, bytes kept for the backward pass."""

@@ -1,0 +1,1 @@
+"""Reading token by token, and drafts of several tokens."""

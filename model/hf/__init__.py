@@ -1,0 +1,1 @@
+"""Hugging Face's names, layouts and config of the same weights."""

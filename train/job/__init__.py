@@ -1,0 +1,1 @@
+"""One run in one process: its directory, what it is built of, its checkpoints."""

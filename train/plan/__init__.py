@@ -1,0 +1,1 @@
+"""What a job would cost and hold, before it is started."""
