@@ -4,15 +4,15 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.corpus import Corpus
-from data.embedded import EMBEDDED, HELDOUT_FRACTION, library_root
 from data.errors import CorpusError
-from data.manifest import is_corpus
-from data.megatron_files import megatron_prefix
-from data.packing import PACKINGS, SPLIT
-from data.pool import ON_CORRUPT, STOP
-from data.remote import is_url, list_files
-from data.tokenizer import EOD_TOKEN, MIN_VOCAB_SIZE
+from data.order.packing import PACKINGS, SPLIT
+from data.prepare.embedded import EMBEDDED, HELDOUT_FRACTION, library_root
+from data.read.corpus import Corpus
+from data.read.manifest import is_corpus
+from data.read.megatron_files import megatron_prefix
+from data.read.pool import ON_CORRUPT, STOP
+from data.read.remote import is_url, list_files
+from data.text.tokenizer import EOD_TOKEN, MIN_VOCAB_SIZE
 
 TRAIN_TOKENIZER = "train"
 DIRECT_ENDINGS = (".parquet", ".jsonl", ".arrow")  # of files that are read as they are

@@ -8,22 +8,22 @@ from pathlib import Path
 import numpy as np
 
 from data.config import DIRECT_ENDINGS, DataConfig, source_paths
-from data.corpus import Corpus
-from data.embedded import EMBEDDED
 from data.errors import CorpusError
-from data.index import measure
-from data.manifest import HELDOUT, TRAIN, is_corpus
-from data.megatron_files import MegatronReader, megatron_prefix
-from data.mixture import MixedStream, Mixture
-from data.packing import BEST_FIT, SPLIT, num_samples
-from data.pool import SKIP, UnitCache
-from data.prepare import embedded_corpus
-from data.readers import ChosenUnits, Joined, PreparedReader, Reader, Subset, digest_of
-from data.remote import list_files
-from data.row_files import ArrowReader, JsonlReader, ParquetReader
-from data.stream import ORDER_VERSION, TokenStream, permutation
-from data.tokenizer import Tokenizer
-from data.units import Sizes
+from data.order.index import measure
+from data.order.mixture import MixedStream, Mixture
+from data.order.packing import BEST_FIT, SPLIT, num_samples
+from data.order.stream import ORDER_VERSION, TokenStream, permutation
+from data.prepare.embedded import EMBEDDED
+from data.prepare.prepare import embedded_corpus
+from data.read.corpus import Corpus
+from data.read.manifest import HELDOUT, TRAIN, is_corpus
+from data.read.megatron_files import MegatronReader, megatron_prefix
+from data.read.pool import SKIP, UnitCache
+from data.read.readers import ChosenUnits, Joined, PreparedReader, Reader, Subset, digest_of
+from data.read.remote import list_files
+from data.read.row_files import ArrowReader, JsonlReader, ParquetReader
+from data.read.units import Sizes
+from data.text.tokenizer import Tokenizer
 
 KINDS: tuple[Callable[..., Reader], ...] = (ParquetReader, JsonlReader, ArrowReader)
 READERS = dict(zip(DIRECT_ENDINGS, KINDS, strict=True))

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from data.batches import Batch, BatchSchedule
 from data.errors import CorpusError
-from data.faults import Faults
-from data.mixture import MixedStream
-from data.packing import PADDING, Sample
-from data.stream import TokenStream
+from data.order.batches import Batch, BatchSchedule
+from data.order.mixture import MixedStream
+from data.order.packing import PADDING, Sample
+from data.order.stream import TokenStream
+from data.read.faults import Faults
 
 PREFETCH_STEPS = 2
 

@@ -94,7 +94,7 @@ class ModelConfig:
 class MtpConfig:
     """Multi-token prediction: one shared layer (gated attention + experts) applied ``steps`` times.
 
-    Whether the keys of a step are those that inference has: see `model.mtp`.
+    Whether the keys of a step are those that inference has: see `model.layers.mtp`.
     """
 
     steps: int = _setting(2, "tokens predicted beyond the next one; 0 trains no MTP layer")

@@ -14,9 +14,9 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from torch import Tensor, nn
 
-from model.deltanet import draw_decay, draw_time_step_bias
+from model.layers.deltanet import draw_decay, draw_time_step_bias
+from model.layers.router import normalise_rows
 from model.network import LanguageModel
-from model.router import normalise_rows
 
 ROUTER = "router.weight"
 

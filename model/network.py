@@ -7,12 +7,12 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from model.attention import rotary_table
-from model.balance import Balance, RoutedTokens
 from model.batch import MicroBatch
 from model.documents import Documents
-from model.experts import MixtureOfExperts
-from model.head import Head
+from model.layers.attention import rotary_table
+from model.layers.balance import Balance, RoutedTokens
+from model.layers.experts import MixtureOfExperts
+from model.layers.head import Head
 from model.stack import HybridConfig, full_pattern, stack_spec
 
 
@@ -98,7 +98,7 @@ class LanguageModel(HybridModel):
         """This stage's layers: the states [T, 1, H], after the final norm on the last stage.
 
         Args:
-            routed: see `Router.forward`. memory: a `model.decode.Memory` of the tokens before.
+            routed: see `Router.forward`. memory: a `model.decode.decode.Memory` of the tokens before.
         """
         return self.decoder(
             hidden_states=self.embed(tokens_RL) if self.pre_process else None,

@@ -13,16 +13,16 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from model.attention import gate_heads, packed_attention, prepare_heads, rotary_table
 from model.config import ModelConfig
-from model.delta_rule import gated_delta_rule
-from model.deltanet import prepare_delta
-from model.dense import swiglu_pairs
 from model.documents import Documents
-from model.experts import combine_rows, count_sorted, expert_rows, gate_rows, gather_rows, invert, mix_rows
-from model.loss import add_product, scaled, softmax_gradient
-from model.norm import gated_rms_norm, rms_norm_with_residual, zero_centred_rms_norm
-from model.router import route, router_logits
+from model.layers.attention import gate_heads, packed_attention, prepare_heads, rotary_table
+from model.layers.delta_rule import gated_delta_rule
+from model.layers.deltanet import prepare_delta
+from model.layers.dense import swiglu_pairs
+from model.layers.experts import combine_rows, count_sorted, expert_rows, gate_rows, gather_rows, invert, mix_rows
+from model.layers.loss import add_product, scaled, softmax_gradient
+from model.layers.norm import gated_rms_norm, rms_norm_with_residual, zero_centred_rms_norm
+from model.layers.router import route, router_logits
 
 ROWS, LENGTH, EXPERTS, ROUTED, VOCAB = 2, 192, 6, 4, 1000
 # A result is rounded to 8 bits once or twice (2^-9 each), and so are the operands inside a chain of products; a wrong

@@ -18,15 +18,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
-from model.attention import GatedAttention, GatedAttentionSubmodules
-from model.backends import ReplicatedLinear, column_linear, row_linear
 from model.config import LAYER, MTP_PATTERN, BalanceConfig, ModelConfig, MtpConfig
-from model.deltanet import GatedDeltaNet, GatedDeltaNetSubmodules
-from model.dense import Dense, SwiGLUSubmodules
-from model.experts import MixtureOfExperts
-from model.mtp import MtpLayer
-from model.norm import GatedRMSNorm, ResidualRMSNorm, ZeroCentredRMSNorm
-from model.recompute import recomputable
+from model.kernels.backends import ReplicatedLinear, column_linear, row_linear
+from model.layers.attention import GatedAttention, GatedAttentionSubmodules
+from model.layers.deltanet import GatedDeltaNet, GatedDeltaNetSubmodules
+from model.layers.dense import Dense, SwiGLUSubmodules
+from model.layers.experts import MixtureOfExperts
+from model.layers.mtp import MtpLayer
+from model.layers.norm import GatedRMSNorm, ResidualRMSNorm, ZeroCentredRMSNorm
+from model.layers.recompute import recomputable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 # What megatron-core is told whatever the model and the layout.
@@ -56,7 +56,7 @@ class HybridConfig(TransformerConfig):
     shape: ModelConfig
     mtp: MtpConfig
     balance: BalanceConfig
-    recompute: frozenset[str] = frozenset()  # parts computed again in the backward pass (`model.recompute`)
+    recompute: frozenset[str] = frozenset()  # parts computed again in the backward pass (`model.layers.recompute`)
 
 
 @dataclass

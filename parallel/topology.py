@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 RECOMPUTE_POLICIES = ("none", "selective", "full")
-# Parts of a layer without its dense projections; `model.recompute` knows them by the same names.
+# Parts of a layer without its dense projections; `model.layers.recompute` knows them by the same names.
 RECOMPUTABLE = ("attention", "deltanet", "experts", "norm")
 
 

@@ -94,20 +94,25 @@ def test_a_test_file_is_readable_in_one_go(path: Path) -> None:
 
 
 def readme_tree() -> dict[str, set[str]]:
-    """The files that README's tree names, by folder."""
+    """The folders that README's tree names, by package."""
     block = (ROOT / "README.md").read_text().split("## The tree")[1].split("```")[1]
     tree: dict[str, set[str]] = {}
-    folder = ""
+    package = ""
     for line in block.strip().splitlines():
-        name = line.split()[0]
-        if not line.startswith(" "):
-            folder = name.rstrip("/")
+        name = line.split()[0].rstrip("/")
+        if line.startswith(" "):
+            tree[package].add(name)
         else:
-            tree.setdefault(folder, set()).add(name)
+            package = name
+            tree[package] = set()
     return tree
 
 
-def test_readme_names_every_source_and_no_other() -> None:
+def folders(package: Path) -> set[str]:
+    """The rooms of a package."""
+    return {path.parent.name for path in package.glob("*/__init__.py")}
+
+
+def test_readme_names_every_room_and_no_other() -> None:
     tree = readme_tree()
-    for package in PACKAGES:
-        assert tree[package] == {path.name for path in (ROOT / package).glob("*.py")} - {"__init__.py"}
+    assert {package: tree[package] for package in PACKAGES} == {p: folders(ROOT / p) for p in PACKAGES}

@@ -9,8 +9,8 @@ from model.config import check_model
 from parallel.topology import microbatches, resolve
 from train import usage
 from train.__main__ import compose, run
-from train.config import Config
-from train.footprint import footprint, planned_vocab
+from train.job.footprint import footprint, planned_vocab
+from train.settings.run import Config
 
 # Arguments that a recipe cannot do without, the processes that it is made for, and over how many its experts go.
 CORPUS = ["data.corpus=corpora/mine"]
@@ -42,7 +42,7 @@ def test_a_recipe_composes_and_fits_its_processes(recipe):
 
 @pytest.mark.parametrize("recipe", usage.recipes())
 def test_a_recipe_builds_on_meta_as_its_estimate_says(recipe: str, capsys: pytest.CaptureFixture[str]):
-    from train.dry_run import dry_run  # imports megatron-core, which the rest of this file does without
+    from train.plan.dry_run import dry_run  # imports megatron-core, which the rest of this file does without
 
     config, processes, _ = composed(recipe)
     topology = resolve(config.parallel, config.model, processes)

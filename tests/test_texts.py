@@ -9,8 +9,8 @@ import pytest
 from tests.layout import ROOT
 from train import usage
 from train.__main__ import COMMANDS
-from train.config import Config
-from train.settings import settings
+from train.settings.run import Config
+from train.settings.tree import settings
 
 TEXTS = ("README.md", "CONTRIBUTING.md", "recipes/README.md")
 PLACEHOLDERS = {"COMMAND", "RECIPE", "NAME", "DIR", "PATH", "key", "arguments", "pytest"}

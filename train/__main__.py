@@ -17,27 +17,18 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.config import PrepareConfig
-from data.corpus import check_corpus
+from data.read.corpus import check_corpus
 from model.config import check_model
 from parallel.quiet import quiet_upstream
 from parallel.topology import resolve
 from train import front, usage
-from train.config import (
-    CONFIG_FILE,
-    USER_ERRORS,
-    Config,
-    RunConfig,
-    RunReference,
-    check,
-    check_plan,
-    load_config,
-)
-from train.convert import ExportConfig, ImportConfig, check_export, check_import
-from train.estimate import PEERS, EstimateConfig, check_budget
-from train.estimate import estimate as estimate_text
-from train.footprint import planned_vocab
-from train.propose import proposals
-from train.requests import (
+from train.hub.settings import ExportConfig, ImportConfig, check_export, check_import
+from train.job.directory import last_checkpoint, require_checkpoint, require_same_data, steps_done
+from train.job.footprint import planned_vocab
+from train.plan.estimate import PEERS, EstimateConfig, check_budget
+from train.plan.estimate import estimate as estimate_text
+from train.plan.propose import proposals
+from train.settings.commands import (
     BenchConfig,
     EvaluateConfig,
     GenerateConfig,
@@ -47,9 +38,28 @@ from train.requests import (
     check_generate,
     check_variants,
 )
-from train.runs import last_checkpoint, require_checkpoint, require_same_data, steps_done
-from train.settings import MISSING, ConfigError, from_dict, from_text, hint, hint_known, settings, takes_text, to_dict
-from train.trackers import check_login
+from train.settings.run import (
+    CONFIG_FILE,
+    USER_ERRORS,
+    Config,
+    RunConfig,
+    RunReference,
+    check,
+    check_plan,
+    load_config,
+)
+from train.settings.tree import (
+    MISSING,
+    ConfigError,
+    from_dict,
+    from_text,
+    hint,
+    hint_known,
+    settings,
+    takes_text,
+    to_dict,
+)
+from train.watch.trackers import check_login
 
 DEFAULT_RECIPE = "tiny"
 SETTINGS = {setting.path: setting for setting in settings(Config)}
@@ -137,7 +147,7 @@ def train(arguments: list[str]) -> int:
         topology = check_plan(config, config.parallel.world or front.num_processes())
         vocab_size = planned_vocab(config, topology)
         quiet_upstream()
-        from train.dry_run import dry_run
+        from train.plan.dry_run import dry_run
 
         print(dry_run(config, topology, vocab_size))
         return 0
@@ -173,7 +183,7 @@ def evaluate(arguments: list[str]) -> int:
     processes = front.world_size() or front.num_processes()
     resolve(config.parallel, config.model, processes)
     if front.world_size():
-        from train.evaluate import run_evaluation
+        from train.use.evaluate import run_evaluation
 
         return run_evaluation(evaluation, config)
     front.ensure_corpus(config.data)
@@ -191,7 +201,7 @@ def generate(arguments: list[str]) -> int:
     processes = front.world_size() or front.num_processes(front.layout_size(config.parallel))
     resolve(config.parallel, config.model, processes)
     if front.world_size():
-        from train.generate import run_generation
+        from train.use.generate import run_generation
 
         return run_generation(generation, config)
     front.ensure_corpus(config.data)
@@ -205,7 +215,7 @@ def prepare(arguments: list[str]) -> int:
             raise ConfigError("--check takes one corpus directory: prepare --check corpora/mine")
         print(check_corpus(arguments[1]))
         return 0
-    from data.prepare import prepare as prepare_corpus
+    from data.prepare.prepare import prepare as prepare_corpus
 
     path = prepare_corpus(from_text(PrepareConfig, arguments))
     print(f"corpus ready: ./launch.sh train data.corpus={path}")
@@ -231,7 +241,7 @@ def export(arguments: list[str]) -> int:
     """Writes a run's weights as a Hugging Face checkpoint."""
     config = from_text(ExportConfig, _named(arguments))
     run, checkpoint = check_export(config)
-    from train.hf_convert import export as export_run
+    from train.hub.convert import export as export_run
 
     export_run(config, run, checkpoint)
     print(f"{checkpoint} is now in {config.out}, for transformers, vLLM and SGLang")
@@ -242,7 +252,7 @@ def import_(arguments: list[str]) -> int:
     """Makes a run of a Hugging Face checkpoint."""
     config = from_text(ImportConfig, _named(arguments))
     run = check_import(config)
-    from train.hf_convert import import_run
+    from train.hub.convert import import_run
 
     path = import_run(config, run)
     print(f"{config.hf} is now {path}: ./launch.sh train run.init={config.run.name} run.name=... data.corpus=...")
@@ -261,7 +271,7 @@ def bench(arguments: list[str]) -> int:
     processes = front.world_size() or front.num_processes(parallel.world or front.layout_size(parallel))
     check_variants(configs, processes)
     if front.world_size():
-        from train.bench import run_bench
+        from train.measure.bench import run_bench
 
         return run_bench(configs, settings)
     return front.launch(["-m", "train", "bench", *arguments], processes)
@@ -271,7 +281,7 @@ def doctor(arguments: list[str]) -> int:
     """Says what this machine is, and checks its kernels."""
     config = compose(arguments, planned=True)
     check_model(config.model, config.mtp)
-    from train.doctor import run_doctor
+    from train.measure.doctor import run_doctor
 
     return run_doctor(config.model)
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from data.config import DataConfig
 from data.dataset import Dataset
 from parallel.topology import ParallelConfig
-from train.settings import ConfigError
+from train.settings.tree import ConfigError
 
 if TYPE_CHECKING:  # torch takes seconds to import, which a mistake in the settings should not wait for
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -7,22 +7,24 @@ from collections.abc import Callable
 
 import torch
 
-from data.batches import Batch
 from data.loader import Loader
+from data.order.batches import Batch
 from model.batch import MicroBatch, count_targets
 from model.network import Losses
 from parallel.collectives import max_over_all, sum_over, sum_over_all
 from parallel.engine_megatron import MegatronEngine
-from train import checkpoint, metrics, routing
-from train.build import Job, build_engine, build_job, draw_weights
-from train.config import Config, batch_schedule, describe, save_config
-from train.doctor import refuse_wrong_kernels
-from train.evaluate import heldout_acceptance, heldout_metrics, microbatch, report
-from train.runs import last_checkpoint, layout_change, require_checkpoint, require_same_data, steps_done
-from train.schedule import learning_rate
-from train.settings import ConfigError
-from train.speed import Speedometer
-from train.trackers import Tracker, build_trackers
+from train import routing
+from train.job import checkpoint
+from train.job.build import Job, build_engine, build_job, draw_weights
+from train.job.directory import last_checkpoint, layout_change, require_checkpoint, require_same_data, steps_done
+from train.job.schedule import learning_rate
+from train.measure.doctor import refuse_wrong_kernels
+from train.settings.run import Config, batch_schedule, describe, save_config
+from train.settings.tree import ConfigError
+from train.use.evaluate import heldout_acceptance, heldout_metrics, microbatch, report
+from train.watch import metrics
+from train.watch.speed import Speedometer
+from train.watch.trackers import Tracker, build_trackers
 
 TIME_IS_UP = 1  # a reason to stop, beside the numbers of signals (2 and up)
 

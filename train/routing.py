@@ -8,14 +8,14 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from model.balance import NOTES, Balance, counting_ahead, shares
 from model.batch import MicroBatch
-from model.forecast import histogram
 from model.init import rows_as_drawn
+from model.layers.balance import NOTES, Balance, counting_ahead, shares
+from model.layers.forecast import histogram
 from parallel.collectives import max_over_all, sum_over, sum_over_all
 from parallel.engine_megatron import run_schedule
-from train import metrics
-from train.build import Job
+from train.job.build import Job
+from train.watch import metrics
 
 PERCENTILES = {0: metrics.LOAD_MIN, 10: metrics.LOAD_P10, 50: metrics.LOAD_P50, 90: metrics.LOAD_P90}
 

@@ -6,11 +6,11 @@ from itertools import groupby
 from pathlib import Path
 
 from data.config import PrepareConfig
-from train.config import Config
-from train.convert import ExportConfig, ImportConfig
-from train.estimate import EstimateConfig
-from train.requests import BenchConfig, EvaluateConfig, GenerateConfig
-from train.settings import MISSING, Setting, settings
+from train.hub.settings import ExportConfig, ImportConfig
+from train.plan.estimate import EstimateConfig
+from train.settings.commands import BenchConfig, EvaluateConfig, GenerateConfig
+from train.settings.run import Config
+from train.settings.tree import MISSING, Setting, settings
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 COLUMNS = 118

@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from data import pool
 from data.errors import CorpusError
-from data.faults import BrokenUnit, Faults
-from data.packing import BEST_FIT, best_fit
+from data.order.packing import BEST_FIT, best_fit
 from data.progress import count_bar
-from data.readers import Reader, digest_of
-from data.units import Sizes
+from data.read import pool
+from data.read.faults import BrokenUnit, Faults
+from data.read.readers import Reader, digest_of
+from data.read.units import Sizes
 
 VERSION = 1
 MIN_PARALLEL_BYTES = 2**26  # below, starting processes takes longer than reading

@@ -12,9 +12,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from data.packing import Sample
-from data.pool import UnitCache
-from data.stream import TokenStream, permutation
+from data.order.packing import Sample
+from data.order.stream import TokenStream, permutation
+from data.read.pool import UnitCache
 
 BLOCK_SAMPLES = 1024
 

@@ -11,10 +11,22 @@ from itertools import chain
 import numpy as np
 
 from data.errors import CorpusError
-from data.packing import BEST_FIT, PADDING, SPLIT, Bins, Sample, best_fit, num_samples, overlaps, pack, pad, sample_span
-from data.pool import UnitCache
-from data.readers import Reader
-from data.units import Sizes, Unit
+from data.order.packing import (
+    BEST_FIT,
+    PADDING,
+    SPLIT,
+    Bins,
+    Sample,
+    best_fit,
+    num_samples,
+    overlaps,
+    pack,
+    pad,
+    sample_span,
+)
+from data.read.pool import UnitCache
+from data.read.readers import Reader
+from data.read.units import Sizes, Unit
 
 # Samples are dealt out at random within windows of this many samples, or of fewer that hold so many tokens, so that a
 # batch is not a few long documents in a row; a window spans few units, so that reading stays local and memory bounded.

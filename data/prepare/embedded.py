@@ -3,8 +3,8 @@
 import sysconfig
 from pathlib import Path
 
-from data.documents import Document, Source
 from data.errors import CorpusError
+from data.prepare.documents import Document, Source
 
 EMBEDDED = "embedded"
 HELDOUT_FRACTION = 0.05

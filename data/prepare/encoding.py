@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.documents import Batch, Place, is_held_out
 from data.errors import CorpusError
-from data.manifest import HELDOUT, TRAIN
-from data.processes import serve_parent
-from data.tokenizer import Tokenizer
-from data.units import token_dtype
+from data.prepare.documents import Batch, Place, is_held_out
+from data.read.manifest import HELDOUT, TRAIN
+from data.read.processes import serve_parent
+from data.read.units import token_dtype
+from data.text.tokenizer import Tokenizer
 
 # Encoded in this process before others are started, which takes longer than a small input does.
 FIRST_BATCHES = 8

@@ -12,17 +12,17 @@ import pyarrow
 import tokenizers
 
 from data.config import TRAIN_TOKENIZER, DataConfig, PrepareConfig, check_prepare
-from data.documents import Source, is_held_out
-from data.embedded import EMBEDDED, embedded_source
-from data.encoding import Encoder, encode_all
 from data.errors import CorpusError, one_line
-from data.manifest import HELDOUT, SPLITS, TRAIN, VERSION, Manifest, file_info, is_corpus, write_manifest
+from data.prepare.documents import Source, is_held_out
+from data.prepare.embedded import EMBEDDED, embedded_source
+from data.prepare.encoding import Encoder, encode_all
+from data.prepare.shard_writer import ShardWriter
+from data.prepare.sources import dataset_source
+from data.prepare.staging import Staging, check_free, locked, staged
 from data.progress import byte_bar
-from data.readers import digest_of
-from data.shard_writer import ShardWriter
-from data.sources import dataset_source
-from data.staging import Staging, check_free, locked, staged
-from data.tokenizer import TOKENIZER_FILE, Tokenizer, train_bpe
+from data.read.manifest import HELDOUT, SPLITS, TRAIN, VERSION, Manifest, file_info, is_corpus, write_manifest
+from data.read.readers import digest_of
+from data.text.tokenizer import TOKENIZER_FILE, Tokenizer, train_bpe
 
 TOKEN_BYTES_FILE = "token_bytes.npy"
 # Settings that do not change what a corpus holds.

@@ -7,10 +7,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.documents import Place
-from data.encoding import Encoded
-from data.manifest import ShardInfo, file_info
-from data.staging import Finished, Staging
+from data.prepare.documents import Place
+from data.prepare.encoding import Encoded
+from data.prepare.staging import Finished, Staging
+from data.read.manifest import ShardInfo, file_info
 
 
 class ShardWriter:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from data.config import PrepareConfig
-from data.documents import Batch, Document, Place, Source, in_batches
 from data.errors import CorpusError, one_line
+from data.prepare.documents import Batch, Document, Place, Source, in_batches
 
 # File ending -> the builder of `datasets` that reads it.
 BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text", ".arrow": "arrow"}

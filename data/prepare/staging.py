@@ -17,9 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data.documents import START, Place
 from data.errors import CorpusError, one_line
-from data.manifest import SPLITS, ShardInfo
+from data.prepare.documents import START, Place
+from data.read.manifest import SPLITS, ShardInfo
 
 
 @dataclass(frozen=True)

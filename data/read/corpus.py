@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from data.errors import CorpusError, one_line
-from data.faults import Faults
-from data.manifest import MANIFEST_FILE, FileInfo, Manifest, Totals, file_info, read_manifest
 from data.progress import byte_bar
-from data.shards import broken_file, read_shard
-from data.tokenizer import Tokenizer
-from data.units import Unit
+from data.read.faults import Faults
+from data.read.manifest import MANIFEST_FILE, FileInfo, Manifest, Totals, file_info, read_manifest
+from data.read.shards import broken_file, read_shard
+from data.read.units import Unit
+from data.text.tokenizer import Tokenizer
 
 
 class Corpus:

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from data.errors import CorpusError, one_line
-from data.faults import BrokenUnit, Faults, retrying
-from data.readers import Reader, digest_of
-from data.tokenizer import Tokenizer
-from data.units import Sizes, Unit, ended
+from data.read.faults import BrokenUnit, Faults, retrying
+from data.read.readers import Reader, digest_of
+from data.read.units import Sizes, Unit, ended
+from data.text.tokenizer import Tokenizer
 
 UNIT_TOKENS = 2**22  # tokens after which a new unit begins: a window of memory-mapped documents
 

@@ -12,10 +12,10 @@ from multiprocessing import get_context
 from typing import Any
 
 from data.errors import CorpusError
-from data.faults import BrokenUnit, Faults
-from data.processes import serve_parent
-from data.readers import Reader
-from data.units import Sizes, Unit
+from data.read.faults import BrokenUnit, Faults
+from data.read.processes import serve_parent
+from data.read.readers import Reader
+from data.read.units import Sizes, Unit
 
 # Where nobody says what will be asked for: three windows of samples (stream.WINDOW_TOKENS).
 KEPT_TOKENS = 3 * 2**24

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from data.corpus import Corpus
-from data.faults import Faults
-from data.units import Sizes, Unit
+from data.read.corpus import Corpus
+from data.read.faults import Faults
+from data.read.units import Sizes, Unit
 
 
 class Reader(ABC):

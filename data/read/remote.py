@@ -12,7 +12,7 @@ from typing import Any
 import fsspec
 
 from data.errors import CorpusError, one_line
-from data.faults import Faults, retrying
+from data.read.faults import Faults, retrying
 
 TIMEOUT_S = 60
 BLOCK = 2**20  # bytes that a RangeFile reads at least, so that small reads of a parser are few requests

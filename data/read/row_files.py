@@ -12,12 +12,12 @@ import pyarrow.json as pj
 import pyarrow.parquet as pq
 
 from data.errors import CorpusError, one_line
-from data.faults import BrokenUnit, Faults
 from data.progress import count_bar
-from data.remote import File, RangeFile, fetch, is_url
-from data.rows import RowReader
-from data.tokenizer import Tokenizer
-from data.units import Sizes
+from data.read.faults import BrokenUnit, Faults
+from data.read.remote import File, RangeFile, fetch, is_url
+from data.read.rows import RowReader
+from data.read.units import Sizes
+from data.text.tokenizer import Tokenizer
 
 FOOTER_BYTES = 2**16  # fetched at once from the end of a parquet file; longer footers take a second fetch
 FOOTER_THREADS = 16

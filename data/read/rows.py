@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data.errors import CorpusError, one_line
-from data.faults import BrokenUnit, Faults
-from data.readers import Reader
-from data.remote import File
-from data.tokenizer import Tokenizer
-from data.units import Unit, ended
+from data.read.faults import BrokenUnit, Faults
+from data.read.readers import Reader
+from data.read.remote import File
+from data.read.units import Unit, ended
+from data.text.tokenizer import Tokenizer
 
 TEXT = (pa.types.is_string, pa.types.is_large_string)
 LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.errors import one_line
-from data.faults import BrokenUnit, Faults, retrying
-from data.manifest import ShardInfo
-from data.units import Unit, token_dtype
+from data.read.faults import BrokenUnit, Faults, retrying
+from data.read.manifest import ShardInfo
+from data.read.units import Unit, token_dtype
 
 
 def read_shard(directory: Path, info: ShardInfo, vocab_size: int, check_hash: bool, faults: Faults) -> Unit:

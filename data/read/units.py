@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.faults import BrokenUnit
+from data.read.faults import BrokenUnit
 
 
 @dataclass(frozen=True)

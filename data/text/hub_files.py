@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from data.tokenizer import TOKENIZER_FILE, Tokenizer
+from data.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 # Files of a tokenizer that may lie beside a model; text or JSON, all of them.

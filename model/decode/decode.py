@@ -19,10 +19,10 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, 
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.attention import rotary_table
 from model.config import DELTA_CHUNK
-from model.delta_rule import prepare_chunks, scan_chunks
 from model.documents import Documents
+from model.layers.attention import rotary_table
+from model.layers.delta_rule import prepare_chunks, scan_chunks
 from model.network import LanguageModel
 from parallel.collectives import gather_parts
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from model.decode import Decoder
+from model.decode.decode import Decoder
 from model.network import LanguageModel
 
 

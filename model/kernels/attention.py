@@ -1,9 +1,9 @@
-"""Kernels of `model.attention`: Triton for what surrounds softmax attention, cuDNN's and FlashAttention's for itself.
+"""Kernels of `model.layers.attention`: Triton around softmax attention, cuDNN's and FlashAttention's for itself.
 
     n = x / rms(x) (1 + w)      y_c = n_c cos_c -+ n_c' sin_c      c' the column that RoPE pairs with c
     gated: y = x sigmoid(gate)
 
-Shape suffixes as in `model.attention`; S slots of a key/value group: its queries, their gates, the key, the value.
+Shape suffixes as in `model.layers.attention`; S slots of a key/value group: its queries, their gates, key, value.
 """
 
 import torch
@@ -122,7 +122,7 @@ class _PrepareHeads(torch.autograd.Function):
 
 
 def prepare_heads(mixed_TGSD: Tensor, q_norm, k_norm, table: Tensor, each: int, gates: int) -> tuple[Tensor, ...]:
-    """See `model.attention.prepare_heads`."""
+    """See `model.layers.attention.prepare_heads`."""
     return _PrepareHeads.apply(mixed_TGSD.contiguous(), q_norm.weight, k_norm.weight, table, each, gates, q_norm.eps)
 
 
@@ -163,7 +163,7 @@ class _GateHeads(torch.autograd.Function):
 
 
 def gate_heads(x_TND: Tensor, gate_TND: Tensor) -> Tensor:
-    """See `model.attention.gate_heads`."""
+    """See `model.layers.attention.gate_heads`."""
     return _GateHeads.apply(x_TND.contiguous(), gate_TND.contiguous())
 
 
@@ -228,7 +228,7 @@ def attention_backward(
 
 
 def prefix_attention(q_TND: Tensor, k_TMD: Tensor, v_TMD: Tensor, documents) -> tuple[Tensor, Tensor]:
-    """See `model.chain.prefix_attention`."""
+    """See `model.layers.chain.prefix_attention`."""
     q, k, v = (x.contiguous() for x in (q_TND, k_TMD, v_TMD))
     out, log_sum = attention_forward(q, k, v, documents)
     by_token = log_sum[..., 0].transpose(1, 2).flatten(0, 1) if _whole_rows(q, k, v, documents) else log_sum.t()
@@ -238,7 +238,7 @@ def prefix_attention(q_TND: Tensor, k_TMD: Tensor, v_TMD: Tensor, documents) -> 
 def prefix_gradients(
     grad_TND: Tensor, q_TND: Tensor, k_TMD: Tensor, v_TMD: Tensor, out_TND: Tensor, lse_TN: Tensor, documents
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `model.chain.prefix_gradients`."""
+    """See `model.layers.chain.prefix_gradients`."""
     grad, q, k, v, out = (x.contiguous() for x in (grad_TND, q_TND, k_TMD, v_TMD, out_TND))
     log_sum = lse_TN.t()
     if _whole_rows(q, k, v, documents):
@@ -260,5 +260,5 @@ class _PackedAttention(torch.autograd.Function):
 
 
 def packed_attention(q_TND: Tensor, k_TMD: Tensor, v_TMD: Tensor, documents) -> Tensor:
-    """See `model.attention.packed_attention`, for queries and keys of the same tokens."""
+    """See `model.layers.attention.packed_attention`, for queries and keys of the same tokens."""
     return _PackedAttention.apply(q_TND.contiguous(), k_TMD.contiguous(), v_TMD.contiguous(), documents)

@@ -1,11 +1,11 @@
-"""Kernels of `model.deltanet`: Triton for what lies between its projection and the delta rule, fla's for the rule.
+"""Kernels of `model.layers.deltanet`: Triton between its projection and the delta rule, fla's for the rule.
 
     c_t = sum_j w[W-1-j] x_{t-j} over the j that stay in t's document      s = c sigmoid(c)
     q, k = s / |s|      v = s      beta = sigmoid(b)      g = -exp(A_log) softplus(a + dt_bias)
 
 Forwards one pass over the projection; backwards a pass to dc (and dw), and one to the gradient of the projection.
 
-Shape suffixes as in `model.deltanet`. A head's columns in the projection: q, k, its values, their gates, b, a.
+Shape suffixes as in `model.layers.deltanet`. A head's columns in the projection: q, k, its values, their gates, b, a.
 """
 
 import math
@@ -248,7 +248,7 @@ def prepare_delta(
     key_dim: int,
     value_dim: int,
 ) -> tuple[Tensor, ...]:
-    """See `model.deltanet.prepare_delta`."""
+    """See `model.layers.deltanet.prepare_delta`."""
     position_RL = documents.position_RL.contiguous()
     return _PrepareDelta.apply(
         mixed_RLKP.contiguous(), conv_CW.contiguous(), A_log, dt_bias, position_RL, ratio, key_dim, value_dim, EPS
@@ -258,7 +258,7 @@ def prepare_delta(
 def gated_delta_rule(
     q_RLKD: Tensor, k_RLKD: Tensor, v_RLVD: Tensor, g_RLV: Tensor, beta_RLV: Tensor, documents: Documents
 ) -> Tensor:
-    """See `model.delta_rule.gated_delta_rule`; fla's, which takes FlashQLA's kernels where they apply."""
+    """See `model.layers.delta_rule.gated_delta_rule`; fla's, which takes FlashQLA's kernels where they apply."""
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
     rows = (q_RLKD, k_RLKD, v_RLVD, g_RLV, beta_RLV)

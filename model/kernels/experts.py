@@ -1,9 +1,9 @@
-"""Triton kernels of `model.experts` and `model.dense`: rows moved by gathers alone, and SwiGLU in one pass.
+"""Triton kernels of `model.layers.experts` and `.dense`: rows moved by gathers alone, and SwiGLU in one pass.
 
     combine: out_t = sum_k y[inverse[t, k]]       its gradient is a gather, as combine is a gather's
     swiglu:  a = silu(g) u w                      w is a row's share in its token's mixture
 
-Shape suffixes as in `model.experts`.
+Shape suffixes as in `model.layers.experts`.
 """
 
 import torch
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.kernel_grouped import grouped_gradient, grouped_product, tile_rows
+from model.kernels.grouped import grouped_gradient, grouped_product, tile_rows
 from parallel.main_grads import stand_in
 
 BLOCK = 1024
@@ -51,7 +51,7 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_rows(x_TH: Tensor, order_N: Tensor, inverse_TK: Tensor) -> Tensor:
-    """See `model.experts.gather_rows`."""
+    """See `model.layers.experts.gather_rows`."""
     return _GatherRows.apply(x_TH, order_N, inverse_TK)
 
 
@@ -69,7 +69,7 @@ class _CombineRows(torch.autograd.Function):
 
 
 def combine_rows(y_NH: Tensor, order_N: Tensor, inverse_TK: Tensor) -> Tensor:
-    """See `model.experts.combine_rows`."""
+    """See `model.layers.experts.combine_rows`."""
     return _CombineRows.apply(y_NH, order_N, inverse_TK)
 
 
@@ -155,7 +155,7 @@ class _SwiGLUPairs(torch.autograd.Function):
 
 
 def swiglu_pairs(mixed: Tensor) -> Tensor:
-    """See `model.dense.swiglu_pairs`."""
+    """See `model.layers.dense.swiglu_pairs`."""
     return _SwiGLUPairs.apply(mixed.contiguous())
 
 
@@ -215,7 +215,7 @@ def expert_rows(
     counts_E: Tensor,
     totals: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor:
-    """See `model.experts.expert_rows`."""
+    """See `model.layers.experts.expert_rows`."""
     return _ExpertRows.apply(x_NH.contiguous(), weight1_E2FH, weight2_EHF, share_N.float(), counts_E, totals)
 
 
@@ -248,7 +248,7 @@ def mix_rows(
     inverse_TK: Tensor,
     totals: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor:
-    """See `model.experts.mix_rows`."""
+    """See `model.layers.experts.mix_rows`."""
     weights = (weight1_E2FH, weight2_EHF)
     return _MixRows.apply(x_TH.contiguous(), *weights, share_N.float(), counts_E, order_N, inverse_TK, totals)
 
@@ -289,5 +289,5 @@ class _GateRows(torch.autograd.Function):
 
 
 def gate_rows(x: Tensor, score: Tensor) -> Tensor:
-    """See `model.experts.gate_rows`."""
+    """See `model.layers.experts.gate_rows`."""
     return _GateRows.apply(x.contiguous(), score.contiguous())

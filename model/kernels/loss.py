@@ -1,10 +1,10 @@
-"""Triton kernels of `model.loss`: logits are read twice and turned into their gradient
+"""Triton kernels of `model.layers.loss`: logits are read twice and turned into their gradient
 in place.
 
     m, s, t: largest logit, sum of exp(logit - m), target's logit of each row; then, over the tensor-parallel group,
     loss = log(sum of exp) - target logit      dlogit = (exp(logit) / sum of exp - [is the target]) weight
 
-Shape suffixes as in `model.loss`.
+Shape suffixes as in `model.layers.loss`.
 """
 
 import torch
@@ -51,7 +51,7 @@ def _row_gradients(logits, target, weight, log_sum, WIDTH: tl.constexpr, BLOCK: 
 def softmax_gradient(
     logits_CV: Tensor, target_C: Tensor, weight_C: Tensor | None, group
 ) -> tuple[Tensor, Tensor | None]:
-    """See `model.loss.softmax_gradient`."""
+    """See `model.layers.loss.softmax_gradient`."""
     rows, width = logits_CV.shape
     local_C = target_C - group.rank() * width
     sums = torch.empty(3, rows, dtype=torch.float32, device=logits_CV.device)
@@ -79,13 +79,13 @@ def _scale(x, factor, numel, BLOCK: tl.constexpr):
 
 
 def scaled(x: Tensor, factor: Tensor) -> Tensor:
-    """See `model.loss.scaled`: in place, and nothing is read or written where the factor is 1."""
+    """See `model.layers.loss.scaled`: in place, and nothing is read or written where the factor is 1."""
     _scale[(triton.cdiv(x.numel(), BLOCK),)](x, factor, x.numel(), BLOCK)
     return x
 
 
 def add_product(left: Tensor, right: Tensor, total: Tensor | None) -> Tensor:
-    """See `model.loss.add_product`: the sum is part of the product, in float32."""
+    """See `model.layers.loss.add_product`: the sum is part of the product, in float32."""
     if total is None:
         return torch.mm(left, right, out_dtype=torch.float32)
     return torch.addmm(total, left, right, out_dtype=torch.float32, out=total)

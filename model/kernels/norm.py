@@ -1,4 +1,4 @@
-"""Triton kernels of `model.norm`: each row is read once and written once, forwards and backwards.
+"""Triton kernels of `model.layers.norm`: each row is read once and written once, forwards and backwards.
 
     n = x / rms(x)      y = n (1 + w)      gated: y = n (1 + w) silu(z)
     dx = (u - n mean(n u)) / rms(x)  with  u = dy (1 + w)      dw = sum over rows of dy n
@@ -104,15 +104,15 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def zero_centred_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """See `model.norm.zero_centred_rms_norm`."""
+    """See `model.layers.norm.zero_centred_rms_norm`."""
     return _RMSNorm.apply(x, None, weight, eps)[0]
 
 
 def rms_norm_with_residual(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """See `model.norm.rms_norm_with_residual`."""
+    """See `model.layers.norm.rms_norm_with_residual`."""
     return _RMSNorm.apply(x, None, weight, eps)
 
 
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """See `model.norm.gated_rms_norm`."""
+    """See `model.layers.norm.gated_rms_norm`."""
     return _RMSNorm.apply(x, gate, weight, eps)[0]

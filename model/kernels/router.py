@@ -1,4 +1,4 @@
-"""Triton kernels of `model.router`: float32 scores from bfloat16 states, and top-k routing in one pass.
+"""Triton kernels of `model.layers.router`: float32 scores from bfloat16 states, and top-k routing in one pass.
 
 A float32 number is the sum of three bfloat16 numbers to its last bit or two, and a product of two bfloat16 numbers is
 exact in float32. So products with a float32 matrix are sums of bfloat16 products with its parts, accumulated in
@@ -7,7 +7,7 @@ float32 on the matrix units: as exact as float32 arithmetic, several times as fa
     s = softmax(l)      w_k = s_k / sum of the top k
     dl = s (ds - sum(s ds)) + at each chosen expert w_k (dw_k - sum_j w_j dw_j)
 
-Shape suffixes as in `model.router`.
+Shape suffixes as in `model.layers.router`.
 """
 
 import torch
@@ -59,7 +59,7 @@ class _RouterLogits(torch.autograd.Function):
 
 
 def router_logits(hidden_TH: Tensor, weight_EH: Tensor) -> Tensor:
-    """See `model.router.router_logits`."""
+    """See `model.layers.router.router_logits`."""
     return _RouterLogits.apply(hidden_TH.contiguous(), weight_EH)
 
 
@@ -142,5 +142,5 @@ class _Route(torch.autograd.Function):
 
 
 def route(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """See `model.router.route`."""
+    """See `model.layers.router.route`."""
     return _Route.apply(logits_TE.contiguous(), k)

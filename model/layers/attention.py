@@ -13,12 +13,12 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.backends import accelerated
-from model.chain import chain_attention
 from model.config import ModelConfig
 from model.documents import Documents, attention_mask
-from model.norm import at_least_float32
-from model.recompute import recomputable
+from model.kernels.backends import accelerated
+from model.layers.chain import chain_attention
+from model.layers.norm import at_least_float32
+from model.layers.recompute import recomputable
 from parallel.collectives import gather_parts, heads_to_sequence, sequence_to_heads
 
 
@@ -75,7 +75,7 @@ def apply_rotary(x_TND: Tensor, table: Tensor) -> Tensor:
     return torch.cat([turned * cos + torch.cat([-right, left], dim=-1) * sin, kept], dim=-1)
 
 
-@accelerated("model.kernel_attention")
+@accelerated("model.kernels.attention")
 def prepare_heads(mixed_TGSD: Tensor, q_norm, k_norm, table: Tensor, each: int, gates: int) -> tuple[Tensor, ...]:
     """Query [T, N, D] and key [T, M, D], normed and rotated, value [T, M, D] and gate [T, N, D] (or [T, 0, D]).
 
@@ -89,13 +89,13 @@ def prepare_heads(mixed_TGSD: Tensor, q_norm, k_norm, table: Tensor, each: int, 
     return query, key, value.flatten(1, 2), gate.flatten(1, 2)
 
 
-@accelerated("model.kernel_attention")
+@accelerated("model.kernels.attention")
 def gate_heads(x_TND: Tensor, gate_TND: Tensor) -> Tensor:
     """x * sigmoid(gate). The gate saturates: its sigmoid is taken in float32, as in megatron-core."""
     return x_TND * at_least_float32(gate_TND).sigmoid().to(x_TND.dtype)
 
 
-@accelerated("model.kernel_attention")
+@accelerated("model.kernels.attention")
 def packed_attention(q_TND: Tensor, k_TMD: Tensor, v_TMD: Tensor, documents: Documents) -> Tensor:
     """Causal attention inside each document; N query heads share M <= N key heads in order. Returns [T, N, D]."""
     return attention_of_part(q_TND, k_TMD, v_TMD, documents)
@@ -199,7 +199,7 @@ class GatedAttention(MegatronModule):
     ) -> tuple[Tensor, None]:
         """hidden [T, 1, H] -> [T, 1, H]; other keywords of megatron-core's layer are for its own attentions.
 
-        ``inference_context`` remembers keys from call to call: `Chains` or `model.decode.Memory`; by default none.
+        ``inference_context`` remembers keys between calls: `Chains` or `model.decode.decode.Memory`; by default none.
         """
         query, key, value, gate = self.project(hidden_states, rotary_pos_emb)
         if inference_context is None:

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.forecast import Forecast
-from model.recompute import first_time
+from model.layers.forecast import Forecast
+from model.layers.recompute import first_time
 from parallel.collectives import PendingSum, start_sum, sum_over
 
 # Online: how much of what earlier micro-batches were given wrongly is made good by those that follow. At 0 nothing of

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.backends import accelerated
 from model.documents import Documents, attention_mask
-from model.norm import at_least_float32
+from model.kernels.backends import accelerated
+from model.layers.norm import at_least_float32
 
 aten = torch.ops.aten
 
@@ -39,7 +39,7 @@ def _additive_mask(q_TND: Tensor, keys: int, documents: Documents) -> Tensor | N
     return room.masked_fill_(~mask, -torch.inf)
 
 
-@accelerated("model.kernel_attention")
+@accelerated("model.kernels.attention")
 def prefix_attention(q_TND: Tensor, k_SMD: Tensor, v_SMD: Tensor, documents: Documents) -> tuple[Tensor, Tensor]:
     """`packed_attention` [T, N, D] and the log-sum-exp of its scores [T, N] (at least float32); no gradient."""
     q, k, v = (_by_rows(x, documents) for x in (q_TND, k_SMD, v_SMD))
@@ -54,7 +54,7 @@ def prefix_attention(q_TND: Tensor, k_SMD: Tensor, v_SMD: Tensor, documents: Doc
     return out.transpose(1, 2).reshape(q_TND.shape), lse.transpose(1, 2).reshape(q_TND.shape[:2])
 
 
-@accelerated("model.kernel_attention")
+@accelerated("model.kernels.attention")
 def prefix_gradients(
     grad_TND: Tensor,
     q_TND: Tensor,

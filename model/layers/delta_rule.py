@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.backends import accelerated
 from model.config import DELTA_CHUNK
 from model.documents import Documents
-from model.norm import at_least_float32
+from model.kernels.backends import accelerated
+from model.layers.norm import at_least_float32
 from parallel.collectives import earlier_parts
 
 
@@ -170,7 +170,7 @@ def chunk_gated_delta_rule(
     return out[:, :, : v_RLVD.shape[1]].transpose(1, 2).to(v_RLVD.dtype)
 
 
-@accelerated("model.kernel_deltanet")
+@accelerated("model.kernels.deltanet")
 def gated_delta_rule(
     q_RLKD: Tensor, k_RLKD: Tensor, v_RLVD: Tensor, g_RLV: Tensor, beta_RLV: Tensor, documents: Documents
 ) -> Tensor:

@@ -1,4 +1,4 @@
-"""Gated DeltaNet: linear attention with a decaying matrix state, updated by the delta rule (`model.delta_rule`).
+"""Gated DeltaNet: linear attention with a decaying matrix state, updated by the delta rule (`model.layers.delta_rule`).
 
 Shape suffixes: R rows, L length, T = R*L, K key heads, V value heads, D dimension of a head.
 """
@@ -13,12 +13,12 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.backends import accelerated
-from model.cost import passes_states
-from model.delta_rule import causal_conv, chunk_gated_delta_rule, gated_delta_rule, l2_normalise
+from model.cost.cost import passes_states
 from model.documents import Documents
-from model.norm import at_least_float32
-from model.recompute import recomputable
+from model.kernels.backends import accelerated
+from model.layers.delta_rule import causal_conv, chunk_gated_delta_rule, gated_delta_rule, l2_normalise
+from model.layers.norm import at_least_float32
+from model.layers.recompute import recomputable
 from parallel.collectives import earlier_parts, heads_to_sequence, sequence_to_heads
 
 
@@ -46,7 +46,7 @@ def prepare_part(
     return q, k, v, z, g, beta
 
 
-@accelerated("model.kernel_deltanet")
+@accelerated("model.kernels.deltanet")
 def prepare_delta(
     mixed_RLKP: Tensor,
     conv_CW: Tensor,
@@ -116,7 +116,7 @@ class GatedDeltaNet(MegatronModule):
     ) -> tuple[Tensor, None]:
         """hidden [T, 1, H] -> [T, 1, H]; other keywords of megatron-core's layer are for softmax attention.
 
-        ``inference_context``: a `model.decode.Memory` of the tokens before; by default there are none.
+        ``inference_context``: a `model.decode.decode.Memory` of the tokens before; by default there are none.
         """
         documents, parts = packed_seq_params, self.cp_group.size()
         rows, length = documents.ids_RL.shape

@@ -8,10 +8,10 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.backends import accelerated
+from model.kernels.backends import accelerated
 
 
-@accelerated("model.kernel_experts")
+@accelerated("model.kernels.experts")
 def swiglu_pairs(mixed: Tensor) -> Tensor:
     """SiLU(gate) * up, where the last dimension holds unit by unit a gate and an up value: [..., 2F] -> [..., F]."""
     gate, up = mixed.unflatten(-1, (-1, 2)).unbind(-1)

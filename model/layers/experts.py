@@ -15,12 +15,12 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.backends import accelerated
-from model.balance import RoutedTokens
-from model.dense import SwiGLU, SwiGLUSubmodules
-from model.norm import at_least_float32
-from model.recompute import recomputable
-from model.router import Router
+from model.kernels.backends import accelerated
+from model.layers.balance import RoutedTokens
+from model.layers.dense import SwiGLU, SwiGLUSubmodules
+from model.layers.norm import at_least_float32
+from model.layers.recompute import recomputable
+from model.layers.router import Router
 from parallel.collectives import gather_counts, start_exchange
 from parallel.main_grads import add_weight_gradient, stand_in, with_main_grad
 
@@ -111,19 +111,19 @@ def add_parts(x: Tensor, sizes: list[int], copies: int) -> Tensor:
     return torch.cat([part.view(copies, size, -1).sum(dim=0) for part, size in zip(parts, sizes, strict=True)])
 
 
-@accelerated("model.kernel_experts")
+@accelerated("model.kernels.experts")
 def gather_rows(x_TH: Tensor, order_N: Tensor, inverse_TK: Tensor) -> Tensor:
     """K copies of each token's row, sorted: out[n] = x[order[n] // K]; ``inverse`` is that of the permutation order."""
     return _GatherRows.apply(x_TH, order_N // inverse_TK.shape[1], inverse_TK)
 
 
-@accelerated("model.kernel_experts")
+@accelerated("model.kernels.experts")
 def combine_rows(y_NH: Tensor, order_N: Tensor, inverse_TK: Tensor) -> Tensor:
     """The sum of each token's K rows, the way back of `gather_rows`: out[t] = sum_k y[inverse[t, k]]."""
     return permute(y_NH, inverse_TK.flatten(), order_N).view(*inverse_TK.shape, -1).sum(dim=1)
 
 
-@accelerated("model.kernel_experts")
+@accelerated("model.kernels.experts")
 def expert_rows(
     x_NH: Tensor,
     weight1_E2FH: Tensor,
@@ -141,7 +141,7 @@ def expert_rows(
     return grouped_linear(F.silu(gate) * up * share_N[:, None].to(x_NH.dtype), weight2_EHF, counts_E, totals[1])
 
 
-@accelerated("model.kernel_experts")
+@accelerated("model.kernels.experts")
 def mix_rows(
     x_TH: Tensor,
     weight1_E2FH: Tensor,
@@ -214,7 +214,7 @@ class Experts(MegatronModule):
         }
 
 
-@accelerated("model.kernel_experts")
+@accelerated("model.kernels.experts")
 def gate_rows(x: Tensor, score: Tensor) -> Tensor:
     """x [..., H] times the sigmoid of a score [..., 1] for each row, which is taken in at least float32."""
     return x * at_least_float32(score).sigmoid().to(x.dtype)

@@ -5,7 +5,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from torch import Tensor
 
 from model.batch import MicroBatch
-from model.loss import linear_cross_entropy
+from model.layers.loss import linear_cross_entropy
 from parallel.main_grads import with_main_grad
 
 

@@ -10,9 +10,9 @@ Shape suffixes: T tokens, H hidden, V this rank's rows of the vocabulary, C a ch
 import torch
 from torch import Tensor
 
-from model.backends import accelerated, on_kernels
 from model.config import HEAD_CHUNK, KERNEL_HEAD_CHUNK
-from model.norm import at_least_float32
+from model.kernels.backends import accelerated, on_kernels
+from model.layers.norm import at_least_float32
 from parallel.collectives import max_over, sum_over
 from parallel.main_grads import stand_in
 
@@ -32,7 +32,7 @@ def _chunk_losses(logits_CV: Tensor, target_C: Tensor, group) -> tuple[Tensor, T
     return sums[0].log() - sums[1], logits_CV, torch.where(here, column[:, 0], -1)
 
 
-@accelerated("model.kernel_loss")
+@accelerated("model.kernels.loss")
 def softmax_gradient(
     logits_CV: Tensor, target_C: Tensor, weight_C: Tensor | None, group
 ) -> tuple[Tensor, Tensor | None]:
@@ -50,14 +50,14 @@ def softmax_gradient(
     return losses, (probability * weight_C[:, None]).to(dtype)
 
 
-@accelerated("model.kernel_loss")
+@accelerated("model.kernels.loss")
 def add_product(left: Tensor, right: Tensor, total: Tensor | None) -> Tensor:
     """total + left @ right in at least float32, in place of the total; None counts as zero."""
     product = at_least_float32(left @ right)
     return product if total is None else total.add_(product)
 
 
-@accelerated("model.kernel_loss")
+@accelerated("model.kernels.loss")
 def scaled(x: Tensor, factor: Tensor) -> Tensor:
     """x times a scalar, rounded to x's type; x may be overwritten."""
     return (x * factor).to(x.dtype)

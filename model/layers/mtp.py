@@ -8,7 +8,7 @@ What a step attends to (``mtp.keys``):
 
 * ``inference``: an engine runs the first step over all positions, and its keys stay. A draft that starts from position
   p then runs the later steps at the positions p+1, p+2, ..., so they see the first step's keys up to p and those of
-  the draft itself. Training does the same from every position at once: `model.chain`.
+  the draft itself. Training does the same from every position at once: `model.layers.chain`.
 * ``depth``: each step sees its own keys of all positions up to p, which no engine has (megatron-core's way).
 """
 
@@ -19,12 +19,12 @@ from megatron.core.models.hybrid.hybrid_layer_allocation import validate_segment
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from model.attention import rotary_table
-from model.balance import RoutedTokens
-from model.chain import Chains
 from model.config import INFERENCE, LAYER
 from model.documents import Documents
-from model.recompute import recomputable
+from model.layers.attention import rotary_table
+from model.layers.balance import RoutedTokens
+from model.layers.chain import Chains
+from model.layers.recompute import recomputable
 
 
 class MtpLayer(MegatronModule):

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.backends import accelerated
-from model.recompute import recomputable
+from model.kernels.backends import accelerated
+from model.layers.recompute import recomputable
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -13,7 +13,7 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-@accelerated("model.kernel_norm")
+@accelerated("model.kernels.norm")
 def zero_centred_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * (1 + weight) over the last dimension, computed in at least float32 and cast back to x's type."""
     wide = at_least_float32(x)
@@ -21,7 +21,7 @@ def zero_centred_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (normed * (1 + weight.to(wide.dtype))).to(x.dtype)
 
 
-@accelerated("model.kernel_norm")
+@accelerated("model.kernels.norm")
 def rms_norm_with_residual(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`zero_centred_rms_norm` of x, and x itself for the residual connection around what reads the norm.
 
@@ -30,7 +30,7 @@ def rms_norm_with_residual(x: Tensor, weight: Tensor, eps: float) -> tuple[Tenso
     return zero_centred_rms_norm(x, weight, eps), x
 
 
-@accelerated("model.kernel_norm")
+@accelerated("model.kernels.norm")
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Zero-centred RMSNorm of x, then times SiLU(gate): the output norm of Gated DeltaNet. Shapes [..., D]."""
     return (zero_centred_rms_norm(at_least_float32(x), weight, eps) * F.silu(at_least_float32(gate))).to(x.dtype)

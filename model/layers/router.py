@@ -1,7 +1,7 @@
 """The router: which experts each token uses, and with which weights.
 
 Scores are a softmax over all experts in float32; a token takes its top k, renormalised to sum to one. What keeps the
-load of the experts even is in `model.balance`.
+load of the experts even is in `model.layers.balance`.
 
 Shape suffixes: T tokens, E experts, K experts per token.
 """
@@ -11,19 +11,19 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.backends import accelerated
-from model.balance import Balance, RoutedTokens
-from model.norm import at_least_float32
+from model.kernels.backends import accelerated
+from model.layers.balance import Balance, RoutedTokens
+from model.layers.norm import at_least_float32
 from parallel.collectives import attach_loss
 
 
-@accelerated("model.kernel_router")
+@accelerated("model.kernels.router")
 def router_logits(hidden_TH: Tensor, weight_EH: Tensor) -> Tensor:
     """hidden W^T in at least float32, the type of the weight: [T, E]."""
     return F.linear(at_least_float32(hidden_TH), weight_EH)
 
 
-@accelerated("model.kernel_router", lambda logits_TE: logits_TE.is_cuda and logits_TE.dtype == torch.float32)
+@accelerated("model.kernels.router", lambda logits_TE: logits_TE.is_cuda and logits_TE.dtype == torch.float32)
 def route(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Top-k routing. Returns scores [T, E] (softmax), weights [T, K] (renormalised) and experts [T, K] (indices)."""
     scores = logits_TE.softmax(dim=-1)

@@ -1,4 +1,4 @@
-"""Slow, readable twins of the online estimate of the experts' shares and its forecast (`model.balance`, `.forecast`).
+"""Slow, readable twins of the online estimate of the experts' shares and of its forecast (`model.layers`).
 
 Shape suffixes: M micro-batches, E experts.
 """
@@ -6,8 +6,8 @@ Shape suffixes: M micro-batches, E experts.
 import torch
 from torch import Tensor
 
-from model.balance import FEEDBACK
-from model.forecast import BUCKETS, DECAY, RIDGE
+from model.layers.balance import FEEDBACK
+from model.layers.forecast import BUCKETS, DECAY, RIDGE
 
 
 def online_shares(counts_ME: Tensor, expected_ME: Tensor, in_flight: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.config import ModelConfig
-from model.reference_rope import rotary_frequency
+from model.reference.rope import rotary_frequency
 
 Weights = dict[str, Tensor]
 

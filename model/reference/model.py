@@ -1,7 +1,7 @@
 """Slow twin of the whole network and its loss. In multi-token prediction every step's keys are laid side by side, and
 one mask lies over all of them.
 
-Shape suffixes as in `model.reference`.
+Shape suffixes as in `model.reference.layers`.
 """
 
 import math
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from model.batch import MicroBatch
 from model.config import INFERENCE, ModelConfig, MtpConfig
-from model.reference import Weights, cross_entropies, layers, mixture, rms_norm, rotate, under
+from model.reference.layers import Weights, cross_entropies, layers, mixture, rms_norm, rotate, under
 
 Keys = tuple[Tensor, Tensor]  # keys and values of one step, [T, M, D]
 

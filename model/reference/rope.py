@@ -1,4 +1,4 @@
-"""Slow twin of RoPE's frequencies and of YaRN, pair by pair (`model.reference` has the table and the rotation)."""
+"""Slow twin of RoPE's frequencies and of YaRN, pair by pair (`model.reference.layers` has the table, the rotation)."""
 
 import math
 

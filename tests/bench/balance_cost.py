@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model.balance import RoutedTokens
 from model.config import BalanceConfig
-from model.forecast import histogram
-from model.router import Router
+from model.layers.balance import RoutedTokens
+from model.layers.forecast import histogram
+from model.layers.router import Router
 from model.stack import hybrid_config
 from parallel import groups as process_groups
 from parallel.topology import Topology

@@ -22,10 +22,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.balance import RoutedTokens, counting_ahead
 from model.config import BalanceConfig, ModelConfig, MtpConfig
-from model.forecast import histogram
-from model.router import Router, normalise_rows
+from model.layers.balance import RoutedTokens, counting_ahead
+from model.layers.forecast import histogram
+from model.layers.router import Router, normalise_rows
 from model.stack import hybrid_config
 from parallel import groups as process_groups
 from parallel.topology import Topology

@@ -24,21 +24,22 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from data.batches import Batch
 from data.dataset import Dataset
-from data.embedded import embedded_source
-from model.balance import shares
+from data.order.batches import Batch
+from data.prepare.embedded import embedded_source
 from model.batch import count_targets
+from model.layers.balance import shares
 from parallel import compat
 from parallel import groups as process_groups
 from parallel.topology import resolve
 from tests.bench.mtp_acceptance import cell, command
-from train import metrics, routing
-from train.build import Job, build_chunks, padded_vocab
-from train.checkpoint import load_model
-from train.config import RunReference, load_config
-from train.evaluate import microbatch
-from train.runs import require_checkpoint
+from train import routing
+from train.job.build import Job, build_chunks, padded_vocab
+from train.job.checkpoint import load_model
+from train.job.directory import require_checkpoint
+from train.settings.run import RunReference, load_config
+from train.use.evaluate import microbatch
+from train.watch import metrics
 
 SCOPES, SEEDS = ("global", "micro"), (1, 2, 3)
 KINDS = ("asyncio", "email", "encodings", "importlib", "multiprocessing", "pydoc_data", "unittest", "xml")

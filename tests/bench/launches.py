@@ -20,10 +20,10 @@ from model.init import initialise
 from parallel import groups as process_groups
 from parallel.topology import resolve
 from train.__main__ import compose
-from train.bench import counted, random_batches
-from train.build import build_chunks
-from train.footprint import planned_vocab
-from train.timing import WARM_UP, run_steps
+from train.job.build import build_chunks
+from train.job.footprint import planned_vocab
+from train.measure.bench import counted, random_batches
+from train.measure.timing import WARM_UP, run_steps
 
 REPEATS = 10
 

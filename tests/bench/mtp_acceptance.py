@@ -17,7 +17,7 @@ from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 
-from train import metrics
+from train.watch import metrics
 
 VARIANTS = {
     "no MTP": ["mtp.steps=0"],

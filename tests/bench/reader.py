@@ -29,16 +29,16 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models
 from torch import Tensor
 
-from data.batches import BatchSchedule
 from data.config import DataConfig
 from data.dataset import Dataset
-from data.documents import START
-from data.encoding import Encoded
 from data.loader import Loader
-from data.manifest import HELDOUT, TRAIN, Manifest, file_info, write_manifest
-from data.shard_writer import ShardWriter
-from data.staging import staged
-from data.stream import WINDOW_TOKENS
+from data.order.batches import BatchSchedule
+from data.order.stream import WINDOW_TOKENS
+from data.prepare.documents import START
+from data.prepare.encoding import Encoded
+from data.prepare.shard_writer import ShardWriter
+from data.prepare.staging import staged
+from data.read.manifest import HELDOUT, TRAIN, Manifest, file_info, write_manifest
 
 VOCAB, EOD = 151_936, 0
 LENGTH, MICRO, GLOBAL = 4096, 4, 16

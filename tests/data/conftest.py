@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from data.config import PrepareConfig
-from data.corpus import Corpus
-from data.documents import Document, Source
-from data.prepare import write_corpus
-from data.tokenizer import train_bpe
+from data.prepare.documents import Document, Source
+from data.prepare.prepare import write_corpus
+from data.read.corpus import Corpus
+from data.text.tokenizer import train_bpe
 
 WORDS = [
     "packing",

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.tokenizer import Tokenizer
+from data.text.tokenizer import Tokenizer
 
 
 def write_parquet_tokens(path: Path, documents: list[list[int]], rows_per_group: int = 7) -> Path:

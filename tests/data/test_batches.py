@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from data.batches import Batch, BatchSchedule
+from data.order.batches import Batch, BatchSchedule
 
 PHASES = [
     ((0, 4),),

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from data.config import DataConfig, PrepareConfig, check_data, check_prepare
-from data.corpus import Corpus
 from data.errors import CorpusError
+from data.read.corpus import Corpus
 
 
 def test_defaults_and_a_prepared_corpus_pass(corpus: Corpus, tmp_path: Path) -> None:

@@ -10,16 +10,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data.corpus import Corpus, check_corpus
-from data.documents import START
-from data.encoding import Encoded
 from data.errors import CorpusError
-from data.faults import Faults
-from data.manifest import MANIFEST_FILE, TRAIN, ShardInfo, file_info
-from data.shard_writer import ShardWriter
-from data.shards import read_shard
-from data.staging import Staging
-from data.units import token_dtype
+from data.prepare.documents import START
+from data.prepare.encoding import Encoded
+from data.prepare.shard_writer import ShardWriter
+from data.prepare.staging import Staging
+from data.read.corpus import Corpus, check_corpus
+from data.read.faults import Faults
+from data.read.manifest import MANIFEST_FILE, TRAIN, ShardInfo, file_info
+from data.read.shards import read_shard
+from data.read.units import token_dtype
 
 
 def read_everything(path: Path) -> None:

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data.batches import BatchSchedule
 from data.config import DataConfig, PrepareConfig
 from data.dataset import Dataset
 from data.errors import CorpusError
-from data.faults import Faults
 from data.loader import Loader
-from data.prepare import prepare
-from data.tokenizer import Tokenizer, train_bpe
+from data.order.batches import BatchSchedule
+from data.prepare.prepare import prepare
+from data.read.faults import Faults
+from data.text.tokenizer import Tokenizer, train_bpe
 from tests.data.conftest import text_of
 from tests.data.kinds import WRITERS, encoded, write_jsonl
 
@@ -29,11 +29,11 @@ TEXTS = [text_of(number) for number in range(90)]
 def small_pieces() -> Iterator[None]:
     """Units and windows so small that a few kilobytes hold many."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data.row_files.JSONL_UNIT_BYTES", 1500)
-        patch.setattr("data.row_files.ARROW_UNIT_ROWS", 11)
-        patch.setattr("data.megatron_files.UNIT_TOKENS", 400)
-        patch.setattr("data.stream.WINDOW_SAMPLES", 24)
-        patch.setattr("data.mixture.BLOCK_SAMPLES", 32)
+        patch.setattr("data.read.row_files.JSONL_UNIT_BYTES", 1500)
+        patch.setattr("data.read.row_files.ARROW_UNIT_ROWS", 11)
+        patch.setattr("data.read.megatron_files.UNIT_TOKENS", 400)
+        patch.setattr("data.order.stream.WINDOW_SAMPLES", 24)
+        patch.setattr("data.order.mixture.BLOCK_SAMPLES", 32)
         yield
 
 

@@ -1,6 +1,6 @@
 """The held-out split is a property of each document."""
 
-from data.documents import Document, is_held_out
+from data.prepare.documents import Document, is_held_out
 
 
 def test_share_follows_the_fraction_and_the_seed() -> None:

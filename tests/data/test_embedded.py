@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from data.config import DataConfig, check_data
-from data.corpus import Corpus
-from data.embedded import embedded_source
 from data.errors import CorpusError
-from data.prepare import embedded_corpus
+from data.prepare.embedded import embedded_source
+from data.prepare.prepare import embedded_corpus
+from data.read.corpus import Corpus
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,7 +56,7 @@ def test_prepared_once_and_found_again(tmp_path: Path, monkeypatch: pytest.Monke
     corpus = Corpus.open(path)
     assert corpus.totals("train").documents > corpus.totals("heldout").documents > 0
     assert corpus.vocab_size == 300
-    monkeypatch.setattr("data.prepare.write_corpus", None)  # a second preparation would call it
+    monkeypatch.setattr("data.prepare.prepare.write_corpus", None)  # a second preparation would call it
     assert embedded_corpus(config, max_files=80) == path
 
 
@@ -71,7 +71,7 @@ def test_corpora_of_other_settings_lie_beside_each_other(tmp_path: Path) -> None
 
 def test_racing_processes_share_one_corpus(tmp_path: Path) -> None:
     program = (
-        "import sys, data.prepare as p\n"
+        "import sys, data.prepare.prepare as p\n"
         "write_corpus = p.write_corpus\n"
         "p.write_corpus = lambda *arguments: print('made') or write_corpus(*arguments)\n"
         "print(p.embedded_corpus(p.DataConfig(vocab_size=300, cache=sys.argv[1]), max_files=60))\n"
@@ -89,7 +89,7 @@ def test_racing_processes_share_one_corpus(tmp_path: Path) -> None:
 def test_loser_of_a_race_without_locks_takes_the_winners_corpus(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from data import prepare as module
+    from data.prepare import prepare as module
 
     config = DataConfig(vocab_size=300, cache=str(tmp_path))
     write_corpus = module.write_corpus

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.mixture import BLOCK_SAMPLES, Mixture
+from data.order.mixture import BLOCK_SAMPLES, Mixture
 
 WEIGHTS = st.lists(st.sampled_from([0.0, 0.001, 0.1, 0.3, 0.5, 1.0, 7.0]), min_size=3, max_size=3).filter(sum)
 

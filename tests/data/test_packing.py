@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.packing import Sample, best_fit, num_samples, overlaps, pack, pad, sample_span
+from data.order.packing import Sample, best_fit, num_samples, overlaps, pack, pad, sample_span
 
 
 def pack_all(documents: list[np.ndarray], seq_length: int) -> list[Sample]:

@@ -11,12 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from data.config import PrepareConfig
-from data.corpus import Corpus
-from data.documents import Document, Source
 from data.errors import CorpusError
-from data.manifest import MANIFEST_FILE
-from data.prepare import prepare, write_corpus
-from data.tokenizer import train_bpe
+from data.prepare.documents import Document, Source
+from data.prepare.prepare import prepare, write_corpus
+from data.read.corpus import Corpus
+from data.read.manifest import MANIFEST_FILE
+from data.text.tokenizer import train_bpe
 
 
 def write_jsonl(path: Path, num_documents: int = 60) -> Path:

@@ -13,21 +13,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data import encoding
 from data.config import PrepareConfig
-from data.corpus import Corpus, check_corpus
 from data.errors import CorpusError
-from data.prepare import prepare
-from data.staging import Staging, locked
+from data.prepare import encoding
+from data.prepare.prepare import prepare
+from data.prepare.staging import Staging, locked
+from data.read.corpus import Corpus, check_corpus
 from tests.data.conftest import text_of
 
 ROOT = Path(__file__).parents[2]
 # The real command, but for a pause after each shard, so that there is time to kill it.
 SLOW_PREPARE = """
 import sys, time
-from data.staging import Staging, locked
-from train.settings import from_text
-from data.prepare import PrepareConfig, prepare
+from data.prepare.staging import Staging, locked
+from train.settings.tree import from_text
+from data.prepare.prepare import PrepareConfig, prepare
 note = Staging.note
 Staging.note = lambda *arguments: (note(*arguments), time.sleep(0.03))
 if __name__ == "__main__":
@@ -110,7 +110,7 @@ def test_killed_twice_it_goes_on_to_the_bytes_of_one_process(tmp_path: Path, tok
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "txt"])
 def test_it_goes_on_after_any_shard(tmp_path: Path, tokenizer_file: Path, kind: str, monkeypatch) -> None:
-    monkeypatch.setattr("data.documents.BATCH_DOCUMENTS", 5)
+    monkeypatch.setattr("data.prepare.documents.BATCH_DOCUMENTS", 5)
     source = write_input(tmp_path / "input", kind, files=3, documents=30)
     straight = replace(
         settings_for(tmp_path, source, tokenizer_file, 200, "straight"),
@@ -125,7 +125,7 @@ def test_it_goes_on_after_any_shard(tmp_path: Path, tokenizer_file: Path, kind: 
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Staging, "note", interrupted)
-    monkeypatch.setattr("data.prepare.encode_all", lambda e, b, p: encoding.encode_all(e, noted(b, begins), p))
+    monkeypatch.setattr("data.prepare.prepare.encode_all", lambda e, b, p: encoding.encode_all(e, noted(b, begins), p))
     while not Path(config.output).exists():
         runs += 1
         try:

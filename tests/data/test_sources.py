@@ -14,7 +14,7 @@ import pytest
 
 from data.config import PrepareConfig
 from data.errors import CorpusError
-from data.sources import dataset_source
+from data.prepare.sources import dataset_source
 
 TEXTS = ["first document", "naïve second\n\nwith two paragraphs", "third 日本語"]
 

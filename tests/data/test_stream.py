@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from data.batches import Batch, BatchSchedule
 from data.config import PrepareConfig
-from data.corpus import Corpus
 from data.errors import CorpusError
 from data.loader import Loader, heldout_batches
-from data.prepare import prepare
-from data.readers import PreparedReader
-from data.stream import TokenStream, permutation
+from data.order.batches import Batch, BatchSchedule
+from data.order.stream import TokenStream, permutation
+from data.prepare.prepare import prepare
+from data.read.corpus import Corpus
+from data.read.readers import PreparedReader
 
 SEQ = 16
 
@@ -57,10 +57,10 @@ def assert_equal_batches(left: list[Batch], right: list[Batch]) -> None:
 
 
 def test_a_window_deals_out_its_samples_in_another_order(stream: TokenStream, monkeypatch) -> None:
-    monkeypatch.setattr("data.stream.WINDOW_SAMPLES", 8)
+    monkeypatch.setattr("data.order.stream.WINDOW_SAMPLES", 8)
     assert stream.samples_per_epoch > 16
     dealt = [stream.sample(index).tokens.tolist() for index in range(stream.samples_per_epoch)]
-    monkeypatch.setattr("data.stream.WINDOW_SAMPLES", 1)
+    monkeypatch.setattr("data.order.stream.WINDOW_SAMPLES", 1)
     in_order = [stream.sample(index).tokens.tolist() for index in range(stream.samples_per_epoch)]
     assert dealt != in_order
     for first in range(0, len(dealt), 8):
@@ -68,7 +68,7 @@ def test_a_window_deals_out_its_samples_in_another_order(stream: TokenStream, mo
 
 
 def test_memory_holds_the_units_of_a_window_and_the_next(stream: TokenStream, monkeypatch) -> None:
-    monkeypatch.setattr("data.stream.WINDOW_SAMPLES", 4)
+    monkeypatch.setattr("data.order.stream.WINDOW_SAMPLES", 4)
     expected, kept = [], []
     for index in range(2 * stream.samples_per_epoch):
         stream.sample(index)
@@ -85,7 +85,7 @@ def test_memory_holds_the_units_of_a_window_and_the_next(stream: TokenStream, mo
 
 
 def test_an_epoch_holds_every_document_once(stream: TokenStream, monkeypatch) -> None:
-    monkeypatch.setattr("data.stream.WINDOW_SAMPLES", 1)  # samples in the order of their tokens
+    monkeypatch.setattr("data.order.stream.WINDOW_SAMPLES", 1)  # samples in the order of their tokens
     assert stream.reader.num_units > 3
     for epoch in (0, 1):
         tokens = epoch_tokens(stream, epoch)

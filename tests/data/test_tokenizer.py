@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers
 
 from data.errors import CorpusError
-from data.tokenizer import EOD_TOKEN, Tokenizer, train_bpe
+from data.text.tokenizer import EOD_TOKEN, Tokenizer, train_bpe
 
 TEXTS = [
     "naïve façade",
@@ -70,7 +70,7 @@ def test_saved_tokenizer_is_the_same_byte_for_byte(tokenizer: Tokenizer, tmp_pat
 def test_training_is_the_same_in_every_process() -> None:
     # A process of its own: hash seeds, which order sets and maps, differ between processes only.
     program = (
-        "import pathlib, data.tokenizer as t; text = pathlib.Path(t.__file__).read_text();"
+        "import pathlib, data.text.tokenizer as t; text = pathlib.Path(t.__file__).read_text();"
         "print(t.train_bpe(text.splitlines(), 500, progress=False).sha256)"
     )
     root = Path(__file__).parents[2]

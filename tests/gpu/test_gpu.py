@@ -10,16 +10,16 @@ import torch
 import torch.distributed as dist
 
 from model.batch import MicroBatch, count_targets
-from model.chain import chain_attention
 from model.config import ModelConfig, MtpConfig
 from model.documents import Documents
-from model.experts import grouped_linear
+from model.layers.chain import chain_attention
+from model.layers.experts import grouped_linear
 from model.network import LanguageModel
 from model.stack import hybrid_config
 from parallel import groups as process_groups
 from parallel.topology import Topology
 from tests.model.helpers import randomise
-from train.doctor import check_kernels
+from train.measure.doctor import check_kernels
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parents[2]

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from model.balance import Balance, RoutedTokens, shares
 from model.batch import MicroBatch, count_targets
 from model.config import BalanceConfig, ModelConfig
+from model.layers.balance import Balance, RoutedTokens, shares
 
 # Twins compute the same sums in another order: at float64 they differ by some 1e-16 times the number of terms and
 # the condition of the intermediate systems. A wrong mask, scale or index shows as 1e-3 or more.

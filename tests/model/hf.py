@@ -5,8 +5,9 @@ from dataclasses import replace
 from torch import Tensor, nn
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
-from model import hf, hf_config
 from model.config import ModelConfig
+from model.hf import config as hf_config
+from model.hf import names as hf
 
 Weights = dict[str, Tensor]
 

@@ -11,7 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from model import preflight
-from model.norm import rms_norm_with_residual
+from model.layers.norm import rms_norm_with_residual
 from tests.model.helpers import SMALL
 
 # These call a library's GPU kernels; only tests/gpu and the preflight see them.

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model.activations import stage_bytes
 from model.config import LAYER, ModelConfig, MtpConfig
+from model.cost.activations import stage_bytes
 from model.network import LanguageModel
 from model.stack import hybrid_config
 from parallel.topology import RECOMPUTABLE

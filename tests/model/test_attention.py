@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model import reference
-from model.attention import (
+from model.config import ModelConfig, MtpConfig
+from model.documents import Documents
+from model.kernels.backends import column_linear, row_linear
+from model.layers.attention import (
     GatedAttention,
     GatedAttentionSubmodules,
     apply_rotary,
@@ -14,10 +16,8 @@ from model.attention import (
     rotary_frequencies,
     rotary_table,
 )
-from model.backends import column_linear, row_linear
-from model.config import ModelConfig, MtpConfig
-from model.documents import Documents
-from model.norm import ZeroCentredRMSNorm
+from model.layers.norm import ZeroCentredRMSNorm
+from model.reference import layers as reference
 from model.stack import hybrid_config
 from tests.model.helpers import SMALL, assert_close, assert_module_twin, assert_twins, ids_from_starts, randomise
 

@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model import reference, reference_balance
-from model.balance import NOTES, counting_ahead
 from model.config import BalanceConfig, MtpConfig
-from model.forecast import Forecast, histogram
-from model.router import Router
+from model.layers.balance import NOTES, counting_ahead
+from model.layers.forecast import Forecast, histogram
+from model.layers.router import Router
+from model.reference import balance as reference_balance
+from model.reference import layers as reference
 from model.stack import hybrid_config
 from tests.model.helpers import (
     FLOAT64_TOLERANCE,

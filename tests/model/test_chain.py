@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from model import reference_model
-from model.chain import chain_attention, prefix_attention
 from model.documents import Documents
+from model.layers.chain import chain_attention, prefix_attention
+from model.reference import model as reference_model
 from tests.model.helpers import assert_close, assert_twins, ids_from_starts
 
 ROWS, LENGTH, DIM = 2, 13, 6

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.batch import MicroBatch, count_targets
 from model.config import ModelConfig, MtpConfig
-from model.cost import (
+from model.cost.cost import (
     TRAINING_FACTOR,
     active_parameters,
     delta_rule,

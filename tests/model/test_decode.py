@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model import reference
 from model.config import MtpConfig
-from model.decode import Decoder
+from model.decode.decode import Decoder
 from model.documents import Documents
 from model.network import LanguageModel
+from model.reference import layers as reference
 from tests.model.helpers import FLOAT64_TOLERANCE, SMALL, assert_close, ids_from_starts
 from tests.model.test_network import VOCAB, micro_batch, random_tokens
 

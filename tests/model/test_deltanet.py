@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model import reference
-from model.backends import column_linear, row_linear
 from model.config import MtpConfig
-from model.delta_rule import causal_conv, chunk_gated_delta_rule, l2_normalise
-from model.deltanet import GatedDeltaNet, GatedDeltaNetSubmodules, draw_decay, draw_time_step_bias
 from model.documents import Documents
-from model.norm import GatedRMSNorm
+from model.kernels.backends import column_linear, row_linear
+from model.layers.delta_rule import causal_conv, chunk_gated_delta_rule, l2_normalise
+from model.layers.deltanet import GatedDeltaNet, GatedDeltaNetSubmodules, draw_decay, draw_time_step_bias
+from model.layers.norm import GatedRMSNorm
+from model.reference import layers as reference
 from model.stack import hybrid_config
 from tests.model.helpers import (
     FLOAT64_TOLERANCE,

@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import torch
 
-from model import reference, reference_model
-from model.attention import rotary_table
-from model.backends import column_linear, row_linear
 from model.batch import MicroBatch, count_targets
 from model.config import MtpConfig
-from model.dense import Dense, SwiGLUSubmodules
+from model.kernels.backends import column_linear, row_linear
+from model.layers.attention import rotary_table
+from model.layers.dense import Dense, SwiGLUSubmodules
+from model.reference import layers as reference
+from model.reference import model as reference_model
 from model.stack import hybrid_config
 from tests.model.helpers import FLOAT64_TOLERANCE, SMALL, assert_close, assert_module_twin, randomise, weights_of
 

@@ -4,8 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from model import reference
 from model.documents import Documents
+from model.reference import layers as reference
 from tests.model.helpers import ids_from_starts
 
 LENGTH = 9

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model import reference
-from model.backends import column_linear, row_linear
 from model.config import MtpConfig
-from model.dense import SwiGLUSubmodules
-from model.experts import Experts, MixtureOfExperts, SharedExpert, grouped_linear, invert, permute
+from model.kernels.backends import column_linear, row_linear
+from model.layers.dense import SwiGLUSubmodules
+from model.layers.experts import Experts, MixtureOfExperts, SharedExpert, grouped_linear, invert, permute
+from model.reference import layers as reference
 from model.stack import hybrid_config
 from tests.model.helpers import (
     FLOAT64_TOLERANCE,

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import Qwen3NextForCausalLM
 
-from model import hf
 from model.config import ModelConfig, MtpConfig
+from model.hf import names as hf
 from tests.model import hf as as_theirs
 
 # Widths that are all different, so that no two can be mistaken for each other.

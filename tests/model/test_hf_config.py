@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 from transformers import Qwen3NextConfig
 
-from model import hf_config
 from model.config import ModelConfig, ModelError
+from model.hf import config as hf_config
 
 SHAPE = ModelConfig(vocab_size=96, rope_base=5e5, rotary_fraction=0.5, norm_eps=1e-5, init_std=0.01, dtype="bfloat16")
 MODELS = {

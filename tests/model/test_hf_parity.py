@@ -7,16 +7,16 @@ import pytest
 import torch
 from transformers.models.qwen3_next import modeling_qwen3_next as theirs
 
-from model.attention import GatedAttention, GatedAttentionSubmodules, rotary_table
-from model.backends import column_linear, row_linear
 from model.batch import MicroBatch, count_targets
 from model.config import ModelConfig, MtpConfig
-from model.deltanet import GatedDeltaNet, GatedDeltaNetSubmodules
-from model.dense import SwiGLUSubmodules
 from model.documents import Documents
-from model.experts import MixtureOfExperts
-from model.hf import ATTENTION, DELTA_NET, MIXTURE
-from model.norm import GatedRMSNorm, ZeroCentredRMSNorm
+from model.hf.names import ATTENTION, DELTA_NET, MIXTURE
+from model.kernels.backends import column_linear, row_linear
+from model.layers.attention import GatedAttention, GatedAttentionSubmodules, rotary_table
+from model.layers.deltanet import GatedDeltaNet, GatedDeltaNetSubmodules
+from model.layers.dense import SwiGLUSubmodules
+from model.layers.experts import MixtureOfExperts
+from model.layers.norm import GatedRMSNorm, ZeroCentredRMSNorm
 from model.stack import hybrid_config
 from tests.model import hf as as_theirs
 from tests.model.helpers import ids_from_starts, randomise

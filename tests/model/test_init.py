@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from model.config import BalanceConfig, ModelConfig, MtpConfig
 from model.init import _draw, initialise, narrowed, rows_as_drawn, rules, suspicious
+from model.layers.router import normalise_rows
 from model.network import LanguageModel
-from model.router import normalise_rows
 from model.stack import hybrid_config
 from tests.model.helpers import BALANCE, SMALL
 

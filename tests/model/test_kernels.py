@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from model import preflight
-from model.backends import on_kernels
 from model.config import ModelConfig
+from model.kernels.backends import on_kernels
 from tests.model.helpers import SMALL
 
 ROOT = Path(__file__).parents[2]

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-import model.loss
-from model import reference
-from model.loss import linear_cross_entropy
+import model.layers.loss
+from model.layers.loss import linear_cross_entropy
+from model.reference import layers as reference
 from tests.model.helpers import FLOAT64_TOLERANCE, assert_close, assert_twins
 
 VOCAB, HIDDEN, CHUNK = 11, 6, 4

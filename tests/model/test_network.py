@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model import reference, reference_model
-from model.attention import rotary_table
 from model.batch import MicroBatch, count_targets
 from model.config import BalanceConfig, MtpConfig
+from model.layers.attention import rotary_table
+from model.reference import layers as reference
+from model.reference import model as reference_model
 from tests.model.helpers import (
     BALANCE,
     FLOAT64_TOLERANCE,

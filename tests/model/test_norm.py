@@ -3,9 +3,8 @@
 import torch
 from torch.nn import functional as F
 
-from model import reference
 from model.config import MtpConfig
-from model.norm import (
+from model.layers.norm import (
     GatedRMSNorm,
     ResidualRMSNorm,
     ZeroCentredRMSNorm,
@@ -14,6 +13,7 @@ from model.norm import (
     rms_norm_with_residual,
     zero_centred_rms_norm,
 )
+from model.reference import layers as reference
 from model.stack import hybrid_config
 from tests.model.helpers import SMALL, assert_twins
 

@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model.attention import GatedAttention
 from model.config import LAYER, BalanceConfig, MtpConfig
-from model.deltanet import GatedDeltaNet
-from model.experts import Experts
+from model.layers.attention import GatedAttention
+from model.layers.deltanet import GatedDeltaNet
+from model.layers.experts import Experts
+from model.layers.norm import GatedRMSNorm, ResidualRMSNorm, ZeroCentredRMSNorm
+from model.layers.recompute import recomputable
 from model.network import LanguageModel
-from model.norm import GatedRMSNorm, ResidualRMSNorm, ZeroCentredRMSNorm
-from model.recompute import recomputable
 from model.stack import Layer
 from parallel.topology import RECOMPUTABLE
 from tests.model.helpers import FLOAT64_TOLERANCE, SMALL, assert_close, ids_from_starts, noted_balance_loss

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model import reference
 from model.config import BalanceConfig, MtpConfig
-from model.router import Router, normalise_rows, route, steered_route, z_loss
+from model.layers.router import Router, normalise_rows, route, steered_route, z_loss
+from model.reference import layers as reference
 from model.stack import hybrid_config
 from tests.model.helpers import FLOAT64_TOLERANCE, SMALL, assert_close, assert_twins, randomise, routed
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from model.config import MtpConfig
+from model.decode.speculate import Speculator
 from model.documents import Documents
 from model.network import LanguageModel
-from model.speculate import Speculator
 from tests.model.helpers import FLOAT64_TOLERANCE, SMALL, assert_close
 from tests.model.test_network import VOCAB
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from megatron.core.transformer.identity_op import IdentityOp
 
-from model.attention import GatedAttention
 from model.config import MtpConfig
-from model.deltanet import GatedDeltaNet
-from model.experts import MixtureOfExperts
-from model.norm import GatedRMSNorm, ResidualRMSNorm, ZeroCentredRMSNorm
+from model.layers.attention import GatedAttention
+from model.layers.deltanet import GatedDeltaNet
+from model.layers.experts import MixtureOfExperts
+from model.layers.norm import GatedRMSNorm, ResidualRMSNorm, ZeroCentredRMSNorm
 from model.stack import full_pattern, hybrid_config
 from tests.model.helpers import SMALL, ids_from_starts
 from tests.model.test_network import VOCAB, micro_batch, random_tokens

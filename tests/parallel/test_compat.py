@@ -20,10 +20,10 @@ from parallel import groups as process_groups
 from parallel.topology import ParallelConfig
 from tests.dist import run_ranks
 from tests.parallel.tiny import MODEL, build_tiny, random_batch, start_engine, tiny_config
-from train.build import Job
-from train.checkpoint import load, save
-from train.config import BatchConfig, RunConfig
+from train.job.build import Job
+from train.job.checkpoint import load, save
 from train.loop import train_step
+from train.settings.run import BatchConfig, RunConfig
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU megatron-core is used as it is")
 

@@ -10,9 +10,9 @@ from parallel import groups as process_groups
 from parallel.topology import ParallelConfig
 from tests.dist import run_ranks
 from tests.parallel.tiny import MODEL, build_tiny, part_of, random_batch, start_engine, tiny_config
-from train import metrics
-from train.config import BatchConfig
 from train.loop import step_metrics, train_step
+from train.settings.run import BatchConfig
+from train.watch import metrics
 
 PLAIN = replace(MODEL, pattern="*-*E", attention_gate=False, shared_expert_size=0, dense_size=96, experts_per_token=8)
 CUT = replace(PLAIN, pattern="*-|*E")

@@ -13,9 +13,9 @@ from parallel.engine_megatron import AdamW, MegatronEngine
 from parallel.topology import ParallelConfig
 from tests.dist import run_ranks
 from tests.parallel.tiny import MODEL, build_tiny, fill, parameters, part_of, random_batch, tiny_config
-from train.build import Job
+from train.job.build import Job
+from train.job.optim import decays
 from train.loop import micro_batches, train_step
-from train.optim import decays
 from train.routing import begin_step, end_step
 
 LR, DECAY = 0.1, 0.25

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.utils.checkpoint import checkpoint
 
-from model.experts import MixtureOfExperts
+from model.layers.experts import MixtureOfExperts
 from parallel import groups as process_groups
 from parallel.topology import ParallelConfig
 from tests.dist import run_ranks

@@ -7,9 +7,9 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
-from model.activations import stage_bytes
 from model.config import MtpConfig
-from model.cost import Weight
+from model.cost.activations import stage_bytes
+from model.cost.cost import Weight
 from parallel import groups as process_groups
 from parallel import memory
 from parallel.engine_megatron import allocated_bytes
@@ -26,11 +26,11 @@ from tests.parallel.tiny import (
     start_engine,
     tiny_config,
 )
-from train.build import build_chunks
-from train.config import BatchConfig
-from train.dry_run import sum_parts
-from train.footprint import held_weights
+from train.job.build import build_chunks
+from train.job.footprint import held_weights
 from train.loop import train_step
+from train.plan.dry_run import sum_parts
+from train.settings.run import BatchConfig
 
 BFLOAT16 = replace(MODEL, dtype="bfloat16")
 CASES = {

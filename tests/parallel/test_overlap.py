@@ -23,10 +23,10 @@ from parallel.engine_megatron import MegatronEngine
 from parallel.topology import ParallelConfig
 from tests.dist import run_ranks
 from tests.parallel.tiny import build_tiny, fill, part_of, random_batch, start_engine, tiny_config
-from train import metrics
-from train.build import Job
-from train.config import BatchConfig
+from train.job.build import Job
 from train.loop import step_metrics, train_step
+from train.settings.run import BatchConfig
+from train.watch import metrics
 
 STEPS, ROWS = 3, 8
 LAYOUTS = {

@@ -18,9 +18,10 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
-from model import cost, deltanet
 from model.batch import count_targets
 from model.config import BalanceConfig, ModelConfig, MtpConfig
+from model.cost import cost
+from model.layers import deltanet
 from parallel import engine_megatron
 from parallel import groups as process_groups
 from parallel.engine_megatron import _finalize, run_schedule
@@ -37,11 +38,11 @@ from tests.parallel.tiny import (
     start_engine,
     tiny_config,
 )
-from train import metrics
-from train.build import Job
-from train.config import BatchConfig
+from train.job.build import Job
 from train.loop import micro_batches, step_metrics, train_step
 from train.routing import balances, begin_step, end_step
+from train.settings.run import BatchConfig
+from train.watch import metrics
 
 pytestmark = pytest.mark.timeout(1500)  # the first test computes all results
 ROWS = 8

@@ -5,16 +5,16 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from data.batches import Batch
+from data.order.batches import Batch
 from model.config import BalanceConfig, ModelConfig, MtpConfig
 from model.init import initialise
 from model.network import LanguageModel
 from parallel import groups as process_groups
 from parallel.engine_megatron import MegatronEngine
 from parallel.topology import ParallelConfig, resolve
-from train.build import Job, build_chunks
-from train.config import BatchConfig, Config, DataConfig, OptimConfig, RunConfig
-from train.optim import adamw, decays
+from train.job.build import Job, build_chunks
+from train.job.optim import adamw, decays
+from train.settings.run import BatchConfig, Config, DataConfig, OptimConfig, RunConfig
 
 LENGTH = 64
 VOCAB = 256

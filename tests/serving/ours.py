@@ -11,10 +11,10 @@ from model.batch import MicroBatch, count_targets
 from model.network import LanguageModel
 from parallel import groups as process_groups
 from parallel.topology import ParallelConfig, resolve
-from train.build import Job, build_chunks
-from train.checkpoint import load_model
-from train.config import RunReference, load_config
-from train.runs import require_checkpoint
+from train.job.build import Job, build_chunks
+from train.job.checkpoint import load_model
+from train.job.directory import require_checkpoint
+from train.settings.run import RunReference, load_config
 
 
 @torch.no_grad()

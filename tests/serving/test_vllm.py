@@ -20,14 +20,14 @@ import numpy as np
 import pytest
 import torch
 
-from data.corpus import Corpus
-from data.prepare import embedded_corpus
+from data.prepare.prepare import embedded_corpus
+from data.read.corpus import Corpus
 from model.config import ModelConfig
 from tests.dist import run_ranks
 from tests.serving.ours import answer, checkpoint_of
 from tests.serving.server import NAME, Server, serve
 from tests.train.hf_runs import add_checkpoint, export_run, import_as, make_corpus, make_run, telling
-from train.config import Config, load_config
+from train.settings.run import Config, load_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 

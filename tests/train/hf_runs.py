@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from data.config import DataConfig, PrepareConfig
-from data.prepare import prepare
-from model import hf
+from data.prepare.prepare import prepare
 from model.config import ModelConfig, MtpConfig
+from model.hf import names as hf
 from parallel import stored
-from train.config import Config, RunConfig, RunReference, save_config
-from train.convert import ExportConfig, ImportConfig, check_export, check_import
-from train.hf_convert import export, import_run
-from train.runs import checkpoint_path, write_state
+from train.hub.convert import export, import_run
+from train.hub.settings import ExportConfig, ImportConfig, check_export, check_import
+from train.job.directory import checkpoint_path, write_state
+from train.settings.run import Config, RunConfig, RunReference, save_config
 
 VOCAB = 320
 SHAPE = ModelConfig(

@@ -10,17 +10,17 @@ from torch import nn
 
 from model import preflight
 from model.config import BalanceConfig, MtpConfig
-from model.norm import ResidualRMSNorm, ZeroCentredRMSNorm
+from model.layers.norm import ResidualRMSNorm, ZeroCentredRMSNorm
 from model.stack import hybrid_config
 from tests.model.helpers import SMALL
-from train import doctor
 from train.__main__ import run
-from train.bench import Result, Timing, random_batches, report
-from train.breakdown import Stopwatch
-from train.config import Config
-from train.peers import missing
-from train.settings import ConfigError
-from train.timing import WARM_UP, run_steps
+from train.measure import doctor
+from train.measure.bench import Result, Timing, random_batches, report
+from train.measure.breakdown import Stopwatch
+from train.measure.peers import missing
+from train.measure.timing import WARM_UP, run_steps
+from train.settings.run import Config
+from train.settings.tree import ConfigError
 
 
 def test_bench_times_ours_and_the_peers(tmp_path, capfd: pytest.CaptureFixture) -> None:

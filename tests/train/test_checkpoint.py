@@ -32,15 +32,15 @@ from tests.parallel.tiny import (
     start_engine,
     tiny_config,
 )
-from train import checkpoint
-from train.build import Job, build_engine
-from train.checkpoint import load, load_model, save
-from train.config import BatchConfig, RunConfig, save_config
-from train.footprint import checkpoint_bytes
+from train.job import checkpoint
+from train.job.build import Job, build_engine
+from train.job.checkpoint import load, load_model, save
+from train.job.directory import checkpoint_path, last_checkpoint, read_state, require_same_data, steps_done, write_state
+from train.job.footprint import checkpoint_bytes
 from train.loop import step_metrics, train_step
-from train.metrics import GRAD_NORM
-from train.runs import checkpoint_path, last_checkpoint, read_state, require_same_data, steps_done, write_state
-from train.settings import ConfigError
+from train.settings.run import BatchConfig, RunConfig, save_config
+from train.settings.tree import ConfigError
+from train.watch.metrics import GRAD_NORM
 
 HALF, STEPS, ROWS, MICRO_BATCHES = 3, 6, 4, 2
 DATA = {"identity": {"seed": 1, "data.seq_length": 64}, "samples": HALF * ROWS, "sources": {}}

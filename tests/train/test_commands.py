@@ -10,8 +10,8 @@ import pytest
 
 from train import usage
 from train.__main__ import compose, run
-from train.config import USER_ERRORS, check, save_config
-from train.settings import settings
+from train.settings.run import USER_ERRORS, check, save_config
+from train.settings.tree import settings
 
 ROOT = Path(__file__).parents[2]
 RECIPES = "Known: " + ", ".join(usage.recipes())

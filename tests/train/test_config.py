@@ -9,7 +9,14 @@ import yaml
 from data.errors import CorpusError
 from model.config import ModelError
 from parallel.topology import ParallelConfig, TopologyError
-from train.config import (
+from train.job.footprint import recomputed
+from train.settings.commands import (
+    EvaluateConfig,
+    GenerateConfig,
+    check_evaluate,
+    check_generate,
+)
+from train.settings.run import (
     Config,
     RunReference,
     check,
@@ -17,14 +24,7 @@ from train.config import (
     load_config,
     save_config,
 )
-from train.footprint import recomputed
-from train.requests import (
-    EvaluateConfig,
-    GenerateConfig,
-    check_evaluate,
-    check_generate,
-)
-from train.settings import ConfigError, from_dict, settings, to_dict
+from train.settings.tree import ConfigError, from_dict, settings, to_dict
 
 
 @pytest.fixture

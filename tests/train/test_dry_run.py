@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from train.__main__ import run
-from train.config import USER_ERRORS
+from train.settings.run import USER_ERRORS
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ["-cn", "qwen3_next_80b_a3b", "run.dry_run=true"]

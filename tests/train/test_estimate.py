@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from model import cost
-from model.cost import training_flops
+from model.cost import cost
+from model.cost.cost import training_flops
 from train.__main__ import compose, run
-from train.config import check_plan
-from train.estimate import GPUS, Budget, check_budget, gpu_hours
-from train.footprint import footprint, planned_vocab, stage_numbers
-from train.settings import ConfigError
+from train.job.footprint import footprint, planned_vocab, stage_numbers
+from train.plan.estimate import GPUS, Budget, check_budget, gpu_hours
+from train.settings.run import check_plan
+from train.settings.tree import ConfigError
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from parallel.topology import ParallelConfig
 from train import front
-from train.settings import ConfigError
+from train.settings.tree import ConfigError
 
 ROOT = Path(__file__).parents[2]
 STARTER = """
@@ -27,7 +27,7 @@ WORKER = """
 import os, signal, sys, time
 from pathlib import Path
 from train.front import record, report
-from train.settings import ConfigError
+from train.settings.tree import ConfigError
 
 mode, rank = sys.argv[1], int(os.environ["RANK"])
 signals = []

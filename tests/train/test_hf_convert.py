@@ -22,9 +22,9 @@ from tests.train.hf_runs import (
     telling,
 )
 from train.__main__ import run as command
-from train.config import Config
-from train.runs import checkpoint_path
-from train.settings import ConfigError
+from train.job.directory import checkpoint_path
+from train.settings.run import Config
+from train.settings.tree import ConfigError
 
 ODD_SHAPES = {
     "as many value as key heads": replace(SHAPE, linear_value_heads=2, attention_heads=6, key_value_heads=6),

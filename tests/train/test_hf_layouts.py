@@ -34,11 +34,11 @@ from tests.train.hf_runs import (
     read_all,
     telling,
 )
-from train.build import Job, build_chunks
-from train.checkpoint import load_model
-from train.config import OptimConfig, RunReference, load_config
-from train.optim import adamw, decays
-from train.runs import STATE_FILE, checkpoint_path
+from train.job.build import Job, build_chunks
+from train.job.checkpoint import load_model
+from train.job.directory import STATE_FILE, checkpoint_path
+from train.job.optim import adamw, decays
+from train.settings.run import OptimConfig, RunReference, load_config
 
 TOKENS = 512
 LAYOUTS = {

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from model import hf
 from model.config import ModelConfig
+from model.hf import names as hf
 from parallel import stored
 from tests.train.hf_runs import make_corpus, make_run
-from train.runs import checkpoint_path, write_state
+from train.job.directory import checkpoint_path, write_state
 
 ROOT = Path(__file__).parents[2]
 SLICE = ModelConfig(

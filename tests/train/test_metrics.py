@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from train.metrics import MetricsLog, console_line, duration, mtp_loss, read_metrics
+from train.watch.metrics import MetricsLog, console_line, duration, mtp_loss, read_metrics
 
 
 @pytest.fixture

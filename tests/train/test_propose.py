@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 
 from model.config import ModelConfig
-from model.cost import forward_flops, training_flops
+from model.cost.cost import forward_flops, training_flops
 from parallel.topology import microbatches, resolve
 from train.__main__ import compose, run
-from train.config import BatchConfig, Config, DataConfig
-from train.estimate import GPUS
-from train.propose import BANDWIDTHS, FIT, Machine, candidates, cuts, predict, propose, table
-from train.settings import ConfigError
+from train.plan.estimate import GPUS
+from train.plan.propose import BANDWIDTHS, FIT, Machine, candidates, cuts, predict, propose, table
+from train.settings.run import BatchConfig, Config, DataConfig
+from train.settings.tree import ConfigError
 
 CONFIG = Config(
     model=ModelConfig(repeats=4, vocab_size=4096, hidden_size=512, dtype="bfloat16"),

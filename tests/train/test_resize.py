@@ -18,12 +18,12 @@ from parallel.optimizer_state import boxes
 from parallel.topology import ParallelConfig
 from tests.dist import run_ranks
 from tests.parallel.tiny import MODEL, PIPELINED, build_tiny, part_of, random_batch, start_engine, tiny_config
-from train.build import Job
-from train.checkpoint import load, save
-from train.config import BatchConfig, RunConfig
+from train.job.build import Job
+from train.job.checkpoint import load, save
+from train.job.directory import COUNTS, checkpoint_path
 from train.loop import step_metrics, train_step
-from train.metrics import GRAD_NORM
-from train.runs import COUNTS, checkpoint_path
+from train.settings.run import BatchConfig, RunConfig
+from train.watch.metrics import GRAD_NORM
 
 ROWS, STEPS = 8, 3
 WORLDS = (4, 2, 4)

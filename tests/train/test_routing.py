@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from model.balance import NOTES
-from train import metrics
+from model.layers.balance import NOTES
 from train.routing import LayerLoad, spread_line
+from train.watch import metrics
 
 
 def test_the_numbers_of_a_layer() -> None:

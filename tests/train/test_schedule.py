@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from train.config import OptimConfig
-from train.schedule import learning_rate
+from train.job.schedule import learning_rate
+from train.settings.run import OptimConfig
 
 STEPS, WARMUP = 1000, 100
 COSINE = OptimConfig(lr=1.0, min_lr=0.1, schedule="cosine", warmup_steps=WARMUP)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from train.settings import ConfigError, from_dict, from_text, hint, settings, takes_text, to_dict
+from train.settings.tree import ConfigError, from_dict, from_text, hint, settings, takes_text, to_dict
 
 
 def setting(default):

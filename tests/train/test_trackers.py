@@ -4,10 +4,10 @@ import psutil
 import pytest
 import wandb
 
-from train.config import Config
-from train.metrics import read_metrics
-from train.settings import ConfigError, from_dict
-from train.trackers import ConsoleTracker, NullTracker, WandbTracker, build_trackers, check_login
+from train.settings.run import Config
+from train.settings.tree import ConfigError, from_dict
+from train.watch.metrics import read_metrics
+from train.watch.trackers import ConsoleTracker, NullTracker, WandbTracker, build_trackers, check_login
 
 
 @pytest.fixture

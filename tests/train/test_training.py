@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.batches import Batch
 from data.config import PrepareConfig
-from data.prepare import prepare
-from train.evaluate import in_groups, unigram_entropy
-from train.generate import choose
+from data.order.batches import Batch
+from data.prepare.prepare import prepare
 from train.loop import due
-from train.speed import matmul_rate
+from train.use.evaluate import in_groups, unigram_entropy
+from train.use.generate import choose
+from train.watch.speed import matmul_rate
 
 ROOT = Path(__file__).parents[2]
 LOSSES = ("loss", "lm_loss", "mtp_loss/1", "mtp_loss/2", "balance_loss", "z_loss", "grad_norm")

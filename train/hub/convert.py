@@ -16,18 +16,19 @@ import torch
 from torch import Tensor
 
 from data.dataset import Dataset
-from data.hub_files import TOKENIZER_CONFIG_FILE, TOKENIZER_FILES, write_tokenizer
 from data.progress import byte_bar
-from data.tokenizer import TOKENIZER_FILE, Tokenizer
-from model import hf, hf_config
+from data.text.hub_files import TOKENIZER_CONFIG_FILE, TOKENIZER_FILES, write_tokenizer
+from data.text.tokenizer import TOKENIZER_FILE, Tokenizer
+from model.hf import config as hf_config
+from model.hf import names as hf
 from model.stack import DTYPES
 from parallel import stored
-from train.config import Config, save_config
-from train.convert import HF_CONFIG, TOKENIZER_DIR, ExportConfig, ImportConfig, max_length, read_json
-from train.hf_files import DTYPES as READABLE
-from train.hf_files import Planned, Reader, Writer
-from train.runs import COUNTS, checkpoint_path, write_state
-from train.settings import ConfigError
+from train.hub.safetensors_files import DTYPES as READABLE
+from train.hub.safetensors_files import Planned, Reader, Writer
+from train.hub.settings import HF_CONFIG, TOKENIZER_DIR, ExportConfig, ImportConfig, max_length, read_json
+from train.job.directory import COUNTS, checkpoint_path, write_state
+from train.settings.run import Config, save_config
+from train.settings.tree import ConfigError
 
 NOTES = "tessera.json"  # what no other file has room for: the output norms of Gated DeltaNet before 1 was added
 WEIGHTS = ("embedding.", "decoder.", "output_layer.", "mtp.")  # of a checkpoint, beside the optimizer's

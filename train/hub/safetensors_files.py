@@ -14,8 +14,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from train.convert import read_json
-from train.settings import ConfigError
+from train.hub.settings import read_json
+from train.settings.tree import ConfigError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")

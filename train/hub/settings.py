@@ -12,10 +12,10 @@ from typing import Any
 
 from data.config import DataConfig
 from model.config import BalanceConfig, MtpConfig, check_model
-from model.hf_config import check_exportable, from_hf
-from train.config import Config, RunConfig, RunReference, check_choice, load_config
-from train.runs import checkpoint_path, require_checkpoint
-from train.settings import ConfigError, setting
+from model.hf.config import check_exportable, from_hf
+from train.job.directory import checkpoint_path, require_checkpoint
+from train.settings.run import Config, RunConfig, RunReference, check_choice, load_config
+from train.settings.tree import ConfigError, setting
 
 HF_CONFIG = "config.json"
 TOKENIZER_DIR = "tokenizer"  # of an imported run: the files that came with the model

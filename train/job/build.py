@@ -12,10 +12,10 @@ from model.stack import hybrid_config
 from parallel import groups as process_groups
 from parallel.engine_megatron import MegatronEngine
 from parallel.topology import Topology, TopologyError, resolve
-from train.config import Config
-from train.footprint import VOCAB_MULTIPLE, exact_balance, recomputed
-from train.optim import adamw, decays
-from train.settings import ConfigError
+from train.job.footprint import VOCAB_MULTIPLE, exact_balance, recomputed
+from train.job.optim import adamw, decays
+from train.settings.run import Config
+from train.settings.tree import ConfigError
 
 
 @dataclass

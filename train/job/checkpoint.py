@@ -11,10 +11,10 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from parallel.collectives import sum_over_all, wait_for_all
 from parallel.engine_megatron import MegatronEngine, load_weights, sharded_weights
 from parallel.stored import StoredTensors
-from train.build import Job
-from train.footprint import checkpoint_bytes
-from train.runs import COUNTS, checkpoint_path, write_state
-from train.settings import ConfigError
+from train.job.build import Job
+from train.job.directory import COUNTS, checkpoint_path, write_state
+from train.job.footprint import checkpoint_bytes
+from train.settings.tree import ConfigError
 
 
 def require_room(job: Job) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 
 from data.config import CONTINUE
 from parallel.topology import Topology
-from train.config import CONFIG_FILE, Config, RunReference, load_config
-from train.settings import ConfigError, leaves, to_dict
+from train.settings.run import CONFIG_FILE, Config, RunReference, load_config
+from train.settings.tree import ConfigError, leaves, to_dict
 
 STATE_FILE = "state.json"
 VERSION = 2  # of a checkpoint's state: raised when older ones cannot be resumed

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass
 
-from model import activations, cost
-from model.activations import ELEMENT_BYTES
 from model.config import HEAD_CHUNK, INFERENCE, LAYER, MTP_PATTERN, ModelConfig
+from model.cost import activations, cost
+from model.cost.activations import ELEMENT_BYTES
 from parallel import memory
 from parallel.topology import RECOMPUTABLE, ParallelConfig, Topology, TopologyError, microbatches
-from train.config import Config
-from train.settings import ConfigError
+from train.settings.run import Config
+from train.settings.tree import ConfigError
 
 COUNT_BYTES = 8  # of the assignments to an expert
 VOCAB_MULTIPLE = 64  # rows of the embedding are padded to a multiple of this

@@ -14,7 +14,7 @@ than its warm-up ends on the ramp.
 
 import math
 
-from train.config import OptimConfig
+from train.settings.run import OptimConfig
 
 
 def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:

@@ -21,22 +21,22 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
 from model.batch import MicroBatch, count_targets
-from model.cost import training_flops
+from model.cost.cost import training_flops
 from model.init import initialise
 from model.network import LanguageModel
 from parallel import groups as process_groups
 from parallel.collectives import max_over_all
 from parallel.engine_megatron import MegatronEngine
 from parallel.topology import Topology, resolve
-from train.breakdown import Part, parts_of
-from train.build import build_chunks
-from train.config import Config
-from train.footprint import planned_vocab
-from train.optim import adamw, decays
-from train.peers import PEERS, missing
-from train.requests import Measurement
-from train.speed import matmul_rate
-from train.timing import WARM_UP, host_milliseconds, run_steps
+from train.job.build import build_chunks
+from train.job.footprint import planned_vocab
+from train.job.optim import adamw, decays
+from train.measure.breakdown import Part, parts_of
+from train.measure.peers import PEERS, missing
+from train.measure.timing import WARM_UP, host_milliseconds, run_steps
+from train.settings.commands import Measurement
+from train.settings.run import Config
+from train.watch.speed import matmul_rate
 
 LEARNING_RATE = 1e-5  # of whole steps; too small to change routing within a few
 

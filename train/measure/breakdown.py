@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from model.attention import GatedAttention
-from model.cost import TRAINING_FACTOR, forward_flops
-from model.deltanet import GatedDeltaNet
-from model.experts import Experts, SharedExpert
-from model.loss import linear_cross_entropy
+from model.cost.cost import TRAINING_FACTOR, forward_flops
+from model.layers.attention import GatedAttention
+from model.layers.deltanet import GatedDeltaNet
+from model.layers.experts import Experts, SharedExpert
+from model.layers.loss import linear_cross_entropy
+from model.layers.norm import ZeroCentredRMSNorm
+from model.layers.router import Router
 from model.network import LanguageModel
-from model.norm import ZeroCentredRMSNorm
-from model.router import Router
-from train.config import Config
-from train.timing import WARM_UP, Clock, Mark, run_steps
+from train.measure.timing import WARM_UP, Clock, Mark, run_steps
+from train.settings.run import Config
 
-# What a kind of module is called in the table, and the parts of `model.cost` that it computes.
+# What a kind of module is called in the table, and the parts of `model.cost.cost` that it computes.
 PARTS: dict[type, tuple[str, tuple[str, ...]]] = {
     GatedDeltaNet: ("Gated DeltaNet", ("deltanet_projections", "deltanet_convolution", "delta_rule")),
     GatedAttention: ("attention", ("attention_projections", "attention_gate", "attention_scores")),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.documents import send
-from train.config import Config
+from train.settings.run import Config
 
 Step = tuple[Callable[[Tensor], None], list[nn.Parameter]]
 

@@ -11,10 +11,10 @@ import torch
 from parallel import groups as process_groups
 from parallel.engine_megatron import allocated_bytes
 from parallel.topology import Topology, microbatches
-from train.build import build_chunks
-from train.config import Config, describe
-from train.estimate import GIB, table, traffic_lines
-from train.footprint import footprint
+from train.job.build import build_chunks
+from train.job.footprint import footprint
+from train.plan.estimate import GIB, table, traffic_lines
+from train.settings.run import Config, describe
 
 
 def dry_run(config: Config, topology: Topology, vocab_size: int) -> str:

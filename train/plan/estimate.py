@@ -3,12 +3,12 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from model import cost
 from model.config import MtpConfig
+from model.cost import cost
 from parallel.topology import Topology
-from train.config import Config
-from train.footprint import Footprint, exact_balance, footprint, planned_vocab
-from train.settings import ConfigError, setting
+from train.job.footprint import Footprint, exact_balance, footprint, planned_vocab
+from train.settings.run import Config
+from train.settings.tree import ConfigError, setting
 
 GIB = 2**30
 HOUR = 3600

@@ -10,16 +10,16 @@ from itertools import product
 from typing import Any
 
 from model.config import LAYER, check_model
-from model.cost import ROUTED, TRAINING_FACTOR, forward_flops
+from model.cost.cost import ROUTED, TRAINING_FACTOR, forward_flops
 from parallel.topology import RECOMPUTE_POLICIES, Topology, TopologyError, check_length, divisors, microbatches, resolve
-from train.config import Config
-from train.estimate import GPUS, Budget
-from train.footprint import Footprint, footprint, planned_vocab, recomputed
-from train.settings import ConfigError
+from train.job.footprint import Footprint, footprint, planned_vocab, recomputed
+from train.plan.estimate import GPUS, Budget
+from train.settings.run import Config
+from train.settings.tree import ConfigError
 
 GB = 1e9
 FIT = 0.9  # share of the memory that a layout may take; the rest is for the allocator, libraries and transfers
-# What each part that is computed again repeats of the forward pass (parts of `model.cost`); norms do not count.
+# What each part that is computed again repeats of the forward pass (parts of `model.cost.cost`); norms do not count.
 REPEATED = {
     "attention": ("attention_scores",),
     "deltanet": ("deltanet_convolution", "delta_rule"),

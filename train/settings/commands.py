@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from train.config import Config, RunReference, check_choice, check_least, check_plan
-from train.settings import ConfigError, setting
+from train.settings.run import Config, RunReference, check_choice, check_least, check_plan
+from train.settings.tree import ConfigError, setting
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import yaml
 
-from data.batches import BatchSchedule
 from data.config import DataConfig, check_data
 from data.errors import CorpusError
+from data.order.batches import BatchSchedule
 from model.config import BalanceConfig, ModelConfig, ModelError, MtpConfig, check_balance, check_model
 from parallel.topology import ParallelConfig, Topology, TopologyError, check_length, microbatches, resolve
-from train.settings import ConfigError, from_dict, hint_known, leaves, setting, to_dict
+from train.settings.tree import ConfigError, from_dict, hint_known, leaves, setting, to_dict
 
 USER_ERRORS = (ConfigError, ModelError, TopologyError, CorpusError)
 CONFIG_FILE = "config.yaml"

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from data.progress import count_bar
+from model.decode.speculate import Speculator
 from model.network import LanguageModel
-from model.speculate import Speculator
 from parallel.collectives import gather_counts, max_over_all, sum_over
-from train import metrics
-from train.build import Job
-from train.settings import ConfigError
+from train.job.build import Job
+from train.settings.tree import ConfigError
+from train.watch import metrics
 
 ROWS = 256  # texts that are decoded at once
 

@@ -10,18 +10,18 @@ from pathlib import Path
 
 import torch
 
-from data.batches import Batch
 from data.loader import heldout_batches
+from data.order.batches import Batch
 from model.batch import MicroBatch, count_targets
 from parallel.collectives import from_last, sum_over
 from parallel.engine_megatron import run_schedule
-from train import metrics
-from train.acceptance import Measurement, heldout_prompts, measure
-from train.build import Job, build_chunks, build_job
-from train.checkpoint import load_model
-from train.config import Config
-from train.requests import EvaluateConfig
-from train.runs import read_state, require_checkpoint
+from train.job.build import Job, build_chunks, build_job
+from train.job.checkpoint import load_model
+from train.job.directory import read_state, require_checkpoint
+from train.settings.commands import EvaluateConfig
+from train.settings.run import Config
+from train.use.acceptance import Measurement, heldout_prompts, measure
+from train.watch import metrics
 
 TRAINING_PROMPT = 32  # tokens of a prompt, and of its continuation, in the evaluations of a run
 

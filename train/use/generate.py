@@ -6,15 +6,15 @@ from functools import partial
 
 import torch
 
-from data.tokenizer import Tokenizer
-from model.speculate import Speculator
-from train.acceptance import Tally, rounds
-from train.build import Job, build_job
-from train.checkpoint import load_model
-from train.config import Config
-from train.requests import GenerateConfig
-from train.runs import require_checkpoint
-from train.settings import ConfigError
+from data.text.tokenizer import Tokenizer
+from model.decode.speculate import Speculator
+from train.job.build import Job, build_job
+from train.job.checkpoint import load_model
+from train.job.directory import require_checkpoint
+from train.settings.commands import GenerateConfig
+from train.settings.run import Config
+from train.settings.tree import ConfigError
+from train.use.acceptance import Tally, rounds
 
 
 def choose(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> torch.Tensor:

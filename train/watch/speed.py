@@ -4,10 +4,10 @@ import time
 
 import torch
 
-from model.cost import training_flops
-from train import metrics
-from train.build import Job
-from train.config import batch_schedule
+from model.cost.cost import training_flops
+from train.job.build import Job
+from train.settings.run import batch_schedule
+from train.watch import metrics
 
 PRODUCT_SIZE = {"cpu": 1024, "cuda": 8192}  # rows of the square matrices that are multiplied
 REPEATS = 5
@@ -28,7 +28,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 class Speedometer:
     """Counts steps and the seconds spent in them since it was last read; evaluation and saving do not count.
 
-    ``mfu`` divides the operations that the model needs (`model.cost`; nothing for recomputation) by the rate of a
+    ``mfu`` divides the operations that the model needs (`model.cost.cost`; nothing for recomputation) by the rate of a
     large matrix product measured here at the start, in every process at once.
     """
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from train.config import Config, WandbConfig
-from train.metrics import METRICS_FILE, MetricsLog, console_line
-from train.settings import ConfigError, to_dict
+from train.settings.run import Config, WandbConfig
+from train.settings.tree import ConfigError, to_dict
+from train.watch.metrics import METRICS_FILE, MetricsLog, console_line
 
 
 class Tracker(Protocol):
@@ -73,7 +73,7 @@ class WandbTracker:
         import wandb
 
         check_login(config.wandb)
-        mode: Any = config.wandb.mode  # one of the names that wandb knows: `train.config` has checked it
+        mode: Any = config.wandb.mode  # one of the names that wandb knows: `train.settings.run` has checked it
         self._failures = (wandb.Error, OSError)  # OSError: its background process is gone
         self._run = None
         try:
