@@ -13,7 +13,7 @@ VOCAB, HIDDEN, CHUNK = 11, 6, 4
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model.loss, "HEAD_CHUNK", CHUNK)
+    monkeypatch.setattr(model.layers.loss, "HEAD_CHUNK", CHUNK)
 
 
 def inputs(tokens: int, dtype: torch.dtype = torch.float64) -> tuple[dict, torch.Tensor, torch.Tensor]:
