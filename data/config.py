@@ -1,10 +1,10 @@
 """Settings of data, and the checks that come before any work."""
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.errors import CorpusError
+from data.files import why_unwritable
 from data.order.packing import PACKINGS, SPLIT
 from data.prepare.embedded import EMBEDDED, HELDOUT_FRACTION, library_root
 from data.read.corpus import Corpus
@@ -178,7 +178,8 @@ def _check_source(path: str, config: DataConfig) -> None:
     if path == EMBEDDED:
         _check_vocab_size("data.vocab_size", config.vocab_size)
         library_root()
-        _check_writable(config.cache)
+        if reason := why_unwritable(Path(config.cache).expanduser()):
+            raise CorpusError(f"data.cache={config.cache} cannot be written: {reason}")
     elif is_corpus(Path(path).expanduser()):
         Corpus.open(path)
     elif not is_url(path) and megatron_prefix(path) is None:
@@ -218,10 +219,3 @@ def _check_choice(setting: str, value: str, choices: tuple[str, ...]) -> None:
 def _check_vocab_size(setting: str, vocab_size: int) -> None:
     if vocab_size < MIN_VOCAB_SIZE:
         raise CorpusError(f"{setting}={vocab_size} cannot hold 256 bytes and {EOD_TOKEN}: use {MIN_VOCAB_SIZE} or more")
-
-
-def _check_writable(cache: str) -> None:
-    directory = Path(cache).expanduser()
-    existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise CorpusError(f"data.cache={cache} cannot be written: {existing} is not a writable directory")

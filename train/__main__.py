@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.config import PrepareConfig
+from data.errors import one_line
 from data.read.corpus import check_corpus
 from model.config import check_model
 from parallel.quiet import quiet_upstream
@@ -80,7 +81,7 @@ def compose(arguments: list[str], planned: bool = False) -> Config:
             values = _composed(recipe, [*_origin_model(values["run"], recipe), *overrides])
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         asked = " ".join(["-cn", recipe, *overrides])
-        raise ConfigError(f"{asked} cannot be composed: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{asked} cannot be composed: {one_line(error)}") from error
     if planned or values.get("run", {}).get("dry_run"):
         for section, key, nothing in (("data", "corpus", ""), ("run", "init", None)):
             if values[section].get(key) == MISSING:

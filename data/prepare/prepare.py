@@ -20,7 +20,7 @@ from data.prepare.shard_writer import ShardWriter
 from data.prepare.sources import dataset_source
 from data.prepare.staging import Staging, check_free, locked, staged
 from data.progress import byte_bar
-from data.read.manifest import HELDOUT, SPLITS, TRAIN, VERSION, Manifest, file_info, is_corpus, write_manifest
+from data.read.manifest import HELDOUT, MANIFEST_VERSION, SPLITS, TRAIN, Manifest, file_info, is_corpus, write_manifest
 from data.read.readers import digest_of
 from data.text.tokenizer import TOKENIZER_FILE, Tokenizer, train_bpe
 
@@ -50,7 +50,7 @@ def embedded_corpus(config: DataConfig, max_files: int | None = None) -> Path:
     `max_files` takes the library's first files only, as a corpus of its own.
     """
     part = "" if max_files is None else f"-files{max_files}"
-    name = f"embedded-v{VERSION}-py{platform.python_version()}-vocab{config.vocab_size}{part}"
+    name = f"embedded-v{MANIFEST_VERSION}-py{platform.python_version()}-vocab{config.vocab_size}{part}"
     output = Path(config.cache).expanduser() / name
     if is_corpus(output):
         return output
@@ -103,7 +103,7 @@ def _plan(config: PrepareConfig, source: Source) -> dict[str, Any]:
     if config.tokenizer != TRAIN_TOKENIZER:
         plan["the tokenizer's content"] = Tokenizer.from_path(config.tokenizer, config.eod_token).sha256
     plan["the input's files"] = digest_of(list(source.identity))
-    plan["corpus format"] = VERSION
+    plan["corpus format"] = MANIFEST_VERSION
     return plan | {package.__name__: package.__version__ for package in (tokenizers, pyarrow)}
 
 

@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data.errors import CorpusError, one_line
+from data.errors import CorpusError, changes, one_line
+from data.files import write_whole
 from data.prepare.documents import START, Place
 from data.read.manifest import SPLITS, ShardInfo
 
@@ -98,11 +99,9 @@ class Staging:
         self.finished = {split: [] for split in SPLITS}
 
     def _refuse(self, before: dict[str, Any], plan: dict[str, Any]) -> None:
-        names = [name for name in {**before, **plan} if before.get(name) != plan.get(name)]
-        changed = ", ".join(f"{name} (was {_shown(before.get(name))}, is {_shown(plan.get(name))})" for name in names)
         raise CorpusError(
-            f"{self.root} holds {self.count} finished shards that were made otherwise: {changed}: set this as before "
-            f"to go on, or delete {self.root} to start over"
+            f"{self.root} holds {self.count} finished shards that were made otherwise: {changes(before, plan)}: set "
+            f"this as before to go on, or delete {self.root} to start over"
         )
 
     def _read_plan(self) -> dict[str, Any] | None:
@@ -128,13 +127,6 @@ class Staging:
             kept.append(line)
         if len(kept) < len(lines):
             write_whole(journal, "".join(kept))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 @contextmanager
@@ -196,9 +188,3 @@ def locked(path: Path, wait: bool) -> Iterator[None]:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
         yield
-
-
-def _shown(value: object) -> str:
-    """A value of a plan in a message; hashes by their beginning."""
-    text = "unset" if value is None else str(value)
-    return f"{text[:12]}..." if len(text) == 64 and " " not in text else text

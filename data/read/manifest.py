@@ -2,16 +2,16 @@
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from data.errors import CorpusError, one_line
+from data.files import write_whole
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = "token-corpus"
-VERSION = 1
+MANIFEST_VERSION = 1
 TRAIN, HELDOUT = SPLITS = ("train", "heldout")
 
 
@@ -100,10 +100,8 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     fields["splits"] = {
         split: asdict(manifest.totals(split)) | {"shards": shards} for split, shards in fields["splits"].items()
     }
-    text = json.dumps({"format": FORMAT, "version": VERSION, "fingerprint": manifest.fingerprint, **fields}, indent=1)
-    temporary = directory / f".{MANIFEST_FILE}.tmp"
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, directory / MANIFEST_FILE)
+    header = {"format": FORMAT, "version": MANIFEST_VERSION, "fingerprint": manifest.fingerprint}
+    write_whole(directory / MANIFEST_FILE, json.dumps(header | fields, indent=1) + "\n")
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -119,8 +117,9 @@ def read_manifest(directory: Path) -> Manifest:
         raise _broken(path, one_line(error)) from error
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         raise _broken(path, f"it is not the manifest of a {FORMAT}")
-    if fields.get("version") != VERSION:
-        raise _broken(path, f"it has version {fields.get('version')}, and this program reads version {VERSION}")
+    version = fields.get("version")
+    if version != MANIFEST_VERSION:
+        raise _broken(path, f"it has version {version}, and this program reads version {MANIFEST_VERSION}")
     try:
         manifest = _from_fields(fields)
         intact = manifest.fingerprint == fields["fingerprint"]

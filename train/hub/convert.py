@@ -17,7 +17,6 @@ from torch import Tensor
 
 from data.dataset import Dataset
 from data.progress import byte_bar
-from data.text.hub_files import TOKENIZER_CONFIG_FILE, TOKENIZER_FILES, write_tokenizer
 from data.text.tokenizer import TOKENIZER_FILE, Tokenizer
 from model.hf import config as hf_config
 from model.hf import names as hf
@@ -26,6 +25,7 @@ from parallel import stored
 from train.hub.safetensors_files import DTYPES as READABLE
 from train.hub.safetensors_files import Planned, Reader, Writer
 from train.hub.settings import HF_CONFIG, TOKENIZER_DIR, ExportConfig, ImportConfig, max_length, read_json
+from train.hub.tokenizer_files import TOKENIZER_CONFIG_FILE, TOKENIZER_FILES, write_tokenizer
 from train.job.directory import COUNTS, checkpoint_path, write_state
 from train.settings.run import Config, save_config
 from train.settings.tree import ConfigError

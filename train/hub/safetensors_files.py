@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from data.errors import one_line
 from train.hub.settings import read_json
 from train.settings.tree import ConfigError
 
@@ -205,4 +206,4 @@ def _read_header(file: Path) -> dict[str, Entry]:
             found[name] = Entry(file, dtype, shape, begin, end)
         return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{file} is not a whole safetensors file: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{file} is not a whole safetensors file: {one_line(error)}") from error

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data.config import DataConfig
+from data.errors import one_line
 from model.config import BalanceConfig, MtpConfig, check_model
 from model.hf.config import check_exportable, from_hf
 from train.job.directory import checkpoint_path, require_checkpoint
@@ -135,7 +136,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{path} cannot be read: {one_line(error)}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} cannot be read: it holds {type(values).__name__}, not an object")
     return values

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data.config import CONTINUE
+from data.errors import changes
 from parallel.topology import Topology
 from train.settings.run import CONFIG_FILE, Config, RunReference, load_config
 from train.settings.tree import ConfigError, leaves, to_dict
@@ -126,21 +127,12 @@ def require_same_data(checkpoint: Path, identity: Mapping[str, Any], on_change: 
         ConfigError: something differs from what the checkpoint was trained with; it is named.
     """
     before = read_state(checkpoint)["data"]["identity"]
-    names = [name for name in {**before, **identity} if before.get(name) != identity.get(name)]
-    if names and on_change != CONTINUE:
-        changed = ", ".join(
-            f"{name} (was {_shown(before.get(name))}, is {_shown(identity.get(name))})" for name in names
-        )
+    changed = changes(before, identity)
+    if changed and on_change != CONTINUE:
         raise ConfigError(
             f"{checkpoint} was trained with other data: {changed}: set this as before, choose another run.name, or go "
             f"on from the same sample number of the new data with data.on_change={CONTINUE}"
         )
-
-
-def _shown(value: object) -> str:
-    """A value of an identity in a message; hashes by their beginning."""
-    text = "unset" if value is None else str(value)
-    return f"{text[:12]}..." if len(text) == 64 and " " not in text else text
 
 
 def layout_change(config: Config, topology: Topology) -> str:

@@ -1,13 +1,13 @@
 """Every setting of a training run as one frozen tree, and its checks."""
 
-import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import yaml
 
 from data.config import DataConfig, check_data
-from data.errors import CorpusError
+from data.errors import CorpusError, one_line
+from data.files import why_unwritable
 from data.order.batches import BatchSchedule
 from model.config import BalanceConfig, ModelConfig, ModelError, MtpConfig, check_balance, check_model
 from parallel.topology import ParallelConfig, Topology, TopologyError, check_length, microbatches, resolve
@@ -208,7 +208,7 @@ def load_config(run: RunReference) -> Config:
     try:
         config = from_dict(Config, yaml.safe_load(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, ConfigError) as error:
-        raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{path} cannot be read: {one_line(error)}") from error
     here = replace(config.run, name=run.name, dir=run.dir)
     return replace(config, run=here, parallel=replace(config.parallel, world=None))
 
@@ -272,11 +272,6 @@ def check_choice(path: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _check_writable(run: RunConfig) -> None:
-    try:
-        run.path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=run.path) as probe:
-            probe.write(b"probe")
-    except OSError as error:
-        raise ConfigError(
-            f"run.dir={run.dir} cannot be written: {run.path}: {error.strerror}: choose another run.dir"
-        ) from error
+    if reason := why_unwritable(run.path):
+        raise ConfigError(f"run.dir={run.dir} cannot be written: {reason}: choose another run.dir")
+    run.path.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from data.errors import one_line
 from train.settings.run import Config, WandbConfig
 from train.settings.tree import ConfigError, to_dict
 from train.watch.metrics import METRICS_FILE, MetricsLog, console_line
@@ -109,7 +110,7 @@ class WandbTracker:
 
     def _give_up(self, error: Exception) -> None:
         self._run = None
-        print(f"warning: no W&B from here on ({_one_line(error)}); {METRICS_FILE} goes on", file=sys.stderr)
+        print(f"warning: no W&B from here on ({one_line(error)}); {METRICS_FILE} goes on", file=sys.stderr)
 
 
 def check_login(wandb_config: WandbConfig) -> None:
@@ -143,9 +144,5 @@ def _run_id(path: Path) -> str:
 
 def _cannot_start(reason: object) -> ConfigError:
     return ConfigError(
-        f"wandb.mode=online cannot start ({_one_line(reason)}): `wandb login`, or choose wandb.mode=offline"
+        f"wandb.mode=online cannot start ({one_line(reason)}): `wandb login`, or choose wandb.mode=offline"
     )
-
-
-def _one_line(reason: object) -> str:
-    return " ".join(str(reason).split())
