@@ -14,7 +14,7 @@ from train.settings.tree import settings
 
 TEXTS = ("README.md", "CONTRIBUTING.md", "recipes/README.md")
 PLACEHOLDERS = {"COMMAND", "RECIPE", "NAME", "DIR", "PATH", "key", "arguments", "pytest"}
-FLAGS = {"--help", "-h", "-cn"}
+FLAGS = {"--help", "-h", "-cn", "-cd", "-m", "--cfg"}
 
 
 def code_of(text: str) -> list[str]:
@@ -44,8 +44,10 @@ def wrong_words(command: str, words: list[str]) -> list[str]:
         name, equals, value = word.partition("=")
         if word in PLACEHOLDERS or name in PLACEHOLDERS or (command, before) == ("prepare", "--check"):
             continue
-        if before == "-cn":
-            known = word in usage.recipes()
+        if before in ("-cn", "-cd"):
+            known = word in usage.recipes() or "/" in word
+        elif before == "--cfg":
+            known = word == "job"
         elif equals:
             known = is_set(command, name, value)
         else:

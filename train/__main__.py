@@ -3,7 +3,6 @@
 Exit codes: 0 success, 1 failure, 2 a user's mistake (one line on stderr), 130 Ctrl-C, 143 SIGTERM.
 """
 
-import re
 import signal
 import sys
 from dataclasses import replace
@@ -12,6 +11,7 @@ from typing import Any
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -23,6 +23,7 @@ from model.config import check_model
 from parallel.quiet import quiet_upstream
 from parallel.topology import resolve
 from train import front, usage
+from train.arguments import CommandLine, combinations, label, named, read, share_of_array, typed
 from train.hub.settings import ExportConfig, ImportConfig, check_export, check_import
 from train.job.directory import last_checkpoint, require_checkpoint, require_same_data, steps_done
 from train.job.footprint import planned_vocab
@@ -54,15 +55,13 @@ from train.settings.tree import (
     ConfigError,
     from_dict,
     from_text,
-    hint,
     hint_known,
+    over,
     settings,
-    takes_text,
     to_dict,
 )
 from train.watch.trackers import check_login
 
-DEFAULT_RECIPE = "tiny"
 SETTINGS = {setting.path: setting for setting in settings(Config)}
 
 
@@ -74,27 +73,34 @@ def compose(arguments: list[str], planned: bool = False) -> Config:
     Raises:
         ConfigError: an unknown recipe, group choice or setting, or an override that cannot be read.
     """
-    recipe, overrides = _split_recipe(arguments)
+    line = read(arguments)
+    name = line.file.stem
     try:
-        values = _composed(recipe, overrides)
-        if values.get("run", {}).get("init") not in (None, MISSING):
-            values = _composed(recipe, [*_origin_model(values["run"], recipe), *overrides])
+        values = _composed(line)
+        if values["run"].get("init") not in (None, MISSING):
+            model = _origin_model(values["run"], name)
+            values = _composed(replace(line, overrides=(*model, *line.overrides)))
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        asked = " ".join(["-cn", recipe, *overrides])
-        raise ConfigError(f"{asked} cannot be composed: {one_line(error)}") from error
-    if planned or values.get("run", {}).get("dry_run"):
+        raise ConfigError(f"{' '.join(line.arguments)} cannot be composed: {one_line(error)}") from error
+    if planned or values["run"].get("dry_run"):
         for section, key, nothing in (("data", "corpus", ""), ("run", "init", None)):
             if values[section].get(key) == MISSING:
                 values[section][key] = nothing
-    config = from_dict(Config, values)
-    return replace(config, run=replace(config.run, name=config.run.name or recipe))
+    return from_dict(Config, values)
 
 
-def _composed(recipe: str, overrides: list[str]) -> dict[str, Any]:
-    with initialize_config_dir(str(usage.RECIPES.resolve()), version_base=None):
-        composed = hydra_compose(recipe, [_checked(override) for override in overrides])
-    values: Any = OmegaConf.to_container(composed, resolve=True)  # a recipe is a dict with names as its keys
-    return values
+def _composed(line: CommandLine) -> dict[str, Any]:
+    """The recipe with its overrides over the defaults, all of which interpolation sees: ``run.name=exp_${seed}``."""
+    own, *others = line.folders
+    groups = usage.groups(tuple(line.folders))
+    overrides = [typed(override, SETTINGS, groups) for override in line.overrides]
+    search = ",".join(f"'file://{folder}'" for folder in others)
+    with initialize_config_dir(str(own), version_base=None):
+        composed = hydra_compose(line.file.stem, [*overrides, f"hydra.searchpath=[{search}]"])
+    values = over(to_dict(Config()), OmegaConf.to_container(composed))
+    values["run"]["name"] = values["run"]["name"] or line.file.stem
+    resolved: Any = OmegaConf.to_container(OmegaConf.create(values), resolve=True)  # a dict with names as its keys
+    return resolved
 
 
 def _origin_model(run: dict[str, Any], recipe: str) -> list[str]:
@@ -105,40 +111,45 @@ def _origin_model(run: dict[str, Any], recipe: str) -> list[str]:
     return [f"model.{key}={'null' if value is None else value}" for key, value in to_dict(source.model).items()]
 
 
-def _split_recipe(arguments: list[str]) -> tuple[str, list[str]]:
-    recipe, overrides, rest = DEFAULT_RECIPE, [], list(arguments)
-    while rest:
-        name, equals, value = rest.pop(0).partition("=")
-        if name in ("-cn", "--config-name"):
-            if not equals and not rest:
-                raise ConfigError(f"{name} needs a recipe. Known: {', '.join(usage.recipes())}")
-            recipe = value if equals else rest.pop(0)
-        elif name.startswith("-"):
-            raise ConfigError(f"unknown option {name}: use -cn RECIPE, --help, or key=value for a setting")
-        else:
-            overrides.append(name + equals + value)
-    if recipe not in usage.recipes():
-        raise ConfigError(f"unknown recipe {recipe!r}: {hint_known(recipe, usage.recipes())}")
-    return recipe, overrides
+def _choices(override: str) -> list[str]:
+    """The override once for each value that it sweeps over: ``seed=1,2`` is ``seed=1`` and ``seed=2``."""
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+    except HydraException:  # text that needs no quotes, or what `compose` will refuse
+        return [override]
+    if not parsed.is_sweep_override():
+        return [override]
+    if "shuffle" in override:
+        raise ConfigError(f"{override} would be another order in each process: leave shuffle out")
+    try:
+        return [f"{parsed.get_key_element()}={value}" for value in parsed.sweep_string_iterator()]
+    except HydraException as error:
+        raise ConfigError(f"{override} cannot be swept over: {one_line(error)}") from error
 
 
-def _checked(override: str) -> str:
-    """The override for Hydra: a known setting need not stand in a recipe, and text needs no quotes."""
-    key, equals, value = override.partition("=")
-    path = key.lstrip("+~")
-    if path in usage.groups() and equals:
-        if value not in usage.groups()[path]:
-            raise ConfigError(f"unknown choice {override}: {hint_known(value, usage.groups()[path])}")
-    elif path not in SETTINGS:
-        raise ConfigError(f"unknown setting {override}: {hint(path, [*SETTINGS, *usage.groups()])}")
-    elif not equals and not key.startswith("~"):
-        raise ConfigError(f"{override} has no value: write {override}=...")
-    elif takes_text(SETTINGS[path].annotation) and not re.fullmatch(r"null|'.*'|\".*\"", value):
-        value = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + (found[2] and "\\'"), value)
-        return f"++{path}='{value}'"
-    elif equals:
-        return f"++{path}={value}"
-    return override
+def sweep(command: str, line: CommandLine) -> int:
+    """Runs the command for each combination of the settings that sweep; one after the other, or in jobs of an array.
+
+    All are composed before the first starts. Runs that would share a name get what is their own into it. A run that
+    fails lets the next ones start; one that was stopped ends the sweep.
+    """
+    swept = [_choices(override) for override in line.overrides]
+    lines = combinations(line, swept)
+    labels, share = [label(item, swept) for item in lines], share_of_array(len(lines))
+    if front.world_size() and len(share) > 1:
+        raise ConfigError("-m starts its runs one after the other itself: leave torchrun out, or start a job array")
+    if command == "train":
+        names = [compose(item.arguments).run.name for item in lines]
+        if len(set(names)) < len(names):
+            lines = [named(item, f"{name}_{text}") for item, name, text in zip(lines, names, labels, strict=True)]
+    code = 0
+    for number in share:
+        print(f"{number + 1} of {len(lines)}: {labels[number]}", flush=True)
+        this = COMMANDS[command](lines[number].arguments)
+        code = max(code, this)
+        if this not in (0, 1):
+            break
+    return code
 
 
 def train(arguments: list[str]) -> int:
@@ -312,7 +323,11 @@ def run(arguments: list[str]) -> int:
         print(usage.command_help(command))
         return 0
     quiet_upstream()
-    return COMMANDS[command](rest)
+    line = read(rest) if command in usage.WITH_RECIPE else CommandLine()
+    if line.cfg:
+        print(yaml.safe_dump(to_dict(compose(rest, planned=True)), sort_keys=False), end="")
+        return 0
+    return sweep(command, line) if line.multirun else COMMANDS[command](rest)
 
 
 def main() -> int:

@@ -33,6 +33,7 @@ EXAMPLES = {
         ("train -cn tiny_512e run.steps=5", "another recipe, one setting changed"),
         ("train run.name=mine seed=1 optim=wsd", "a named run, another group choice"),
         ("train data.corpus=corpora/mine", "on a corpus made by prepare"),
+        ("train -m seed=1,2,3 optim.lr=1e-3,2e-3", "six runs: a sweep"),
         ("train -cn qwen3_next_80b_a3b run.dry_run=true parallel.world=512", "what one GPU of 512 would hold"),
     ),
     "estimate": (
@@ -73,6 +74,12 @@ EXAMPLES = {
         ("doctor -cn proxy", "those of the real widths"),
     ),
 }
+OPTIONS = {
+    "-cn, --config-name X": "recipe: a name, or a path to a file of yours (mine/x.yaml)",
+    "-cd, --config-dir X": "folder with recipes and groups of yours, looked into before recipes/",
+    "-m, --multirun": "key=a,b: once for each combination, one after the other; as a Slurm array one a job",
+    "-c, --cfg job": "shows what the recipe and the settings come to, and ends",
+}
 CONFIGS = {
     "train": Config,
     "estimate": EstimateConfig,
@@ -84,21 +91,24 @@ CONFIGS = {
     "bench": BenchConfig,
     "doctor": Config,
 }
+SECTIONS = {setting.path.partition(".")[0] for setting in settings(Config) if "." in setting.path}
 WITH_RECIPE = ("train", "estimate", "bench", "doctor")
 
 
 @cache
-def recipes() -> list[str]:
-    """Names that -cn takes."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml") if path.stem != FOUNDATION)
+def recipes(folder: Path = RECIPES) -> list[str]:
+    """Names that -cn takes: files of the folder and of its sub-folders, but for choices of groups."""
+    files = [path.relative_to(folder).with_suffix("") for path in folder.rglob("*.yaml")]
+    return sorted(str(path) for path in files if str(path) != FOUNDATION and path.parts[0] not in SECTIONS)
 
 
 @cache
-def groups() -> dict[str, list[str]]:
-    """Choices of each group of settings, as in ``model=tiny``."""
+def groups(folders: tuple[Path, ...] = (RECIPES,)) -> dict[str, list[str]]:
+    """Choices of each group of settings, as in ``model=tiny``, over all folders."""
     found: dict[str, list[str]] = {}
-    for path in sorted(RECIPES.glob("*/*.yaml")):
-        found.setdefault(path.parent.name, []).append(path.stem)
+    for path in sorted(path for folder in folders for path in folder.glob("*/*.yaml")):
+        if path.parent.name in SECTIONS:
+            found.setdefault(path.parent.name, []).append(path.stem)
     return found
 
 
@@ -112,10 +122,12 @@ def overview() -> str:
 
 def command_help(command: str) -> str:
     """Everything that a command takes."""
-    options = "[-cn RECIPE] [key=value ...]" if command in WITH_RECIPE else "[key=value ...]"
+    options = "[-cn RECIPE] [-cd DIR] [-m] [--cfg job] [key=value ...]" if command in WITH_RECIPE else "[key=value ...]"
     lines = [SUMMARIES[command], "", f"usage: ./launch.sh {command} {options}", "", "examples:"]
     width = max(len(example) for example, _ in EXAMPLES[command])
     lines += [f"  ./launch.sh {example:<{width}}  {text}" for example, text in EXAMPLES[command]]
+    if command in WITH_RECIPE:
+        lines += ["", "options:", *(line for option, text in OPTIONS.items() for line in _entry(option, text, 20))]
     if command == "train":
         lines += ["", "recipes (-cn), files of recipes/:"]
         width = max(map(len, recipes()))

@@ -40,7 +40,19 @@ def refused(*arguments: str) -> str:
         ("train -cn=zzz", f"unknown recipe 'zzz': {RECIPES}"),
         ("train -cn base", f"unknown recipe 'base': {RECIPES}"),
         ("train -cn", f"-cn needs a recipe. {RECIPES}"),
-        ("train --multirun", "unknown option --multirun: use -cn RECIPE, --help, or key=value for a setting"),
+        ("train --multi", "unknown option --multi: use -cn RECIPE, -cd DIR, -m, --cfg job, --help, or key=value for"),
+        ("train --cfg hydra", "--cfg hydra is not known: --cfg job shows"),
+        ("train --cfg", "--cfg needs job"),
+        ("train -cd nowhere", "--config-dir nowhere is no directory"),
+        ("train -cn ./tiny.yaml", "unknown recipe './tiny.yaml'"),
+        ("train -cn optim/wsd", "unknown recipe 'optim/wsd'"),
+        ("train ~optim", "~optim: every run has its section optim: optim=CHOICE (cosine, wsd, wsd_80b) swaps it, "),
+        ("train optim", "optim: every run has its section optim: optim=CHOICE"),
+        ("train ~mtp", "~mtp: every run has its section mtp: mtp.SETTING=VALUE changes one of its settings"),
+        ("train -m seed=1,x", "seed='x' cannot be used: seed takes a whole number"),
+        ("train -m seed=1,2 data.seq_length=3", "data.seq_length=3 is too short"),
+        ("train -m seed=shuffle(1,2)", "seed=shuffle(1,2) would be another order in each process"),
+        ("train -m optim.lr=interval(0,1)", "optim.lr=interval(0,1) cannot be swept over"),
         ("train run.step=5", "unknown setting run.step=5: did you mean run.steps?"),
         ("train steps=5", "unknown setting steps=5: did you mean run.steps or mtp.steps?"),
         ("train +run.step=5", "unknown setting +run.step=5: did you mean run.steps?"),
@@ -143,7 +155,8 @@ def test_help_of_train_names_recipes_and_groups(capsys):
 
 def test_examples_of_train_compose():
     for example, _ in usage.EXAMPLES["train"]:
-        compose(example.split()[1:])
+        arguments = example.split()[1:]
+        compose([argument.partition(",")[0] for argument in arguments] if "-m" in arguments else arguments)
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])

@@ -66,6 +66,12 @@ def test_missing_values_take_their_defaults():
     assert from_dict(Outer, {"must": "x", "inner": {"rate": 0.25}}) == Outer("x", inner=Inner(rate=0.25))
 
 
+def test_a_number_that_is_whole_is_fine_where_a_whole_number_is_wanted():
+    assert from_dict(Outer, {"must": "x", "inner": {"global": 1e12}}).inner.global_ == 10**12
+    built = from_text(Outer, ["must=x", "inner.global=1e3", "inner.size=2e3"])
+    assert (built.inner.global_, built.inner.size) == (1000, 2000) and type(built.inner.size) is int
+
+
 def test_a_whole_number_is_fine_where_a_number_is_wanted():
     rate = from_dict(Outer, {"must": "x", "inner": {"rate": 2}}).inner.rate
     assert rate == 2.0 and type(rate) is float

@@ -73,6 +73,12 @@ def to_dict(config: Any) -> dict[str, Any]:
     return values
 
 
+def over(defaults: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults with other values over them, section by section; a value that is to be given (???) is one, too."""
+    sections = [name for name in defaults if all(isinstance(of.get(name), dict) for of in (defaults, values))]
+    return defaults | dict(values) | {name: over(defaults[name], values[name]) for name in sections}
+
+
 def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(path, value) of every leaf of nested dicts."""
     for key, value in values.items():
@@ -157,7 +163,7 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
 
 
 def _convert(annotation: Any, value: Any, path: str) -> Any:
-    """``value`` as one of the types of ``annotation``; only a whole number for a number is converted."""
+    """``value`` as one of the types of ``annotation``; a number that is whole is as good as a whole number: 1e12."""
     for option in _options(annotation):
         if typing.get_origin(option) is tuple and isinstance(value, list | tuple):
             items = typing.get_args(option)
@@ -166,6 +172,8 @@ def _convert(annotation: Any, value: Any, path: str) -> Any:
                 return tuple(_convert(item, entry, path) for item, entry in zip(items, value, strict=True))
         elif option is float and type(value) in (int, float):
             return float(value)
+        elif option is int and type(value) is float and value.is_integer():
+            return int(value)
         elif type(value) is option:
             return value
     shown = "null" if value is None else repr(value)
@@ -187,9 +195,11 @@ def _parse(annotation: Any, text: str) -> Any:
             return words[text.lower()]
         if option in (int, float):
             try:
-                return option(text)
+                number = int(text) if text.lstrip("+-").isdecimal() else float(text)
             except ValueError:
                 continue
+            if option is float or isinstance(number, int) or number.is_integer():
+                return number
         if typing.get_origin(option) is tuple:
             try:
                 return json.loads(text)
