@@ -99,8 +99,6 @@ def _composed(line: CommandLine) -> dict[str, Any]:
         composed = hydra_compose(line.file.stem, [*overrides, f"hydra.searchpath=[{search}]"])
     plain: Any = OmegaConf.to_container(composed)  # a dict with names as its keys, as is what comes of it
     values = over(to_dict(Config()), plain)
-    if not isinstance(values["run"], dict):
-        raise ConfigError(f"run={values['run']} cannot be used: run is a section: set run.steps or so")
     values["run"]["name"] = values["run"]["name"] or line.file.stem
     resolved: Any = OmegaConf.to_container(OmegaConf.create(values), resolve=True)
     return resolved

@@ -137,6 +137,12 @@ def test_a_folder_of_recipes_and_groups_goes_before_ours(own):
         compose(["-cd", "mine", "-cn", "exq"])
 
 
+def test_a_recipe_with_a_value_for_a_section_is_refused(own):
+    (own / "flat.yaml").write_text("defaults: [base, _self_]\nrun: 5\n")
+    with pytest.raises(ConfigError, match=r"run.* is a section|cannot be composed"):
+        compose(["-cn", "mine/flat"])
+
+
 def test_workers_get_the_same_command_line():
     line = read(["-cd", ".", "-cn=tiny", "-m", "seed=1"])
     assert read(line.arguments) == read(["--config-dir=.", "--config-name", "tiny", "seed=1"])

@@ -74,8 +74,15 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def over(defaults: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The defaults with other values over them, section by section; a value that is to be given (???) is one, too."""
-    sections = [name for name in defaults if all(isinstance(of.get(name), dict) for of in (defaults, values))]
+    """The defaults with other values over them, section by section; a value that is to be given (???) is one, too.
+
+    Raises:
+        ConfigError: a value in place of a section.
+    """
+    sections = [name for name in values if isinstance(defaults.get(name), dict)]
+    for name in sections:
+        if not isinstance(values[name], Mapping):
+            raise ConfigError(f"{name}={values[name]} cannot be used: {name} is a section: set one of its settings")
     return defaults | dict(values) | {name: over(defaults[name], values[name]) for name in sections}
 
 
