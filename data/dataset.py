@@ -1,32 +1,51 @@
 """What a run trains on: the sources that its settings name, opened, measured and mixed."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from data.config import DIRECT_ENDINGS, DataConfig, source_paths
-from data.errors import CorpusError
-from data.order.index import measure
-from data.order.mixture import MixedStream, Mixture
-from data.order.packing import BEST_FIT, SPLIT, num_samples
-from data.order.stream import ORDER_VERSION, TokenStream, permutation
-from data.prepare.embedded import EMBEDDED
-from data.prepare.prepare import embedded_corpus
+from data.config import BEST_FIT, ON_CHANGE, ON_CORRUPT, PACKINGS, SKIP, SPLIT, DataConfig, source_paths
+from data.errors import CorpusError, check_choice
+from data.order.counting import count_units
+from data.order.mixture import MixedStream, Mixture, check_mixture
+from data.order.packing import num_samples
+from data.order.stream import ORDER_VERSION, TokenStream
 from data.read.corpus import Corpus
-from data.read.manifest import HELDOUT, TRAIN, is_corpus
-from data.read.megatron_files import MegatronReader, megatron_prefix
-from data.read.pool import SKIP, UnitCache
-from data.read.readers import ChosenUnits, Joined, PreparedReader, Reader, Subset, digest_of
-from data.read.remote import list_files
-from data.read.row_files import ArrowReader, JsonlReader, ParquetReader
+from data.read.readers import Joined, Reader, Subset, digest_of
+from data.read.unit_cache import UnitCache
 from data.read.units import Sizes
-from data.text.tokenizer import Tokenizer
+from data.source import check_source, common_tokenizer, prepared_directory, splits
 
-KINDS: tuple[Callable[..., Reader], ...] = (ParquetReader, JsonlReader, ArrowReader)
-READERS = dict(zip(DIRECT_ENDINGS, KINDS, strict=True))
+
+def check_data(config: DataConfig, mtp_steps: int) -> None:
+    """Refuses what cannot be trained on. Costs a manifest and one stat per shard; no token is read.
+
+    Args:
+        mtp_steps: multi-token-prediction steps; step k of position t has token t + 1 + k as its target.
+    Raises:
+        CorpusError: the setting, in one line.
+    """
+    if config.seq_length < mtp_steps + 2:
+        raise CorpusError(
+            f"data.seq_length={config.seq_length} is too short for mtp.steps={mtp_steps}: "
+            f"use {mtp_steps + 2} or more, so that every prediction step has a target"
+        )
+    check_choice("data.packing", config.packing, PACKINGS)
+    check_choice("data.on_corrupt", config.on_corrupt, ON_CORRUPT)
+    check_choice("data.on_change", config.on_change, ON_CHANGE)
+    if not 0 < config.subset <= 1:
+        raise CorpusError(f"data.subset={config.subset} is out of range: use more than 0, up to 1")
+    if not 0 <= config.heldout_fraction < 1:
+        raise CorpusError(f"data.heldout_fraction={config.heldout_fraction} is out of range: use 0 or more, below 1")
+    for setting, value in (("data.subset_seed", config.subset_seed), ("data.workers", config.workers)):
+        if value < 0:
+            raise CorpusError(f"{setting}={value} is negative: use 0 or more")
+    check_mixture(config)
+    for path, _ in source_paths(config):
+        check_source(path, config)
 
 
 @dataclass(frozen=True)
@@ -52,10 +71,10 @@ class Dataset:
         paths = [path for path, _ in source_paths(config)]
         if "" in paths:
             raise CorpusError("data.corpus is empty: set it to a directory made by prepare, or to embedded")
-        prepared = {path: _prepared(path, config) for path in paths}
+        prepared = {path: prepared_directory(path, config) for path in paths}
         corpora = {path: Corpus.open(directory) for path, directory in prepared.items() if directory is not None}
         self.corpora = list(corpora.values())
-        self.tokenizer = _tokenizer(config, corpora)
+        self.tokenizer = common_tokenizer(config, corpora)
         self.sources = [self._open(path, corpora.get(path)) for path in paths]
 
     @property
@@ -169,67 +188,12 @@ class Dataset:
 
     def _open(self, path: str, corpus: Corpus | None) -> Source:
         config = self.config
-        train, heldout = self._splits(path, corpus)
+        train, heldout = splits(path, corpus, config, self.tokenizer)
         whole = train.known()
         if config.subset < 1:
             train = Subset(train, config.subset, config.subset_seed)
         return Source(path, train, self._measure(train, config.packing), heldout, whole)
 
-    def _splits(self, path: str, corpus: Corpus | None) -> tuple[Reader, Reader]:
-        """Readers for training and of held-out documents."""
-        if corpus is not None:
-            return PreparedReader(corpus, TRAIN), PreparedReader(corpus, HELDOUT)
-        return _split_units(_direct(path, self.config, self.tokenizer), self.config.heldout_fraction)
-
     def _measure(self, reader: Reader, packing: str) -> Sizes:
         cache = Path(self.config.cache).expanduser()
-        return measure(reader, packing, self.config.seq_length, cache, self.config.on_corrupt == SKIP)
-
-
-def _prepared(path: str, config: DataConfig) -> Path | None:
-    """The directory of a corpus made by prepare (the embedded one is made first); None for other sources."""
-    if path == EMBEDDED:
-        return embedded_corpus(config)
-    directory = Path(path).expanduser()
-    return directory if is_corpus(directory) else None
-
-
-def _tokenizer(config: DataConfig, corpora: dict[str, Corpus]) -> Tokenizer:
-    """The one tokenizer of all sources."""
-    given = {path: corpus.tokenizer() for path, corpus in corpora.items()}
-    if config.tokenizer:
-        given["data.tokenizer"] = Tokenizer.from_path(config.tokenizer, config.eod_token)
-    if not given:
-        raise CorpusError(
-            f"data.tokenizer must be given: {source_paths(config)[0][0]} is no corpus made by prepare, so name the "
-            f"tokenizer.json that its tokens are of, or that its text is to be tokenized with"
-        )
-    (first, tokenizer), *others = given.items()
-    for path, other in others:
-        if (other.sha256, other.eod_id) != (tokenizer.sha256, tokenizer.eod_id):
-            raise CorpusError(f"{path} and {first} have different tokenizers: sources that are mixed must share one")
-    return tokenizer
-
-
-def _direct(path: str, config: DataConfig, tokenizer: Tokenizer) -> Reader:
-    """The reader of files that prepare has not seen."""
-    prefix = megatron_prefix(path)
-    if prefix is not None:
-        return MegatronReader(path, prefix, tokenizer)
-    files = list_files(path, DIRECT_ENDINGS)
-    endings = {Path(file.path).suffix for file in files}
-    if len(endings) > 1:
-        raise CorpusError(f"data.corpus={path} mixes {' and '.join(sorted(endings))}: give files of one kind")
-    return READERS[endings.pop()](path, files, config.column, tokenizer)
-
-
-def _split_units(reader: Reader, heldout_fraction: float) -> tuple[Reader, Reader]:
-    """Readers for training and of held-out units, the same in every run."""
-    count = max(1, round(heldout_fraction * reader.num_units)) if heldout_fraction else 0
-    if count >= reader.num_units:
-        raise CorpusError(
-            f"data.corpus={reader.path} has {reader.num_units} unit (row group, or piece of a file), and {count} would "
-            f"be held out for evaluation: write it in smaller row groups, or prepare it"
-        )
-    order = permutation(reader.num_units, 0)
-    return ChosenUnits(reader, sorted(order[count:])), ChosenUnits(reader, sorted(order[:count]))
+        return count_units(reader, packing, self.config.seq_length, cache, self.config.on_corrupt == SKIP)

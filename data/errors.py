@@ -23,3 +23,9 @@ def _shown(value: object) -> str:
     """A value in a message; hashes by their beginning."""
     text = "unset" if value is None else str(value)
     return f"{text[:12]}..." if len(text) == 64 and " " not in text else text
+
+
+def check_choice(setting: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises CorpusError where a setting is none of its choices."""
+    if value not in choices:
+        raise CorpusError(f"{setting}={value} is unknown: use {', '.join(choices[:-1])} or {choices[-1]}")

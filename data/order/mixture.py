@@ -12,9 +12,11 @@ from functools import lru_cache
 
 import numpy as np
 
+from data.config import DataConfig
+from data.errors import CorpusError
 from data.order.packing import Sample
 from data.order.stream import TokenStream, permutation
-from data.read.pool import UnitCache
+from data.read.unit_cache import UnitCache
 
 BLOCK_SAMPLES = 1024
 
@@ -90,3 +92,27 @@ def _counts(number: int, ratios: Sequence[Fraction]) -> list[int]:
         counts.append(left * ratio.numerator // ratio.denominator)
         left -= counts[-1]
     return counts
+
+
+def check_mixture(config: DataConfig) -> None:
+    """Refuses sources and stages that name no mixture.
+
+    Raises:
+        CorpusError: the setting, in one line.
+    """
+    paths = [path for path, _ in config.sources]
+    if len(set(paths)) < len(paths):
+        raise CorpusError(f"data.sources={[list(s) for s in config.sources]} names a source twice: add their weights")
+    if config.stages and len(paths) < 2:
+        raise CorpusError("data.stages are weights over time of several sources: name them in data.sources")
+    begins = [begin for begin, _ in config.stages]
+    if begins != sorted(set(begins)) or min((1, *begins)) < 1:
+        raise CorpusError(f"data.stages must begin at rising numbers of tokens above 0, and begin at {begins}")
+    for weights in (tuple(weight for _, weight in config.sources), *(weights for _, weights in config.stages)):
+        if paths and (
+            len(weights) != len(paths) or not all(0 <= w < float("inf") for w in weights) or not sum(weights)
+        ):
+            raise CorpusError(
+                f"data.sources are {len(paths)}, and {list(weights)} cannot be their weights: give one number of 0 or "
+                f"more for each, not all 0"
+            )

@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-SPLIT, BEST_FIT = PACKINGS = ("split", "best_fit")
 PADDING = -1
 
 

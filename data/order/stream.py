@@ -10,11 +10,10 @@ from itertools import chain
 
 import numpy as np
 
+from data.config import BEST_FIT, SPLIT
 from data.errors import CorpusError
 from data.order.packing import (
-    BEST_FIT,
     PADDING,
-    SPLIT,
     Bins,
     Sample,
     best_fit,
@@ -24,8 +23,8 @@ from data.order.packing import (
     pad,
     sample_span,
 )
-from data.read.pool import UnitCache
 from data.read.readers import Reader
+from data.read.unit_cache import UnitCache
 from data.read.units import Sizes, Unit
 
 # Samples are dealt out at random within windows of this many samples, or of fewer that hold so many tokens, so that a

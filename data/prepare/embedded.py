@@ -3,11 +3,10 @@
 import sysconfig
 from pathlib import Path
 
+from data.config import EMBEDDED
 from data.errors import CorpusError
 from data.prepare.documents import Document, Source
 
-EMBEDDED = "embedded"
-HELDOUT_FRACTION = 0.05
 # Installed packages differ from machine to machine; tests would double the corpus with repetitive text.
 EXCLUDED_DIRECTORIES = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
 # Written when Python is built, with the paths of the machine that built it.

@@ -14,8 +14,8 @@ import numpy as np
 from data.errors import CorpusError
 from data.prepare.documents import Batch, Place, is_held_out
 from data.read.manifest import HELDOUT, TRAIN
-from data.read.processes import serve_parent
 from data.read.units import token_dtype
+from data.read.workers import serve_parent
 from data.text.tokenizer import Tokenizer
 
 # Encoded in this process before others are started, which takes longer than a small input does.

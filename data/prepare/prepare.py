@@ -11,10 +11,11 @@ import numpy as np
 import pyarrow
 import tokenizers
 
-from data.config import TRAIN_TOKENIZER, DataConfig, PrepareConfig, check_prepare
+from data.config import EMBEDDED, TRAIN_TOKENIZER, DataConfig, PrepareConfig
 from data.errors import CorpusError, one_line
+from data.prepare.check import check_prepare
 from data.prepare.documents import Source, is_held_out
-from data.prepare.embedded import EMBEDDED, embedded_source
+from data.prepare.embedded import embedded_source
 from data.prepare.encoding import Encoder, encode_all
 from data.prepare.shard_writer import ShardWriter
 from data.prepare.sources import dataset_source

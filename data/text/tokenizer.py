@@ -11,11 +11,11 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
+from data.config import EOD_TOKEN
 from data.errors import CorpusError, one_line
 from data.progress import byte_bar, ticking
 
 TOKENIZER_FILE = "tokenizer.json"
-EOD_TOKEN = "<|endoftext|>"
 # 256 bytes and the end-of-document token: below this a byte-level BPE cannot spell every text.
 MIN_VOCAB_SIZE = 257
 
@@ -94,6 +94,12 @@ class Tokenizer:
                 # Byte-level vocabularies spell each byte as one character.
                 sizes[index] = len(token) if byte_level else _piece_bytes(token)
         return sizes
+
+
+def check_vocab_size(setting: str, vocab_size: int) -> None:
+    """Raises CorpusError where a vocabulary cannot be trained; `setting` names it."""
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise CorpusError(f"{setting}={vocab_size} cannot hold 256 bytes and {EOD_TOKEN}: use {MIN_VOCAB_SIZE} or more")
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool = True) -> Tokenizer:

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from data.config import DataConfig, PrepareConfig, check_data, check_prepare
+from data.config import DataConfig, PrepareConfig
+from data.dataset import check_data
 from data.errors import CorpusError
+from data.prepare.check import check_prepare
 from data.read.corpus import Corpus
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from data.config import DataConfig, check_data
+from data.config import DataConfig
+from data.dataset import check_data
 from data.errors import CorpusError
 from data.prepare.embedded import embedded_source
 from data.prepare.prepare import embedded_corpus

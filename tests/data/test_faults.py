@@ -16,12 +16,12 @@ from data.dataset import Dataset
 from data.errors import CorpusError
 from data.loader import Loader
 from data.order.batches import BatchSchedule
-from data.order.index import _scan, measure
+from data.order.counting import _scan, count_units
 from data.order.stream import TokenStream
 from data.read.corpus import Corpus
 from data.read.faults import ATTEMPTS, BrokenUnit, Faults, retrying
-from data.read.pool import UnitCache
 from data.read.remote import fetch
+from data.read.unit_cache import UnitCache
 from data.text.tokenizer import Tokenizer
 from tests.data.conftest import text_of
 from tests.data.kinds import encoded, write_jsonl, write_parquet_text, write_parquet_tokens
@@ -69,7 +69,7 @@ def assert_equal_steps(found: list, expected: list) -> None:
 def test_a_killed_worker_loses_nothing(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, _ = tokens_of(config)
     # Units are dropped at once, so that every step asks the workers for some.
-    monkeypatch.setattr("data.read.pool.KEPT_TOKENS", 0)
+    monkeypatch.setattr("data.read.unit_cache.KEPT_TOKENS", 0)
 
     def kill(step: int, stream: TokenStream) -> None:
         if step in (3, 15):
@@ -83,8 +83,8 @@ def test_a_killed_worker_loses_nothing(config: DataConfig, monkeypatch: pytest.M
 
 
 def test_workers_that_keep_dying_end_the_run(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.read.pool.MAX_RESTARTS", 1)
-    monkeypatch.setattr("data.read.pool.start_worker", lambda readers: os._exit(1))
+    monkeypatch.setattr("data.read.workers.MAX_RESTARTS", 1)
+    monkeypatch.setattr("data.read.workers.start_worker", lambda readers: os._exit(1))
     cache = UnitCache([(s.train, s.sizes) for s in Dataset(config).sources], workers=1)
     monkeypatch.setattr(cache._workers, "_start", lambda: DyingPool())
     cache._workers._pool = DyingPool()
@@ -110,7 +110,7 @@ def test_a_server_that_fails_every_tenth_read(config: DataConfig, tmp_path: Path
     expected, _ = tokens_of(local)
     with serving(tmp_path) as server:
         server.fails_every = 10
-        monkeypatch.setattr("data.read.pool.KEPT_TOKENS", 0)  # units are fetched again and again
+        monkeypatch.setattr("data.read.unit_cache.KEPT_TOKENS", 0)  # units are fetched again and again
         remote = replace(local, corpus=server.url(Path(config.corpus)), cache=str(tmp_path / "other"))
         found, faults = tokens_of(remote)
         assert_equal_steps(found, expected)
@@ -157,8 +157,8 @@ def prepared(make_corpus: Callable[..., Corpus], tmp_path: Path) -> tuple[DataCo
 def test_a_shard_deleted_in_mid_run(prepared, packing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config, corpus = replace(prepared[0], packing=packing), prepared[1]
     monkeypatch.setattr("data.order.stream.WINDOW_SAMPLES", 4)
-    monkeypatch.setattr("data.read.pool.KEPT_TOKENS", 0)
-    monkeypatch.setattr("data.read.pool.KEPT_UNITS", 1)
+    monkeypatch.setattr("data.read.unit_cache.KEPT_TOKENS", 0)
+    monkeypatch.setattr("data.read.unit_cache.KEPT_UNITS", 1)
     expected, _ = tokens_of(config)
     stream = Dataset(config).train_stream(seed=3)
     victim = int(stream._unit_layout(0)[0][3])  # read after the first steps
@@ -289,13 +289,13 @@ def test_a_changed_file_is_counted_again(config: DataConfig, tokenizer_file: Pat
 
 def test_a_killed_count_goes_on_where_it_was(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     reader = Dataset(config).sources[0].train
-    whole = measure(reader, "best_fit", SEQ, Path(config.cache))
+    whole = count_units(reader, "best_fit", SEQ, Path(config.cache))
     (journal,) = Path(config.cache, "sizes").iterdir()
     lines = journal.read_text().splitlines(keepends=True)
     journal.write_text("".join(lines[:5]) + lines[5][:-3])  # torn off within a line
     counted = []
-    monkeypatch.setattr("data.order.index._scan", lambda r, u, s, scan=_scan: counted.append(u) or scan(r, u, s))
-    again = measure(reader, "best_fit", SEQ, Path(config.cache))
+    monkeypatch.setattr("data.order.counting._scan", lambda r, u, s, scan=_scan: counted.append(u) or scan(r, u, s))
+    again = count_units(reader, "best_fit", SEQ, Path(config.cache))
     assert counted == list(range(5, reader.num_units))
     assert again.samples.tolist() == whole.samples.tolist() and again.digest == whole.digest
     assert journal.read_text() == "".join(lines)

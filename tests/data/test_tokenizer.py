@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers
 
+from data.config import EOD_TOKEN
 from data.errors import CorpusError
-from data.text.tokenizer import EOD_TOKEN, Tokenizer, train_bpe
+from data.text.tokenizer import Tokenizer, train_bpe
 
 TEXTS = [
     "naïve façade",

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import yaml
 
-from data.config import DataConfig, check_data
+from data.config import DataConfig
+from data.dataset import check_data
 from data.errors import CorpusError, one_line
 from data.files import why_unwritable
 from data.order.batches import BatchSchedule

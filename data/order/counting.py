@@ -22,19 +22,20 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from data.config import BEST_FIT
 from data.errors import CorpusError
-from data.order.packing import BEST_FIT, best_fit
+from data.order.packing import best_fit
 from data.progress import count_bar
-from data.read import pool
 from data.read.faults import BrokenUnit, Faults
 from data.read.readers import Reader, digest_of
 from data.read.units import Sizes
+from data.read.workers import reader_of, start_worker
 
-VERSION = 1
+COUNTS_VERSION = 1
 MIN_PARALLEL_BYTES = 2**26  # below, starting processes takes longer than reading
 
 
-def measure(reader: Reader, packing: str, seq_length: int, cache: Path, skips: bool = False) -> Sizes:
+def count_units(reader: Reader, packing: str, seq_length: int, cache: Path, skips: bool = False) -> Sizes:
     """The sizes of a reader's units, with their numbers of samples for best-fit packing.
 
     Args:
@@ -46,7 +47,7 @@ def measure(reader: Reader, packing: str, seq_length: int, cache: Path, skips: b
     sizes = reader.known()
     if sizes is not None and packing != BEST_FIT:
         return sizes
-    key = digest_of([VERSION, reader.identity, seq_length if packing == BEST_FIT else 0])
+    key = digest_of([COUNTS_VERSION, reader.identity, seq_length if packing == BEST_FIT else 0])
     journal = cache / "sizes" / f"{key[:32]}.jsonl"
     entries = _read_journal(journal)
     missing = [unit for unit in range(reader.num_units) if unit not in entries]
@@ -97,7 +98,7 @@ def _scan(reader: Reader, unit: int, seq_length: int | None) -> list[Any] | Brok
 
 def _scan_here(task: tuple[int, int | None]) -> list[Any] | BrokenUnit:
     unit, seq_length = task
-    return _scan(pool.reader(0), unit, seq_length)
+    return _scan(reader_of(0), unit, seq_length)
 
 
 def _scan_all(reader: Reader, units: list[int], seq_length: int | None) -> Iterator[tuple[int, list[Any] | BrokenUnit]]:
@@ -107,7 +108,7 @@ def _scan_all(reader: Reader, units: list[int], seq_length: int | None) -> Itera
             yield unit, _scan(reader, unit, seq_length)
         return
     with ProcessPoolExecutor(
-        processes, mp_context=get_context("spawn"), initializer=pool.start_worker, initargs=([reader],)
+        processes, mp_context=get_context("spawn"), initializer=start_worker, initargs=([reader],)
     ) as workers:
         yield from zip(units, workers.map(_scan_here, [(unit, seq_length) for unit in units]), strict=True)
 

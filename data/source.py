@@ -1,0 +1,97 @@
+"""One source of a run: which reader its path names, what of it is held out, and the checks that cost no reading."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from data.config import EMBEDDED, DataConfig, source_paths
+from data.errors import CorpusError
+from data.files import why_unwritable
+from data.order.stream import permutation
+from data.prepare.embedded import library_root
+from data.prepare.prepare import embedded_corpus
+from data.read.corpus import Corpus
+from data.read.manifest import HELDOUT, TRAIN, is_corpus
+from data.read.megatron_files import MegatronReader, megatron_prefix
+from data.read.readers import ChosenUnits, PreparedReader, Reader
+from data.read.remote import is_url, list_files
+from data.read.row_files import ArrowReader, JsonlReader, ParquetReader
+from data.text.tokenizer import Tokenizer, check_vocab_size
+
+# Of files that are read as they are, by their endings.
+READERS: dict[str, Callable[..., Reader]] = {".parquet": ParquetReader, ".jsonl": JsonlReader, ".arrow": ArrowReader}
+
+
+def check_source(path: str, config: DataConfig) -> None:
+    """Refuses a source that is not there; what lies on other machines is asked for when it is opened.
+
+    Raises:
+        CorpusError: the setting, in one line.
+    """
+    if path == EMBEDDED:
+        check_vocab_size("data.vocab_size", config.vocab_size)
+        library_root()
+        if reason := why_unwritable(Path(config.cache).expanduser()):
+            raise CorpusError(f"data.cache={config.cache} cannot be written: {reason}")
+    elif is_corpus(Path(path).expanduser()):
+        Corpus.open(path)
+    elif not is_url(path) and megatron_prefix(path) is None:
+        directory = Path(path).expanduser()
+        if directory.is_dir() and not any(directory.iterdir()):
+            raise CorpusError(f"data.corpus={path} is empty: set it to a corpus made by prepare, or to embedded")
+        list_files(path, tuple(READERS))
+
+
+def prepared_directory(path: str, config: DataConfig) -> Path | None:
+    """The directory of a corpus made by prepare (the embedded one is made first); None for other sources."""
+    if path == EMBEDDED:
+        return embedded_corpus(config)
+    directory = Path(path).expanduser()
+    return directory if is_corpus(directory) else None
+
+
+def common_tokenizer(config: DataConfig, corpora: dict[str, Corpus]) -> Tokenizer:
+    """The one tokenizer of all sources."""
+    given = {path: corpus.tokenizer() for path, corpus in corpora.items()}
+    if config.tokenizer:
+        given["data.tokenizer"] = Tokenizer.from_path(config.tokenizer, config.eod_token)
+    if not given:
+        raise CorpusError(
+            f"data.tokenizer must be given: {source_paths(config)[0][0]} is no corpus made by prepare, so name the "
+            f"tokenizer.json that its tokens are of, or that its text is to be tokenized with"
+        )
+    (first, tokenizer), *others = given.items()
+    for path, other in others:
+        if (other.sha256, other.eod_id) != (tokenizer.sha256, tokenizer.eod_id):
+            raise CorpusError(f"{path} and {first} have different tokenizers: sources that are mixed must share one")
+    return tokenizer
+
+
+def splits(path: str, corpus: Corpus | None, config: DataConfig, tokenizer: Tokenizer) -> tuple[Reader, Reader]:
+    """Readers of a source for training and of its held-out documents."""
+    if corpus is not None:
+        return PreparedReader(corpus, TRAIN), PreparedReader(corpus, HELDOUT)
+    return _split_units(_direct(path, config, tokenizer), config.heldout_fraction)
+
+
+def _direct(path: str, config: DataConfig, tokenizer: Tokenizer) -> Reader:
+    """The reader of files that prepare has not seen."""
+    prefix = megatron_prefix(path)
+    if prefix is not None:
+        return MegatronReader(path, prefix, tokenizer)
+    files = list_files(path, tuple(READERS))
+    endings = {Path(file.path).suffix for file in files}
+    if len(endings) > 1:
+        raise CorpusError(f"data.corpus={path} mixes {' and '.join(sorted(endings))}: give files of one kind")
+    return READERS[endings.pop()](path, files, config.column, tokenizer)
+
+
+def _split_units(reader: Reader, heldout_fraction: float) -> tuple[Reader, Reader]:
+    """Readers for training and of held-out units, the same in every run."""
+    count = max(1, round(heldout_fraction * reader.num_units)) if heldout_fraction else 0
+    if count >= reader.num_units:
+        raise CorpusError(
+            f"data.corpus={reader.path} has {reader.num_units} unit (row group, or piece of a file), and {count} would "
+            f"be held out for evaluation: write it in smaller row groups, or prepare it"
+        )
+    order = permutation(reader.num_units, 0)
+    return ChosenUnits(reader, sorted(order[count:])), ChosenUnits(reader, sorted(order[:count]))
