@@ -9,11 +9,11 @@ from typing import Protocol
 from parallel.topology import Topology
 
 FLOAT32_BYTES = 4
-MOMENTS = 2  # of AdamW
+NUM_MOMENTS = 2  # of AdamW
 TENSOR, EXPERT = "tensor", "expert"
 
 
-class Weight(Protocol):
+class WeightSize(Protocol):
     """One parameter of the model: its numbers, what it is cut over (`TENSOR`, `EXPERT` or neither), its type."""
 
     @property
@@ -26,12 +26,12 @@ class Weight(Protocol):
     def float32(self) -> bool: ...
 
 
-def held(weight: Weight, topology: Topology) -> float:
+def held(weight: WeightSize, topology: Topology) -> float:
     """Numbers of a parameter that one process of its pipeline stage holds."""
     return weight.numel / {TENSOR: topology.tensor, EXPERT: topology.expert_owners}.get(weight.cut, 1)
 
 
-def replicas(weight: Weight, topology: Topology) -> int:
+def replicas(weight: WeightSize, topology: Topology) -> int:
     """Processes that hold the same part of a parameter, over which its gradient is summed and its optimizer cut.
 
     Tensor and context ranks route tokens of their own, so experts are spread over them too. Where nothing spreads
@@ -42,7 +42,7 @@ def replicas(weight: Weight, topology: Topology) -> int:
     return topology.data * topology.context
 
 
-def state_bytes(weights: Iterable[Weight], topology: Topology, element: int) -> dict[str, float]:
+def state_bytes(weights: Iterable[WeightSize], topology: Topology, element: int) -> dict[str, float]:
     """Bytes of a process's weights, of their float32 gradients, and of its share of AdamW's state.
 
     A parameter that is not float32 has a float32 master copy, which is cut like the two moments. Buffers are padded
@@ -57,7 +57,7 @@ def state_bytes(weights: Iterable[Weight], topology: Topology, element: int) -> 
         wide = weight.float32 or element == FLOAT32_BYTES
         total["weights"] += numel * (FLOAT32_BYTES if wide else element)
         total["gradients"] += numel * FLOAT32_BYTES
-        total["optimizer"] += numel * FLOAT32_BYTES * (MOMENTS + (not wide)) / replicas(weight, topology)
+        total["optimizer"] += numel * FLOAT32_BYTES * (NUM_MOMENTS + (not wide)) / replicas(weight, topology)
     return total
 
 
@@ -84,7 +84,7 @@ def ring_bytes(whole: float, processes: int) -> float:
     return whole * (processes - 1) / processes
 
 
-def gradient_traffic(weights: Iterable[Weight], topology: Topology, element: int) -> dict[str, float]:
+def gradient_traffic(weights: Iterable[WeightSize], topology: Topology, element: int) -> dict[str, float]:
     """Bytes that a process sends once a step: float32 gradients summed and scattered, then new parameters gathered."""
     total = {"gradient reduce-scatter": 0.0, "parameter all-gather": 0.0}
     for weight in weights:

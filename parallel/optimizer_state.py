@@ -49,7 +49,7 @@ def _within(row: int, inner: Iterator[Box]) -> Iterator[Box]:
 
 
 @dataclass(frozen=True)
-class Part:
+class OptimizerShard:
     """A process's part of a parameter as the optimizer holds it.
 
     Attributes:
@@ -70,14 +70,14 @@ class Part:
         return found | ({} if self.parameter.dtype == torch.float32 else {MASTER: self.main})
 
 
-def parts(optimizers: list[DistributedOptimizer]) -> Iterator[Part]:
+def parts(optimizers: list[DistributedOptimizer]) -> Iterator[OptimizerShard]:
     """What this process holds of every parameter."""
     for optimizer in optimizers:
         ranges = (bucket for buffer in optimizer.gbuf_ranges for buckets in buffer.values() for bucket in buckets)
         for parameter, places in ((p, places) for bucket in ranges for p, places in bucket["param_map"].items()):
             group, order = optimizer.model_param_group_index_map[parameter]
             main = optimizer.optimizer.param_groups[group]["params"][order]
-            yield Part(optimizer.optimizer, parameter, main, places["param"].start, places["param"].end)
+            yield OptimizerShard(optimizer.optimizer, parameter, main, places["param"].start, places["param"].end)
 
 
 def sharded_state(optimizers: list[DistributedOptimizer], weights: State) -> dict[str, list[ShardedTensor]]:
@@ -106,7 +106,7 @@ def take(optimizers: list[DistributedOptimizer], weights: State, state: dict[str
                 view.copy_(values.view_as(view))
 
 
-def _views(part: Part, tensor: Tensor) -> Iterator[tuple[Box, Tensor]]:
+def _views(part: OptimizerShard, tensor: Tensor) -> Iterator[tuple[Box, Tensor]]:
     done = 0
     for first, size in boxes(tuple(part.parameter.shape), part.start, part.stop):
         numel = math.prod(size)

@@ -34,17 +34,17 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-FORMAT = CheckpointingConfig("torch_dist", 1)
+TORCH_DIST = CheckpointingConfig("torch_dist", 1)
 COMMON = ShardedObject("common_state", None, (1,), (0,)).unique_key  # where megatron-core keeps all but tensors
 
 
 @dataclass(frozen=True)
-class Chunk:
+class StoredSlice:
     """Some rows of a tensor, and how to come by them.
 
     Attributes:
-        name: of the tensor. whole: its shape. first: the chunk's first row. shape: of the chunk.
-        make: called when the chunk is written; its tensor is let go before the next one is made.
+        name: of the tensor. whole: its shape. first: the piece's first row. shape: of the piece.
+        make: called when the piece is written; its tensor is let go before the next one is made.
     """
 
     name: str
@@ -85,15 +85,15 @@ class StoredTensors:
 
 
 class _Planner(dcp.DefaultSavePlanner):
-    """Plans chunks that do not exist yet, and makes each when its turn comes."""
+    """Plans slices that do not exist yet, and makes each when its turn comes."""
 
-    def __init__(self, chunks: list[Chunk]) -> None:
+    def __init__(self, slices: list[StoredSlice]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self._chunks = {(chunk.name, chunk.first): chunk for chunk in chunks}
+        self._slices = {(piece.name, piece.first): piece for piece in slices}
 
     def create_local_plan(self) -> SavePlan:
         plan = super().create_local_plan()
-        items = [_item(chunk) for chunk in self._chunks.values()]
+        items = [_item(piece) for piece in self._slices.values()]
         self.plan = dataclasses.replace(plan, items=[*plan.items, *items])
         return self.plan
 
@@ -101,23 +101,23 @@ class _Planner(dcp.DefaultSavePlanner):
         if write_item.type == WriteItemType.BYTE_IO:
             return self.state_dict[write_item.index.fqn]  # already as megatron-core stores it
         offset = write_item.index.offset
-        assert offset is not None  # `_item` gives one to every chunk
-        chunk = self._chunks[write_item.index.fqn, offset[0]]
-        tensor = chunk.make()
-        if tuple(tensor.shape) != chunk.shape or tensor.dtype != chunk.dtype:
-            raise RuntimeError(f"{chunk.name} was made as {tuple(tensor.shape)} {tensor.dtype}, not as planned")
+        assert offset is not None  # `_item` gives one to every piece
+        piece = self._slices[write_item.index.fqn, offset[0]]
+        tensor = piece.make()
+        if tuple(tensor.shape) != piece.shape or tensor.dtype != piece.dtype:
+            raise RuntimeError(f"{piece.name} was made as {tuple(tensor.shape)} {tensor.dtype}, not as planned")
         return tensor
 
 
-def _item(chunk: Chunk) -> WriteItem:
-    offsets = torch.Size([chunk.first, *[0] * (len(chunk.whole) - 1)])
+def _item(piece: StoredSlice) -> WriteItem:
+    offsets = torch.Size([piece.first, *[0] * (len(piece.whole) - 1)])
     return WriteItem(
-        index=MetadataIndex(chunk.name, offsets),
+        index=MetadataIndex(piece.name, offsets),
         type=WriteItemType.SHARD,
         tensor_data=TensorWriteData(
-            ChunkStorageMetadata(offsets, torch.Size(chunk.shape)),
-            TensorProperties(dtype=chunk.dtype),
-            torch.Size(chunk.whole),
+            ChunkStorageMetadata(offsets, torch.Size(piece.shape)),
+            TensorProperties(dtype=piece.dtype),
+            torch.Size(piece.whole),
         ),
     )
 
@@ -136,9 +136,9 @@ class _Writer(dcp.FileSystemWriter):
         return done
 
 
-def write(checkpoint: Path, chunks: list[Chunk]) -> None:
-    """Writes a checkpoint of tensors alone into an empty directory, one chunk after the other."""
+def write_checkpoint(checkpoint: Path, slices: list[StoredSlice]) -> None:
+    """Writes a checkpoint of tensors alone into an empty directory, one piece after the other."""
     common = io.BytesIO()
     torch.save([{}], common)
-    dcp.save({COMMON: common}, storage_writer=_Writer(checkpoint), planner=_Planner(chunks), no_dist=True)
-    save_config(FORMAT, str(checkpoint))
+    dcp.save({COMMON: common}, storage_writer=_Writer(checkpoint), planner=_Planner(slices), no_dist=True)
+    save_config(TORCH_DIST, str(checkpoint))

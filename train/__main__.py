@@ -27,15 +27,16 @@ from train.arguments import CommandLine, combinations, label, named, read, share
 from train.hub.settings import ExportConfig, ImportConfig, check_export, check_import
 from train.job.directory import last_checkpoint, require_checkpoint, require_same_data, steps_done
 from train.job.footprint import planned_vocab
-from train.plan.estimate import PEERS, EstimateConfig, check_budget
-from train.plan.estimate import estimate as estimate_text
+from train.plan.estimate import PUBLISHED, EstimateConfig, check_budget, estimate_text
 from train.plan.propose import proposals
 from train.settings.commands import (
     BenchConfig,
+    DryRunConfig,
     EvaluateConfig,
     GenerateConfig,
     check_bench,
     check_draft,
+    check_dry_run,
     check_evaluate,
     check_generate,
     check_variants,
@@ -155,14 +156,20 @@ def sweep(command: str, line: CommandLine) -> int:
 
 def train(arguments: list[str]) -> int:
     """Trains a recipe, or resumes the run of that name."""
+    own = [argument for argument in arguments if argument.startswith("dry_run.")]
+    place = from_text(DryRunConfig, own).dry_run
+    arguments = [argument for argument in arguments if argument not in own]
     config = compose(arguments)
+    if own and not config.run.dry_run:
+        raise ConfigError(f"{own[0]} but run.dry_run=false: add run.dry_run=true, or leave it out")
     if config.run.dry_run:
         topology = check_plan(config, config.parallel.world or front.num_processes())
+        check_dry_run(place, topology.world)
         vocab_size = planned_vocab(config, topology)
         quiet_upstream()
         from train.plan.dry_run import dry_run
 
-        print(dry_run(config, topology, vocab_size))
+        print(dry_run(config, topology, vocab_size, place.rank))
         return 0
     processes = front.world_size() or front.num_processes()
     check(config, processes)
@@ -245,7 +252,7 @@ def estimate(arguments: list[str]) -> int:
         print("\n".join(proposals(config, budget)))
         return 0
     topology = check_plan(config, config.parallel.world or front.layout_size(config.parallel))
-    peers = {peer.recipe: compose(["-cn", peer.recipe], planned=True) for peer in PEERS} if budget.compare else {}
+    peers = {peer.recipe: compose(["-cn", peer.recipe], planned=True) for peer in PUBLISHED} if budget.compare else {}
     print(estimate_text(config, topology, budget, peers))
     return 0
 
@@ -254,7 +261,7 @@ def export(arguments: list[str]) -> int:
     """Writes a run's weights as a Hugging Face checkpoint."""
     config = from_text(ExportConfig, _named(arguments))
     run, checkpoint = check_export(config)
-    from train.hub.convert import export as export_run
+    from train.hub.convert import export_run
 
     export_run(config, run, checkpoint)
     print(f"{checkpoint} is now in {config.out}, for transformers, vLLM and SGLang")
@@ -337,12 +344,12 @@ def main() -> int:
     try:
         return run(sys.argv[1:])
     except USER_ERRORS as error:
-        front.report(error)
+        front.report_mistake(error)
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except Exception as error:
-        front.record(error)
+        front.record_failure(error)
         raise
 
 

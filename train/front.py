@@ -79,15 +79,15 @@ def ensure_corpus(data: DataConfig) -> Dataset:
     return dataset
 
 
-def report(error: Exception) -> None:
+def report_mistake(error: Exception) -> None:
     """Tells the user of a mistake in one line; a worker leaves that to the process that started it."""
     if ERROR_FILE in os.environ:
-        record(error)
+        record_failure(error)
     else:
         print(f"error: {error}", file=sys.stderr)
 
 
-def record(error: Exception) -> None:
+def record_failure(error: Exception) -> None:
     """Leaves a worker's exception where its starter looks for it."""
     if ERROR_FILE in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler

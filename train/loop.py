@@ -21,7 +21,7 @@ from train.job.schedule import learning_rate
 from train.measure.doctor import refuse_wrong_kernels
 from train.settings.run import Config, batch_schedule, describe, save_config
 from train.settings.tree import ConfigError
-from train.use.evaluate import heldout_acceptance, heldout_metrics, microbatch, report
+from train.use.evaluate import draft_metrics, heldout_line, heldout_metrics, microbatch
 from train.watch import metrics
 from train.watch.speed import Speedometer
 from train.watch.trackers import Tracker, build_trackers
@@ -132,7 +132,7 @@ def fit(
             values |= {metrics.GRAD_NORM: grad_norm, metrics.LR: lr, **speed.take(), **data_metrics(job, loader)}
         if due(step, run.eval_every, run.steps):
             engine.gather_weights()
-            values |= heldout_metrics(job, run.eval_samples) | heldout_acceptance(job, run.eval_prompts)
+            values |= heldout_metrics(job, run.eval_samples) | draft_metrics(job, run.eval_prompts)
         if step == 1 and routers_start:
             values |= routers_start
             if job.is_first:
@@ -146,7 +146,7 @@ def fit(
         if reason:
             break
     if job.is_first and metrics.HELDOUT_LM_LOSS in values:
-        print(report(values), flush=True)
+        print(heldout_line(values), flush=True)
     return step, reason
 
 

@@ -48,10 +48,10 @@ def histograms(job: Job, batches: list[MicroBatch]) -> Tensor:
 
 def _has_counts(job: Job, own: dict[int, Balance]) -> bool:
     """Whether the counts of a last step are known, in this process's memory or from a checkpoint."""
-    if not job.memory.has_counts:
+    if not job.routing.has_counts:
         counted = sum((balance.counts.sum() for balance in own.values()), torch.zeros((), device=job.device))
-        job.memory.has_counts = bool(max_over_all(counted))
-    return job.memory.has_counts
+        job.routing.has_counts = bool(max_over_all(counted))
+    return job.routing.has_counts
 
 
 @torch.no_grad()

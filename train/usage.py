@@ -8,7 +8,7 @@ from pathlib import Path
 from data.config import PrepareConfig
 from train.hub.settings import ExportConfig, ImportConfig
 from train.plan.estimate import EstimateConfig
-from train.settings.commands import BenchConfig, EvaluateConfig, GenerateConfig
+from train.settings.commands import BenchConfig, DryRunConfig, EvaluateConfig, GenerateConfig
 from train.settings.run import Config
 from train.settings.tree import MISSING, Setting, settings
 
@@ -81,7 +81,7 @@ OPTIONS = {
     "-c, --cfg job": "shows what the recipe and the settings come to, and ends",
 }
 CONFIGS = {
-    "train": Config,
+    "train": DryRunConfig,
     "estimate": EstimateConfig,
     "prepare": PrepareConfig,
     "evaluate": EvaluateConfig,
@@ -144,17 +144,18 @@ def command_help(command: str) -> str:
         lines += ["", "NPROC=n sets the processes on this machine; else one a GPU, or 2 on CPU; generate: 1."]
     where = ", used where the recipe says nothing" if command == "train" else ""
     lines += ["", f"settings with their defaults{where}:", ""]
-    return "\n".join(lines + _settings(CONFIGS[command]))
+    recipe_settings = [*_settings(Config), ""] if command == "train" else []
+    return "\n".join(lines + recipe_settings + _settings(CONFIGS[command]))
 
 
 def _settings(cls: type) -> list[str]:
     listed = list(settings(cls))
-    width = max(len(f"{setting.path}={_shown(setting)}") for setting in listed)
+    width = max(len(f"{setting.path}={_default_text(setting)}") for setting in listed)
     lines: list[str] = []
     for _, section in groupby(listed, key=lambda setting: setting.path.rpartition(".")[0]):
         lines += [""] if lines else []
         for setting in section:
-            lines += _entry(f"{setting.path}={_shown(setting)}", setting.help, width)
+            lines += _entry(f"{setting.path}={_default_text(setting)}", setting.help, width)
     return lines
 
 
@@ -164,7 +165,7 @@ def _entry(left: str, text: str, width: int) -> list[str]:
     return [f"  {left:<{width}}  {first}", *(" " * (width + 4) + line for line in rest)]
 
 
-def _shown(setting: Setting) -> str:
+def _default_text(setting: Setting) -> str:
     if setting.default is None:
         return "null"
     if setting.default == MISSING:

@@ -63,9 +63,10 @@ def add_checkpoint(run: Path, weights: dict[str, Tensor], step: int = 1) -> Path
     path = checkpoint_path(run, step)
     path.mkdir(parents=True)
     chunks = [
-        stored.Chunk(name, tuple(x.shape), 0, tuple(x.shape), x.dtype, lambda x=x: x) for name, x in weights.items()
+        stored.StoredSlice(name, tuple(x.shape), 0, tuple(x.shape), x.dtype, lambda x=x: x)
+        for name, x in weights.items()
     ]
-    stored.write(path, chunks)
+    stored.write_checkpoint(path, chunks)
     write_state(path, step, {}, {})
     return path
 

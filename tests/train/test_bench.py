@@ -15,7 +15,7 @@ from model.stack import hybrid_config
 from tests.model.helpers import SMALL
 from train.__main__ import run
 from train.measure import doctor
-from train.measure.bench import Result, Timing, random_batches, report
+from train.measure.bench import Result, Timing, random_batches, results_page
 from train.measure.breakdown import Stopwatch
 from train.measure.peers import missing
 from train.measure.timing import WARM_UP, run_steps
@@ -128,7 +128,9 @@ def test_steps_start_without_gradients_and_the_warm_up_does_not_count() -> None:
 
 def test_the_page_names_hardware_and_what_was_left_out() -> None:
     timing = Timing("tessera", 2, 71.9, 35.0, 114e3, 415.0, 0.53, 30.4)
-    text = report(Result({"device": "a card"}, 778.0, [timing], left_out={"transformers at 8 sequences": "no memory"}))
+    text = results_page(
+        Result({"device": "a card"}, 778.0, [timing], left_out={"transformers at 8 sequences": "no memory"})
+    )
     for part in ("device: a card", "114.0k tokens/s", "30.4 GB", "53% of matmul", "8 sequences: no memory"):
         assert part in text
 

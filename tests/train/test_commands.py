@@ -10,7 +10,7 @@ import pytest
 
 from train import usage
 from train.__main__ import compose, run
-from train.settings.run import USER_ERRORS, check, save_config
+from train.settings.run import USER_ERRORS, Config, check, save_config
 from train.settings.tree import settings
 
 ROOT = Path(__file__).parents[2]
@@ -140,7 +140,7 @@ def test_quotes_and_null_are_read():
 def test_help_names_every_setting_with_its_meaning(command, capsys):
     assert run([command, "--help"]) == 0
     text = capsys.readouterr().out
-    for setting in settings(usage.CONFIGS[command]):
+    for setting in [*settings(usage.CONFIGS[command]), *(settings(Config) if command == "train" else ())]:
         assert f"\n  {setting.path}=" in text
         assert " ".join(setting.help.split()) in " ".join(text.split())
     assert f"usage: ./launch.sh {command} " in text

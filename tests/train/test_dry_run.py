@@ -28,7 +28,7 @@ def gib(text: str, name: str) -> float:
 @pytest.mark.parametrize(("world", "batch"), [(64, 1024), (512, 1024), (2048, 4096)])
 def test_a_rank_of_any_world_in_seconds(world: int, batch: int) -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    result = dry(f"parallel.world={world}", f"rank={world - 1}", f"batch.global={batch}")
+    result = dry(f"parallel.world={world}", f"dry_run.rank={world - 1}", f"batch.global={batch}")
     assert result.returncode == 0, result.stderr
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     # Seconds of computing, so that a busy machine does not count.
@@ -49,7 +49,7 @@ def test_a_rank_of_any_world_in_seconds(world: int, batch: int) -> None:
 def test_a_stage_of_a_pipeline() -> None:
     pattern = "model.pattern='" + "GEGEGE*E" * 6 + "|" + "GEGEGE*E" * 6 + "'"
     layout = ["parallel.world=64", "parallel.pipeline=2", "parallel.tensor=2", "parallel.expert=16", "model.repeats=1"]
-    first, last = (dry(pattern, *layout, f"rank={rank}") for rank in (0, 63))
+    first, last = (dry(pattern, *layout, f"dry_run.rank={rank}") for rank in (0, 63))
     assert first.returncode == last.returncode == 0, first.stderr + last.stderr
     assert "tensor 1, pipeline 1, context 0, data 15; experts part 15 of 16" in last.stdout
     assert "pipeline: operations of each stage relative to an even share: 0.8" in first.stdout
@@ -64,7 +64,7 @@ def test_a_stage_of_a_pipeline() -> None:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["parallel.world=64", "rank=64"], "rank=64 is not one of 64 processes: choose 0 to 63"),
+        (["parallel.world=64", "dry_run.rank=64"], "dry_run.rank=64 is not one of 64 processes: choose 0 to 63"),
         (["parallel.world=48"], "parallel.expert=64 does not divide"),
         (["model.vocab_size=null"], "model.vocab_size=null takes the corpus's"),
         (["parallel.world=2048"], "batch.global=1024 is not a multiple of"),
@@ -74,3 +74,8 @@ def test_mistakes_are_refused_with_one_line(arguments: list[str], complaint: str
     with pytest.raises(USER_ERRORS) as refusal:
         run(["train", *RECIPE, *arguments])
     assert str(refusal.value).startswith(complaint) and "\n" not in str(refusal.value)
+
+
+def test_a_rank_without_a_dry_run_is_refused() -> None:
+    with pytest.raises(USER_ERRORS, match=r"dry_run.rank=3 but run.dry_run=false"):
+        run(["train", "dry_run.rank=3"])

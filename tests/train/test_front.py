@@ -26,7 +26,7 @@ sys.exit(launch(sys.argv[1:], 2))
 WORKER = """
 import os, signal, sys, time
 from pathlib import Path
-from train.front import record, report
+from train.front import record_failure, report_mistake
 from train.settings.tree import ConfigError
 
 mode, rank = sys.argv[1], int(os.environ["RANK"])
@@ -45,7 +45,7 @@ while not ready.exists():
 if mode == "crash" and rank == 1:
     sys.exit(3)
 if mode == "mistake" and rank == 1:
-    report(ConfigError("data.corpus=x has a bad shard: prepare it again"))
+    report_mistake(ConfigError("data.corpus=x has a bad shard: prepare it again"))
     sys.exit(2)
 if mode == "killed" and rank == 1:
     os.kill(os.getpid(), signal.SIGKILL)
@@ -53,7 +53,7 @@ while not signals:
     time.sleep(0.02)
 time.sleep(60 if mode == "hang" else 0.5 + rank)  # saving, and not all are done at once
 if mode == "full" and rank == 1:
-    record(OSError("disk full"))
+    record_failure(OSError("disk full"))
     sys.exit(1)
 os.write(1, f"saved {rank} {len(signals)}\\n".encode())
 sys.exit(128 + signals[0])

@@ -62,7 +62,7 @@ def test_a_slice_of_80b(tmp_path: Path) -> None:
     path = checkpoint_path(run.run.path, 1)
     path.mkdir(parents=True)
     chunks = [
-        stored.Chunk(
+        stored.StoredSlice(
             piece.ours,
             piece.whole,
             0,
@@ -72,7 +72,7 @@ def test_a_slice_of_80b(tmp_path: Path) -> None:
         )
         for piece in pieces
     ]
-    stored.write(path, chunks)
+    stored.write_checkpoint(path, chunks)
     write_state(path, 1, {}, {})
     size = sum(math.prod(chunk.whole) * chunk.dtype.itemsize for chunk in chunks)
     place = f"run.dir={tmp_path}"

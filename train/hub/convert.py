@@ -22,15 +22,15 @@ from model.hf import config as hf_config
 from model.hf import names as hf
 from model.stack import DTYPES
 from parallel import stored
-from train.hub.safetensors_files import DTYPES as READABLE
-from train.hub.safetensors_files import Planned, Reader, Writer
+from train.hub.safetensors_files import TORCH_DTYPES as READABLE
+from train.hub.safetensors_files import PlannedTensor, SafetensorsReader, SafetensorsWriter
 from train.hub.settings import HF_CONFIG, TOKENIZER_DIR, ExportConfig, ImportConfig, max_length, read_json
 from train.hub.tokenizer_files import TOKENIZER_CONFIG_FILE, TOKENIZER_FILES, write_tokenizer
 from train.job.directory import COUNTS, checkpoint_path, write_state
 from train.settings.run import Config, save_config
 from train.settings.tree import ConfigError
 
-NOTES = "tessera.json"  # what no other file has room for: the output norms of Gated DeltaNet before 1 was added
+EXACT_FILE = "tessera.json"  # what no other file has room for: the output norms of Gated DeltaNet before 1 was added
 WEIGHTS = ("embedding.", "decoder.", "output_layer.", "mtp.")  # of a checkpoint, beside the optimizer's
 LISTED = 20  # names of one kind that an error lists
 CHUNK_BYTES = 64 * 2**20  # of experts that an import writes as one part
@@ -86,7 +86,7 @@ def appearing(directory: Path) -> Iterator[Path]:
         shutil.rmtree(building, ignore_errors=True)
 
 
-def export(config: ExportConfig, run: Config, checkpoint: Path) -> None:
+def export_run(config: ExportConfig, run: Config, checkpoint: Path) -> None:
     """Writes a run's checkpoint as a Hugging Face checkpoint.
 
     Raises:
@@ -110,7 +110,7 @@ def export(config: ExportConfig, run: Config, checkpoint: Path) -> None:
         _write_json(building / HF_CONFIG, values)
         ids = {"eos_token_id": tokenizer.eod_id, "pad_token_id": tokenizer.eod_id}
         _write_json(building / GENERATION_CONFIG, {**ids, "do_sample": False})
-        _write_json(building / NOTES, {"exact": exact})
+        _write_json(building / EXACT_FILE, {"exact": exact})
         if (imported := run.run.path / TOKENIZER_DIR).is_dir():
             _copy_tokenizer(imported, building)
         else:
@@ -125,8 +125,8 @@ def _write_weights(
     def written(piece: hf.Piece) -> torch.dtype:
         return torch.float32 if piece.float32 else dtype
 
-    planned = [Planned(part.name, part.shape, written(piece)) for piece in pieces for part in piece.parts]
-    writer, broken, exact = Writer(directory, planned, limit), [], {}
+    planned = [PlannedTensor(part.name, part.shape, written(piece)) for piece in pieces for part in piece.parts]
+    writer, broken, exact = SafetensorsWriter(directory, planned, limit), [], {}
     with byte_bar("exporting", sum(tensor.num_bytes for tensor in planned)) as bar:
         for piece in pieces:
             ours = source.read(piece.ours)
@@ -177,7 +177,7 @@ def import_run(config: ImportConfig, run: Config) -> Path:
         ConfigError: tensors that are not those of the model that config.json describes, or not finite.
     """
     directory = Path(config.hf)
-    reader = Reader(directory)
+    reader = SafetensorsReader(directory)
     skip_mtp = not config.mtp
     found = {name: x for name, x in reader.entries.items() if not (skip_mtp and name.startswith("mtp."))}
     mtp = run.mtp.steps > 0 or any(name.startswith("mtp.") for name in found)
@@ -191,7 +191,7 @@ def import_run(config: ImportConfig, run: Config) -> Path:
     compare({name: entry.shape for name, entry in found.items()}, wanted, str(directory), mend)
     if strange := [f"{name} ({entry.dtype})" for name, entry in found.items() if entry.dtype not in READABLE]:
         raise ConfigError(f"{directory} has tensors of other types than {', '.join(READABLE)}: {_listed(strange)}")
-    notes = read_json(directory / NOTES).get("exact", {}) if (directory / NOTES).is_file() else {}
+    notes = read_json(directory / EXACT_FILE).get("exact", {}) if (directory / EXACT_FILE).is_file() else {}
     with appearing(run.run.path) as building:
         _write_checkpoint(pieces, reader, notes, checkpoint_path(building, 0), DTYPES[run.model.dtype], str(directory))
         save_config(run, building)
@@ -202,7 +202,7 @@ def import_run(config: ImportConfig, run: Config) -> Path:
 
 
 def _write_checkpoint(
-    pieces: list[hf.Piece], reader: Reader, notes: dict[str, Any], path: Path, dtype: torch.dtype, where: str
+    pieces: list[hf.Piece], reader: SafetensorsReader, notes: dict[str, Any], path: Path, dtype: torch.dtype, where: str
 ) -> None:
     broken: list[str] = []
     size = sum(entry.end - entry.begin for entry in reader.entries.values())
@@ -220,7 +220,7 @@ def _write_checkpoint(
 
         path.mkdir(parents=True)
         chunks = [
-            stored.Chunk(
+            stored.StoredSlice(
                 piece.ours,
                 piece.whole,
                 piece.first,
@@ -230,6 +230,6 @@ def _write_checkpoint(
             )
             for piece in pieces
         ]
-        stored.write(path, chunks)
+        stored.write_checkpoint(path, chunks)
     _refuse_broken(sorted(set(broken)), where)
     write_state(path, 0, None, None)

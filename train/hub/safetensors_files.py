@@ -21,8 +21,8 @@ from train.settings.tree import ConfigError
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 MAX_HEADER = 100 * 2**20  # bytes; the limit of the safetensors library
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedTensor:
     """A tensor that is going to be written."""
 
     name: str
@@ -54,9 +54,9 @@ class Planned:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def plan_files(tensors: list[Planned], limit: int) -> dict[str, list[Planned]]:
+def plan_files(tensors: list[PlannedTensor], limit: int) -> dict[str, list[PlannedTensor]]:
     """Tensors, in their order, shared out over files of at most ``limit`` bytes (or of one tensor)."""
-    groups: list[list[Planned]] = [[]]
+    groups: list[list[PlannedTensor]] = [[]]
     size = 0
     for tensor in tensors:
         if groups[-1] and size + tensor.num_bytes > limit:
@@ -69,7 +69,7 @@ def plan_files(tensors: list[Planned], limit: int) -> dict[str, list[Planned]]:
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, start=1)}
 
 
-def _header(tensors: list[Planned]) -> bytes:
+def _header(tensors: list[PlannedTensor]) -> bytes:
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     place = 0
     for tensor in tensors:
@@ -85,10 +85,10 @@ def _header(tensors: list[Planned]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-class Writer:
+class SafetensorsWriter:
     """Writes planned tensors into a directory; they come in the order of the plan, and all of them come."""
 
-    def __init__(self, directory: Path, tensors: list[Planned], limit: int) -> None:
+    def __init__(self, directory: Path, tensors: list[PlannedTensor], limit: int) -> None:
         self._directory = directory
         self._files = plan_files(tensors, limit)
         self._waiting = [(name, tensor) for name, group in self._files.items() for tensor in group][::-1]
@@ -136,7 +136,7 @@ class Writer:
             self._file.close()
 
 
-class Reader:
+class SafetensorsReader:
     """Reads the tensors of a checkpoint directory; their numbers wait until they are asked for.
 
     Raises:
@@ -165,7 +165,7 @@ class Reader:
                 view = view[count:]
         if view:
             raise ConfigError(f"{entry.file} ends inside {name}: copy it again")
-        return torch.frombuffer(numbers, dtype=DTYPES[entry.dtype]).reshape(last - first, *others)
+        return torch.frombuffer(numbers, dtype=TORCH_DTYPES[entry.dtype]).reshape(last - first, *others)
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -200,7 +200,7 @@ def _read_header(file: Path) -> dict[str, Entry]:
         for name, value in values.items():
             dtype, shape = str(value["dtype"]), tuple(int(x) for x in value["shape"])
             begin, end = (start + int(x) for x in value["data_offsets"])
-            wanted = math.prod(shape) * DTYPES[dtype].itemsize if dtype in DTYPES else end - begin
+            wanted = math.prod(shape) * TORCH_DTYPES[dtype].itemsize if dtype in TORCH_DTYPES else end - begin
             if not (start <= begin <= end <= size and end - begin == wanted and min(shape, default=1) > 0):
                 raise ValueError(f"{name} lies outside it")
             found[name] = Entry(file, dtype, shape, begin, end)

@@ -20,8 +20,8 @@ from train.settings.tree import ConfigError, setting
 
 HF_CONFIG = "config.json"
 TOKENIZER_DIR = "tokenizer"  # of an imported run: the files that came with the model
-EXPERTS = ("separate", "stacked")
-DTYPES = ("bfloat16", "float32")
+EXPERT_LAYOUTS = ("separate", "stacked")
+EXPORT_DTYPES = ("bfloat16", "float32")
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ def check_export(config: ExportConfig) -> tuple[Config, Path]:
         ConfigError: a setting that cannot be used. ModelError: a model that the format cannot hold.
     """
     run = load_config(config.run)
-    check_choice("experts", config.experts, EXPERTS)
+    check_choice("experts", config.experts, EXPERT_LAYOUTS)
     if config.dtype is not None:
-        check_choice("dtype", config.dtype, DTYPES)
+        check_choice("dtype", config.dtype, EXPORT_DTYPES)
     for name in ("shard_size", "max_length"):
         value = getattr(config, name)
         if value is not None and not 0 < value < float("inf"):
@@ -113,7 +113,7 @@ def check_import(config: ImportConfig) -> Config:
     if path.exists():
         raise ConfigError(f"run.name={config.run.name} exists in {config.run.dir}: choose another name for the import")
     if config.dtype is not None:
-        check_choice("dtype", config.dtype, DTYPES)
+        check_choice("dtype", config.dtype, EXPORT_DTYPES)
     imported = from_hf(read_json(directory / HF_CONFIG))
     model = replace(imported.model, dtype=config.dtype or imported.model.dtype)
     mtp = MtpConfig(steps=int(imported.mtp and config.mtp))

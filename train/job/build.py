@@ -19,7 +19,7 @@ from train.settings.tree import ConfigError
 
 
 @dataclass
-class Memory:
+class RoutingState:
     """What a process remembers from step to step beside the model."""
 
     has_counts: bool = False  # whether every router knows the counts of a last step
@@ -35,7 +35,7 @@ class Job:
     device: torch.device
     dataset: Dataset
     chunks: list[LanguageModel]
-    memory: Memory = field(default_factory=Memory)
+    routing: RoutingState = field(default_factory=RoutingState)
 
     @property
     def rank(self) -> int:

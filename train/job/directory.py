@@ -18,7 +18,7 @@ from train.settings.run import CONFIG_FILE, Config, RunReference, load_config
 from train.settings.tree import ConfigError, leaves, to_dict
 
 STATE_FILE = "state.json"
-VERSION = 2  # of a checkpoint's state: raised when older ones cannot be resumed
+STATE_VERSION = 2  # of a checkpoint's state: raised when older ones cannot be resumed
 # In a checkpoint: what a router has counted, and learnt of it, which is no weight.
 COUNTS = tuple(f"router.balance.{name}" for name in ("counts", "forecast.squares", "forecast.products"))
 # Settings of a model that its weights' shapes follow from.
@@ -67,7 +67,7 @@ def write_state(checkpoint: Path, step: int, data: dict[str, Any] | None, layout
     Args:
         data: what was read and how far; None for imported weights, as is ``layout``.
     """
-    state = {"version": VERSION, "step": step, "data": data, "layout": layout}
+    state = {"version": STATE_VERSION, "step": step, "data": data, "layout": layout}
     (checkpoint / STATE_FILE).write_text(json.dumps(state) + "\n", encoding="utf-8")
 
 
@@ -157,9 +157,9 @@ def steps_done(config: Config) -> int:
         return 0
     state = read_state(path)
     name = config.run.name
-    if state.get("version", 1) != VERSION:
+    if state.get("version", 1) != STATE_VERSION:
         raise ConfigError(
-            f"{path} has format {state.get('version', 1)}, and this version of Tessera resumes format {VERSION}: "
+            f"{path} has format {state.get('version', 1)}, and this version of Tessera resumes format {STATE_VERSION}: "
             f"finish the run with the version that wrote it, or start another from its weights with run.init={name}"
         )
     if state["layout"] is None:

@@ -76,7 +76,7 @@ def checkpoint_bytes(config: Config, vocab_size: int) -> int:
     weights = cost.stage_weights(model.layers, model, config.mtp, vocab_size, first=True, last=True)
     wide = memory.FLOAT32_BYTES
     narrow = wide if model.dtype == "float32" else ELEMENT_BYTES[model.dtype] + wide
-    return sum(weight.numel * ((wide if weight.float32 else narrow) + memory.MOMENTS * wide) for weight in weights)
+    return sum(weight.numel * ((wide if weight.float32 else narrow) + memory.NUM_MOMENTS * wide) for weight in weights)
 
 
 def footprint(config: Config, topology: Topology, vocab_size: int, pipeline_rank: int) -> Footprint:

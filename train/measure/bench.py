@@ -31,10 +31,10 @@ from parallel.topology import Topology, resolve
 from train.job.build import build_chunks
 from train.job.footprint import planned_vocab
 from train.job.optim import adamw, decays
-from train.measure.breakdown import Part, parts_of
+from train.measure.breakdown import ModuleTime, parts_of
 from train.measure.peers import PEERS, missing
 from train.measure.timing import WARM_UP, host_milliseconds, run_steps
-from train.settings.commands import Measurement
+from train.settings.commands import BenchSettings
 from train.settings.run import Config
 from train.watch.speed import matmul_rate
 
@@ -63,7 +63,7 @@ class Result:
     about: dict[str, str]
     matmul_tflops: float
     timings: list[Timing] = field(default_factory=list)
-    parts: dict[int, list[Part]] = field(default_factory=dict)
+    parts: dict[int, list[ModuleTime]] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
 
 
@@ -118,7 +118,7 @@ def about(config: Config, topology: Topology, device: torch.device) -> dict[str,
 
 class _Bench:
     def __init__(
-        self, config: Config, settings: Measurement, topology: Topology, groups: ProcessGroupCollection
+        self, config: Config, settings: BenchSettings, topology: Topology, groups: ProcessGroupCollection
     ) -> None:
         self.config, self.settings, self.topology, self.groups = config, settings, topology, groups
         self.device, self.vocab_size = process_groups.local_device(), planned_vocab(config, topology)
@@ -207,7 +207,7 @@ def line(timing: Timing) -> str:
     )
 
 
-def report(result: Result) -> str:
+def results_page(result: Result) -> str:
     """The page of results: what ran where, timings, and where our time goes."""
     lines = [f"- {name}: {value}" for name, value in result.about.items()]
     lines += [f"- matrix products: {result.matmul_tflops:.3g} TFLOP/s measured"]
@@ -221,7 +221,7 @@ def report(result: Result) -> str:
     return "\n".join(lines)
 
 
-def measure(config: Config, settings: Measurement, topology: Topology, groups: ProcessGroupCollection) -> Result:
+def bench_model(config: Config, settings: BenchSettings, topology: Topology, groups: ProcessGroupCollection) -> Result:
     """Times a model of ours at every size, and the peers'."""
     bench = _Bench(config, settings, topology, groups)
     if bench.speaks:
@@ -239,14 +239,14 @@ def measure(config: Config, settings: Measurement, topology: Topology, groups: P
     return bench.result
 
 
-def write(results: Mapping[str, Result], path: Path) -> None:
+def write_results(results: Mapping[str, Result], path: Path) -> None:
     """The numbers as JSON, and beside it as a page."""
     path.write_text(json.dumps({key: asdict(value) for key, value in results.items()}, indent=1), encoding="utf-8")
-    page = "\n\n".join(f"## {key}\n\n{report(value)}" for key, value in results.items())
+    page = "\n\n".join(f"## {key}\n\n{results_page(value)}" for key, value in results.items())
     path.with_suffix(".md").write_text(f"# Measured\n\n{page}\n", encoding="utf-8")
 
 
-def run_bench(configs: Mapping[str, Config], settings: Measurement) -> int:
+def run_bench(configs: Mapping[str, Config], settings: BenchSettings) -> int:
     """The bench command in each of its processes: a recipe and its variants, by name, one after the other; the exit
     code. What is measured so far is on disk after each.
     """
@@ -257,10 +257,10 @@ def run_bench(configs: Mapping[str, Config], settings: Measurement) -> int:
     path, results = Path(settings.output), {}
     path.parent.mkdir(parents=True, exist_ok=True)
     for name, config in configs.items():
-        results[name] = measure(config, settings, topology, groups)
+        results[name] = bench_model(config, settings, topology, groups)
         gc.collect()
         if torch.distributed.get_rank() == 0:
-            write(results, path)
-            print(f"\n{report(results[name])}\n\nwritten: {path} and {path.with_suffix('.md')}", flush=True)
+            write_results(results, path)
+            print(f"\n{results_page(results[name])}\n\nwritten: {path} and {path.with_suffix('.md')}", flush=True)
     process_groups.stop()
     return 0

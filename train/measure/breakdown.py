@@ -33,7 +33,7 @@ PARTS: dict[type, tuple[str, tuple[str, ...]]] = {
 
 
 @dataclass(frozen=True)
-class Part:
+class ModuleTime:
     """One kind of module in a step, all its layers together: time, and the time its operations need at least."""
 
     name: str
@@ -89,7 +89,7 @@ def head_milliseconds(network: LanguageModel, tokens: int, device: torch.device)
 
 def parts_of(
     network: LanguageModel, step: Callable[[Tensor], None], tokens_RS: Tensor, total: float, rate: float, config: Config
-) -> list[Part]:
+) -> list[ModuleTime]:
     """The table of one size: each kind of module, the head, and what is left of a step.
 
     Args:
@@ -107,7 +107,7 @@ def parts_of(
     def floor(names: Iterable[str]) -> float:
         return 1e3 * TRAINING_FACTOR * tokens * sum(flops.get(name, 0.0) for name in names) / rate
 
-    rows = [Part(name, found[kind], floor(names)) for kind, (name, names) in PARTS.items() if kind in found]
-    rows.append(Part("head and loss", head_milliseconds(network, tokens, device), floor(["head"])))
+    rows = [ModuleTime(name, found[kind], floor(names)) for kind, (name, names) in PARTS.items() if kind in found]
+    rows.append(ModuleTime("head and loss", head_milliseconds(network, tokens, device), floor(["head"])))
     rest = total - sum(row.milliseconds for row in rows)
-    return [*rows, Part("rows to and from experts, residuals, embedding", rest, 0.0)]
+    return [*rows, ModuleTime("rows to and from experts, residuals, embedding", rest, 0.0)]

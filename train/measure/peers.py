@@ -148,14 +148,14 @@ def megatron_step(settings: Config, vocab_size: int, device: torch.device) -> St
 
 
 PEERS = {"transformers": transformers_step, "megatron-core with Transformer Engine": megatron_step}
-PACKAGES = {transformers_step: "transformers", megatron_step: "transformer_engine"}
+PEER_PACKAGES = {transformers_step: "transformers", megatron_step: "transformer_engine"}
 
 
 def missing(name: str, settings: Config, processes: int) -> str | None:
     """Why a peer cannot be timed here, or None."""
     if processes > 1:
         return "it is timed in one process only"
-    package = PACKAGES[PEERS[name]]
+    package = PEER_PACKAGES[PEERS[name]]
     if find_spec(package) is None:
         return f"{package} is not installed"
     if settings.balance.forced and package == "transformers":

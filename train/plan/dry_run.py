@@ -13,13 +13,12 @@ from parallel.engine_megatron import allocated_bytes
 from parallel.topology import Topology, microbatches
 from train.job.build import build_chunks
 from train.job.footprint import footprint
-from train.plan.estimate import GIB, table, traffic_lines
+from train.plan.estimate import GIB, number_lines, traffic_lines
 from train.settings.run import Config, describe
 
 
-def dry_run(config: Config, topology: Topology, vocab_size: int) -> str:
+def dry_run(config: Config, topology: Topology, vocab_size: int, rank: int = 0) -> str:
     """What process ``rank`` of the job would hold, send and compute, as text."""
-    rank = config.rank
     process_groups.start_fake(rank, topology.world)
     try:
         groups = process_groups.lay_out(topology)
@@ -44,8 +43,8 @@ def dry_run(config: Config, topology: Topology, vocab_size: int) -> str:
         f"layers: {' | '.join(''.join(stage) for stage in layers)}; {parameters:,} parameters",
         f"schedule: {steps} micro-batches of {config.batch.micro} x {config.data.seq_length} tokens a step",
         "memory (weights, gradients and optimizer as laid out, the rest by formula)",
-        *table(held.items(), "GiB", GIB),
-        *table([("total", sum(held.values()))], "GiB", GIB),
+        *number_lines(held.items(), "GiB", GIB),
+        *number_lines([("total", sum(held.values()))], "GiB", GIB),
         *traffic_lines([place]),
     ]
     return "\n".join(lines)

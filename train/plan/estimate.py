@@ -26,7 +26,7 @@ GPUS = {"H100": Gpu(989e12, 80e9), "H200": Gpu(989e12, 141e9), "B200": Gpu(2250e
 
 
 @dataclass(frozen=True)
-class Peer:
+class PublishedCost:
     """A model that the seed of Qwen3-Next compares it with: its recipe, its tokens and the published cost."""
 
     recipe: str
@@ -35,9 +35,9 @@ class Peer:
     claim: str
 
 
-PEERS = (
-    Peer("qwen3_32b", 36e12, 0.093, "9.3 % of its training cost (GPU hours)"),
-    Peer("qwen3_30b_a3b", 36e12, 0.8, "less than 80 % of its GPU hours"),
+PUBLISHED = (
+    PublishedCost("qwen3_32b", 36e12, 0.093, "9.3 % of its training cost (GPU hours)"),
+    PublishedCost("qwen3_30b_a3b", 36e12, 0.8, "less than 80 % of its GPU hours"),
 )
 LENGTHS = (4096, 32768)  # pretraining, and its long-context stage
 
@@ -80,7 +80,7 @@ def gpu_hours(flops_per_token: float, budget: Budget) -> float:
     return budget.tokens * flops_per_token / (GPUS[budget.gpu].peak * budget.mfu) / HOUR
 
 
-def table(rows: Iterable[tuple[str, float]], unit: str, scale: float, share: bool = False) -> list[str]:
+def number_lines(rows: Iterable[tuple[str, float]], unit: str, scale: float, share: bool = False) -> list[str]:
     """Lines of a name, a number in units of ``scale``, and its share of the sum."""
     rows = list(rows)
     total = sum(count for _, count in rows) or 1.0
@@ -103,7 +103,7 @@ def parameter_lines(config: Config, vocab_size: int) -> list[str]:
         ("active with the head", active + counts[cost.HEAD]),
         ("MTP layer, beside the total", counts.get(cost.MTP, 0)),
     ]
-    return ["parameters", *table(rows, "B", 1e9), "", *table(totals, "B", 1e9)]
+    return ["parameters", *number_lines(rows, "B", 1e9), "", *number_lines(totals, "B", 1e9)]
 
 
 def flop_lines(config: Config, vocab_size: int) -> list[str]:
@@ -113,10 +113,11 @@ def flop_lines(config: Config, vocab_size: int) -> list[str]:
     training = {part: cost.TRAINING_FACTOR * count for part, count in parts.items()}
     without = cost.training_flops(config.model, MtpConfig(steps=0), vocab_size, length)
     usual = cost.rule_of_thumb_flops(config.model, vocab_size, length)
+    totals = [("total", sum(training.values())), ("without MTP", without), ("usual rule", usual)]
     return [
         f"operations of training on a token, sequences of {length} (backward = 2 x forward, nothing for recomputation)",
-        *table(training.items(), "GFLOP", 1e9, share=True),
-        *table([("total", sum(training.values())), ("without MTP", without), ("usual rule", usual)], "GFLOP", 1e9),
+        *number_lines(training.items(), "GFLOP", 1e9, share=True),
+        *number_lines(totals, "GFLOP", 1e9),
         "  The usual rule: 6 x (active parameters + head) + causal attention + the delta rule token by token, no MTP.",
         "  The parts count the delta rule in chunks, as it is computed, and no norms.",
     ]
@@ -129,8 +130,8 @@ def memory_lines(config: Config, topology: Topology, place: Footprint, gpu: str)
     return [
         f"memory of a GPU: processes {topology}; micro-batch {config.batch.micro} x {config.data.seq_length}; "
         f"recompute {config.parallel.recompute}",
-        *table(place.memory.items(), "GiB", GIB),
-        *table([("total", total)], "GiB", GIB),
+        *number_lines(place.memory.items(), "GiB", GIB),
+        *number_lines([("total", total)], "GiB", GIB),
         f"  {fits}: {gpu} has {room / GIB:.0f} GiB; {place.parameters:,} parameters in the fullest process",
     ]
 
@@ -138,7 +139,7 @@ def memory_lines(config: Config, topology: Topology, place: Footprint, gpu: str)
 def traffic_lines(places: list[Footprint]) -> list[str]:
     """Bytes that the busiest process sends in a step, and how even the pipeline's stages are."""
     busiest = max(places, key=lambda place: sum(place.traffic.values()))
-    lines = ["a GPU sends in a step", *table(busiest.traffic.items(), "GiB", GIB)]
+    lines = ["a GPU sends in a step", *number_lines(busiest.traffic.items(), "GiB", GIB)]
     balance, bubble = busiest.balance, busiest.bubble
     if len(balance) > 1:
         shares = ", ".join(f"{share * len(balance):.2f}" for share in balance)
@@ -164,7 +165,7 @@ def comparison_lines(config: Config, vocab_size: int, budget: Budget, peers: dic
     """The recipe's operations beside its peers', and what of the published comparison follows from them."""
     lines = [f"operations beside peers, {budget.tokens:.3g} tokens against theirs (without MTP; with one MTP step)"]
     ratios = {}
-    for peer in PEERS:
+    for peer in PUBLISHED:
         model = peers[peer.recipe].model
         assert model.vocab_size is not None  # every peer's recipe gives it
         for length in LENGTHS:
@@ -178,7 +179,7 @@ def comparison_lines(config: Config, vocab_size: int, budget: Budget, peers: dic
                 f"{ratio:6.1%}; x {tokens:.3f} tokens = {ratio * tokens:5.1%} ({with_mtp * tokens:5.1%})"
             )
     lines.append("published, and what follows:")
-    for peer in PEERS:
+    for peer in PUBLISHED:
         tokens = budget.tokens / peer.tokens
         arithmetic = ratios[peer.recipe, LENGTHS[0]] * tokens
         lines += [
@@ -195,8 +196,8 @@ def comparison_lines(config: Config, vocab_size: int, budget: Budget, peers: dic
     ]
 
 
-def estimate(config: Config, topology: Topology, budget: Budget, peers: dict[str, Config]) -> str:
-    """All of the above as text. ``peers``: configurations of `PEERS`, or none."""
+def estimate_text(config: Config, topology: Topology, budget: Budget, peers: dict[str, Config]) -> str:
+    """All of the above as text. ``peers``: configurations of `PUBLISHED`, or none."""
     vocab_size = planned_vocab(config, topology)
     places = [footprint(config, topology, vocab_size, rank) for rank in range(topology.pipeline)]
     exact = exact_balance(config, topology, vocab_size)

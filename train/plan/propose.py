@@ -121,7 +121,7 @@ def proposals(config: Config, budget: Budget) -> list[str]:
         raise ConfigError(f"parallel.world={world}: estimate.propose needs the number of GPUs, as in parallel.world=64")
     gpu = GPUS[budget.gpu]
     machine = Machine(budget.gpu, gpu.memory, gpu.peak * budget.mfu, *BANDWIDTHS[budget.gpu])
-    return table(propose(config, world, machine, budget.propose), machine)
+    return proposal_lines(propose(config, world, machine, budget.propose), machine)
 
 
 def cuts(config: Config, stages: int) -> Config | None:
@@ -197,7 +197,7 @@ def _transfer_seconds(end: Footprint, topology: Topology, machine: Machine) -> f
     return seconds
 
 
-def table(proposals: list[Proposal], machine: Machine) -> list[str]:
+def proposal_lines(proposals: list[Proposal], machine: Machine) -> list[str]:
     """Lines for a person: one layout each, with the settings that make it."""
     tokens = proposals[0].config.batch.global_ * proposals[0].config.data.seq_length
     lines = [f"{proposals[0].topology.world} {machine.name}: predicted step, its transfers, memory a GPU, settings"]

@@ -1,4 +1,5 @@
-"""Settings of the commands that use a run or measure speed - evaluate, generate, bench - and their checks."""
+"""Settings of a dry run and of the commands that use a run or measure speed - evaluate, generate, bench - and their
+checks."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -8,7 +9,21 @@ from train.settings.tree import ConfigError, setting
 
 
 @dataclass(frozen=True)
-class Measurement:
+class DryRun:
+    """Which process of a job run.dry_run=true builds."""
+
+    rank: int = setting(0, "which process of parallel.world is built")
+
+
+@dataclass(frozen=True)
+class DryRunConfig:
+    """What a dry run takes beside the settings of a recipe."""
+
+    dry_run: DryRun = field(default_factory=DryRun)
+
+
+@dataclass(frozen=True)
+class BenchSettings:
     """What `bench` measures, in the layout that the recipe asks for: parallel.expert=2 takes two processes."""
 
     sequences: tuple[int, ...] = setting((2, 4, 8), "sequences of a data-parallel rank's step, one after the other")
@@ -27,7 +42,7 @@ class Measurement:
 class BenchConfig:
     """What `bench` takes beside the settings of a recipe."""
 
-    bench: Measurement = field(default_factory=Measurement)
+    bench: BenchSettings = field(default_factory=BenchSettings)
 
 
 @dataclass(frozen=True)
@@ -56,6 +71,12 @@ class GenerateConfig:
     draft: int = setting(0, "tokens that the MTP layer drafts ahead for one pass of the model to check; 0: none")
 
 
+def check_dry_run(dry_run: DryRun, world: int) -> None:
+    """Raises ConfigError where there is no such process."""
+    if not 0 <= dry_run.rank < world:
+        raise ConfigError(f"dry_run.rank={dry_run.rank} is not one of {world} processes: choose 0 to {world - 1}")
+
+
 def check_generate(config: GenerateConfig) -> None:
     """Raises ConfigError for the first setting that cannot be used."""
     check_least("tokens", config.tokens, 1)
@@ -63,7 +84,7 @@ def check_generate(config: GenerateConfig) -> None:
     check_least("draft", config.draft, 0)
 
 
-def check_bench(bench: Measurement) -> None:
+def check_bench(bench: BenchSettings) -> None:
     """Raises ConfigError for the first setting that cannot be used."""
     check_least("bench.repeats", bench.repeats, 1)
     check_least("the shortest of bench.sequences", min(bench.sequences, default=0), 1)

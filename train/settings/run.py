@@ -94,7 +94,6 @@ class Config:
     """Everything that decides a training run."""
 
     seed: int = setting(1234, "seed of the initialisation and of the order of the data")
-    rank: int = setting(0, "dry run: which process of parallel.world is built")
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
@@ -154,8 +153,6 @@ def check_plan(config: Config, world: int) -> Topology:
     for length in (config.data.seq_length, *(length for _, length in config.batch.length_schedule)):
         _check_divides("batch.length_schedule", length, "data.seq_length", config.data.seq_length)
         check_length(topology, length)
-    if not 0 <= config.rank < world:
-        raise ConfigError(f"rank={config.rank} is not one of {world} processes: choose 0 to {world - 1}")
     return topology
 
 

@@ -20,7 +20,7 @@ from train.job.build import Job
 from train.settings.tree import ConfigError
 from train.watch import metrics
 
-ROWS = 256  # texts that are decoded at once
+TEXTS_AT_ONCE = 256  # texts that are decoded at once
 
 
 class Tally:
@@ -57,7 +57,7 @@ class Tally:
 
 
 @dataclass(frozen=True)
-class Measurement:
+class Acceptance:
     """What speculative decoding of some prompts gave: of all processes, on each."""
 
     prompts: list[list[int]]
@@ -133,17 +133,17 @@ def rounds(
         ]
 
 
-def measure(
+def measure_acceptance(
     job: Job, network: LanguageModel, prompts: list[list[int]], draft: int, tokens: int, show: bool = False
-) -> Measurement:
+) -> Acceptance:
     """Greedy speculative decoding of all prompts, shared out over the data-parallel processes."""
     data, tally = job.groups.dp, Tally(draft, job.device)
     each = -(-len(prompts) // data.size())
     own = [index * data.size() + data.rank() for index in range(each)]
     found = torch.full((each, tokens), -1, dtype=torch.int64, device=job.device)
     with count_bar("checking drafts on held-out text", each * tokens, show=show and job.is_first) as bar:
-        for begin in range(0, each, ROWS):
-            part = own[begin : begin + ROWS]
+        for begin in range(0, each, TEXTS_AT_ONCE):
+            part = own[begin : begin + TEXTS_AT_ONCE]
             real = torch.tensor([index < len(prompts) for index in part], device=job.device)
             texts: list[list[int]] = [[] for _ in part]
             chosen = [prompts[index % len(prompts)] for index in part]
@@ -157,4 +157,4 @@ def measure(
     tally.rounds = sum_over(tally.rounds, data)
     # [processes, each, tokens] -> in the order of the prompts.
     together = gather_counts(found, data).transpose(0, 1).flatten(0, 1)[: len(prompts)].tolist()
-    return Measurement(prompts, [[token for token in text if token >= 0] for text in together], tally)
+    return Acceptance(prompts, [[token for token in text if token >= 0] for text in together], tally)

@@ -20,7 +20,7 @@ from train.job.checkpoint import load_model
 from train.job.directory import read_state, require_checkpoint
 from train.settings.commands import EvaluateConfig
 from train.settings.run import Config
-from train.use.acceptance import Measurement, heldout_prompts, measure
+from train.use.acceptance import Acceptance, heldout_prompts, measure_acceptance
 from train.watch import metrics
 
 TRAINING_PROMPT = 32  # tokens of a prompt, and of its continuation, in the evaluations of a run
@@ -79,13 +79,13 @@ def heldout_metrics(job: Job, max_samples: int) -> dict[str, float]:
     return values | {metrics.heldout_mtp_loss(step): losses[step] for step in range(1, 1 + steps)}
 
 
-def heldout_acceptance(job: Job, prompts: int) -> dict[str, float]:
+def draft_metrics(job: Job, prompts: int) -> dict[str, float]:
     """Acceptance of drafts as long as in training on short texts; empty where a process has not all layers."""
     if not prompts or not job.config.mtp.steps or job.topology.pipeline > 1:
         return {}
     (network,) = job.chunks
     texts = heldout_prompts(job, prompts, min(TRAINING_PROMPT, job.config.data.seq_length))
-    return measure(job, network, texts, job.config.mtp.steps, TRAINING_PROMPT).values() if texts else {}
+    return measure_acceptance(job, network, texts, job.config.mtp.steps, TRAINING_PROMPT).values() if texts else {}
 
 
 def rounded(job: Job, dtype: str) -> Job:
@@ -98,7 +98,7 @@ def rounded(job: Job, dtype: str) -> Job:
     return replace(job, config=config, chunks=chunks)
 
 
-def report(values: dict[str, float]) -> str:
+def heldout_line(values: dict[str, float]) -> str:
     """What an evaluation found, in a line or two for a person."""
     loss, entropy = values[metrics.HELDOUT_LM_LOSS], values[metrics.HELDOUT_UNIGRAM_ENTROPY]
     text = (
@@ -110,7 +110,7 @@ def report(values: dict[str, float]) -> str:
     return "; ".join([text, *(f"{name} {value:.4f}" for name, value in values.items() if name.startswith(deeper))])
 
 
-def write_output(path: Path, values: dict[str, float], found: Measurement | None) -> None:
+def write_output(path: Path, values: dict[str, float], found: Acceptance | None) -> None:
     """Metrics, and prompts, texts and rounds by accepted tokens if drafts were measured, as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"metrics": values, "drafts": found and found.content()}) + "\n", encoding="utf-8")
@@ -130,10 +130,10 @@ def run_evaluation(evaluation: EvaluateConfig, config: Config) -> int:
     found = None
     if draft:
         prompts = heldout_prompts(job, evaluation.prompts, evaluation.prompt_tokens)
-        found = measure(job, job.chunks[0], prompts, draft, evaluation.tokens, show=True)
+        found = measure_acceptance(job, job.chunks[0], prompts, draft, evaluation.tokens, show=True)
         values |= found.values()
     if job.is_first:
-        print(f"{config.run.name} after {read_state(path)['step']} steps: {report(values)}", flush=True)
+        print(f"{config.run.name} after {read_state(path)['step']} steps: {heldout_line(values)}", flush=True)
     if job.is_first and found:
         print(f"{found.tally.describe()}, on {len(prompts)} held-out prompts", flush=True)
     if job.is_first and evaluation.output:
