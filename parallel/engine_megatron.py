@@ -1,8 +1,7 @@
-"""The megatron-core engine: DDP, distributed optimizer, schedules, gradient clipping behind three calls."""
+"""The megatron-core engine behind the protocol of `parallel.engine`: DDP, distributed optimizer, gradient clipping."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,60 +11,19 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamPredicate, ParamWithNamePredicate
 from megatron.core.optimizer.param_layout import FullParamLayout
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from parallel import compat, main_grads, optimizer_state
-from parallel.optimizer_state import State
-
-# Numbers of a bucket of gradients or weights, which travels while others are computed: enough to keep a network busy,
-# and enough of them in each rank's share.
-BUCKET, BUCKET_SHARE = 40_000_000, 1_000_000
-
-
-@dataclass(frozen=True)
-class AdamW:
-    """What the optimizer needs to know; the learning rate comes with each step."""
-
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    clip: float
+from parallel.engine import AdamW, State
+from parallel.stages import load_weights, run_schedule, sharded_weights
+from parallel.topology import ParallelConfig
 
 
 def _finalize(model: list[DistributedDataParallel], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
     """Sums gradients over ranks. Losses are already divided by their global counts, so nothing is divided here."""
     finalize_model_grads(model, None, **kwargs)
-
-
-def run_schedule(
-    chunks: Sequence[MegatronModule], batches: Sequence[Any], tokens: int, forward_only: bool
-) -> list[Any]:
-    """Runs megatron-core's schedule (plain, pipelined or interleaved) over micro-batches of ``tokens`` tokens each.
-
-    Args:
-        chunks: the pipeline stages of this process, in order.
-    Returns:
-        What the network returned for each micro-batch, on the last pipeline stage; an empty list elsewhere.
-    """
-
-    def count(losses: Any) -> tuple[Tensor, Tensor, Any]:
-        return losses.total, torch.tensor(1, dtype=torch.int), losses
-
-    def forward_step(iterator: Iterator[Any], model: MegatronModule) -> tuple[Any, Callable[..., Any]]:
-        return model(next(iterator)), count
-
-    return get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=[iter(batches) for _ in chunks],
-        model=chunks,
-        num_microbatches=len(batches),
-        seq_length=tokens,
-        micro_batch_size=1,
-        forward_only=forward_only,
-    )
 
 
 def _ddp_config() -> DistributedDataParallelConfig:
@@ -77,11 +35,11 @@ def _ddp_config() -> DistributedDataParallelConfig:
     )
 
 
-def buffer_layout(chunk: MegatronModule, groups: ProcessGroupCollection) -> FullParamLayout:
+def buffer_layout(chunk: MegatronModule, groups: ProcessGroupCollection, parallel: ParallelConfig) -> FullParamLayout:
     """Where the parameters of a pipeline stage lie in the flat buffers of each type; needs no numbers in them."""
     layout = DistributedOptimizer.compute_full_param_layout(
         [parameter for parameter in chunk.parameters() if parameter.requires_grad],
-        max(BUCKET, BUCKET_SHARE * groups.intra_dp_cp.size()),
+        max(parallel.bucket, parallel.bucket_share * groups.intra_dp_cp.size()),
         groups.intra_dp_cp.size(),
         _ddp_config(),
         expert_data_parallel_world_size=groups.intra_expt_dp.size(),
@@ -97,21 +55,21 @@ def buffer_layout(chunk: MegatronModule, groups: ProcessGroupCollection) -> Full
     return layout
 
 
-def wrap(chunk: MegatronModule, groups: ProcessGroupCollection) -> DistributedDataParallel:
+def wrap(chunk: MegatronModule, groups: ProcessGroupCollection, parallel: ParallelConfig) -> DistributedDataParallel:
     """One pipeline stage with the buffers that its gradients are gathered and summed in."""
-    layout = buffer_layout(chunk, groups)
+    layout = buffer_layout(chunk, groups, parallel)
     ddp = DistributedDataParallel(chunk.config, _ddp_config(), chunk, pg_collection=groups, full_param_layout=layout)
     main_grads.fuse(chunk)
     return ddp
 
 
-def allocated_bytes(chunk: MegatronModule, groups: ProcessGroupCollection) -> dict[str, int]:
+def allocated_bytes(chunk: MegatronModule, groups: ProcessGroupCollection, parallel: ParallelConfig) -> dict[str, int]:
     """Bytes that training a pipeline stage takes on this process: weights, gradients, optimizer; padding included.
 
     AdamW's two moments, and a float32 copy of what is not float32, exist for this process's part of each buffer.
     """
     total = {"weights": 0, "gradients": 0, "optimizer": 0}
-    for key, layout in buffer_layout(chunk, groups).layouts.items():
+    for key, layout in buffer_layout(chunk, groups, parallel).layouts.items():
         sharers = groups.intra_expt_dp if key.is_expert_parallel else groups.intra_dp_cp
         numel = layout.bucket_indices[-1][1]
         total["weights"] += numel * key.param_dtype.itemsize
@@ -124,20 +82,6 @@ def allocated_bytes(chunk: MegatronModule, groups: ProcessGroupCollection) -> di
     return total
 
 
-def sharded_weights(chunks: Sequence[MegatronModule], metadata: State | None = None) -> State:
-    """megatron-core's sharded state dict of the weights: model0, model1, ... for the process's pipeline stages.
-
-    The names of these parts stay out of the checkpoint, whose layers are numbered through the whole model.
-    """
-    return {f"model{index}": chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(chunks)}
-
-
-def load_weights(chunks: Sequence[MegatronModule], state: State) -> None:
-    """Takes what `sharded_weights` described and the checkpoint filled."""
-    for index, chunk in enumerate(chunks):
-        chunk.load_state_dict(state[f"model{index}"])
-
-
 class MegatronEngine:
     """Runs training steps of one process's part of the model over megatron-core's process groups.
 
@@ -145,6 +89,7 @@ class MegatronEngine:
         chunks: the process's pipeline stages, parameters filled; each takes a micro-batch, and all share one
             megatron-core ``config``.
         decays: whether weight decay applies to a parameter, by name.
+        parallel: how large the buckets are that gradients and weights travel in.
     """
 
     def __init__(
@@ -154,13 +99,14 @@ class MegatronEngine:
         adamw: AdamW,
         device: torch.device,
         decays: Callable[[str], bool],
+        parallel: ParallelConfig = ParallelConfig(),  # noqa: B008
     ) -> None:
         self.chunks, self.groups, self.device, self.adamw = chunks, groups, device, adamw
         config = chunks[0].config
         config.finalize_model_grads_func = _finalize
-        self.ddp = [wrap(chunk, groups) for chunk in chunks]
+        self.wrapped = [wrap(chunk, groups, parallel) for chunk in chunks]
         # Gradients travel from the last micro-batch on.
-        no_sync = [chunk.no_sync for chunk in self.ddp]
+        no_sync = [chunk.no_sync for chunk in self.wrapped]
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         undecayed = ParamWithNamePredicate(name="undecayed", fn=lambda _, name: not decays(name))
         # megatron-core numbers a group's parameters as if all had one type, so the float32 ones of a bfloat16 model
@@ -180,7 +126,7 @@ class MegatronEngine:
                     params_dtype=config.params_dtype,
                     use_distributed_optimizer=True,
                 ),
-                self.ddp,
+                self.wrapped,
                 config_overrides={
                     ParamKey(with_name_predicate=undecayed): ParamGroupOverride(wd_mult=0.0),
                     ParamKey(predicate=wide): ParamGroupOverride(end_wd=0.0),
@@ -211,10 +157,10 @@ class MegatronEngine:
         Raises:
             FloatingPointError: on every rank, if a gradient of any is not finite; parameters are as before.
         """
-        for chunk in self.ddp:
+        for chunk in self.wrapped:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        outputs = run_schedule(self.ddp, batches, tokens, forward_only=False)
+        outputs = run_schedule(self.wrapped, batches, tokens, forward_only=False)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         with compat.optimizer_context(self.device):
@@ -238,7 +184,7 @@ class MegatronEngine:
 
     def gather_weights(self) -> None:
         """Makes every rank's weights whole after a step. All ranks call it."""
-        for chunk in self.ddp:
+        for chunk in self.wrapped:
             chunk.start_param_sync(force_sync=True)
 
     def sharded_state_dict(self, is_loading: bool) -> State:

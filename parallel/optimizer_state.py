@@ -12,7 +12,6 @@ alone; `fully_reshardable` gathers everything on every process first, and does n
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -20,9 +19,10 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
 
+from parallel.engine import State
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "master"  # the float32 copy of a parameter of another type
-type State = dict[str, Any]  # megatron-core's sharded state dict
 type Box = tuple[tuple[int, ...], tuple[int, ...]]  # first index and size in each dimension
 
 

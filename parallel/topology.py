@@ -73,6 +73,10 @@ class ParallelConfig:
     recompute_modules: tuple[str, ...] = _setting(
         (), "selective: which of attention, deltanet, experts and norm; empty: all of them"
     )
+    bucket: int = _setting(
+        40_000_000, "numbers of a bucket of gradients or weights, which travels while others are computed; at least"
+    )
+    bucket_share: int = _setting(1_000_000, "numbers of each data-parallel rank's share of a bucket, at least")
     world: int | None = _setting(None, "processes of the whole job; null takes what is started")
 
 
@@ -137,7 +141,7 @@ def resolve(parallel: ParallelConfig, model: Shape, world: int) -> Topology:
             f"parallel.world={parallel.world} but {world} processes are started: start {parallel.world} "
             f"(NPROC={parallel.world}) or drop parallel.world"
         )
-    for name in ("tensor", "pipeline", "context", "expert_tensor"):
+    for name in ("tensor", "pipeline", "context", "expert_tensor", "bucket", "bucket_share"):
         size = getattr(parallel, name)
         if size < 1:
             raise TopologyError(f"parallel.{name}={size} must be at least 1")

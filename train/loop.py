@@ -12,7 +12,7 @@ from data.order.batches import Batch
 from model.batch import MicroBatch, count_targets
 from model.network import Losses
 from parallel.collectives import max_over_all, sum_over, sum_over_all
-from parallel.engine_megatron import MegatronEngine
+from parallel.engine import Engine
 from train import routing
 from train.job import checkpoint
 from train.job.build import Job, build_engine, build_job, draw_weights
@@ -55,7 +55,7 @@ def micro_batches(job: Job, batches: list[Batch], tokens_before: int = 0) -> lis
 
 
 def train_step(
-    job: Job, engine: MegatronEngine, batches: list[Batch], lr: float, tokens_before: int = 0, recording: bool = True
+    job: Job, engine: Engine, batches: list[Batch], lr: float, tokens_before: int = 0, recording: bool = True
 ) -> tuple[list[Losses], float]:
     """One optimizer step over this rank's micro-batches; losses and gradient norm.
 
@@ -102,7 +102,7 @@ def due(step: int, every: int, last: int) -> bool:
 
 def fit(
     job: Job,
-    engine: MegatronEngine,
+    engine: Engine,
     loader: Loader,
     tracker: Tracker,
     stop: StopRequest,

@@ -13,7 +13,7 @@ from model.init import rows_as_drawn
 from model.layers.balance import NOTES, Balance, counting_ahead, shares
 from model.layers.forecast import histogram
 from parallel.collectives import max_over_all, sum_over, sum_over_all
-from parallel.engine_megatron import run_schedule
+from parallel.stages import run_schedule
 from train.job.build import Job
 from train.watch import metrics
 

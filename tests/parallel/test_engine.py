@@ -9,7 +9,8 @@ from megatron.core import parallel_state
 
 from model.config import BalanceConfig
 from parallel import groups as process_groups
-from parallel.engine_megatron import AdamW, MegatronEngine
+from parallel.engine import AdamW
+from parallel.engine_megatron import MegatronEngine
 from parallel.topology import ParallelConfig
 from tests.dist import run_ranks
 from tests.parallel.tiny import MODEL, build_tiny, fill, parameters, part_of, random_batch, tiny_config

@@ -100,7 +100,7 @@ def measure() -> dict[str, dict]:
         groups = process_groups.lay_out(topology)
         with torch.device("meta"):
             chunks = build_chunks(tiny_config(model, parallel), topology, groups, VOCAB)
-        found[name]["layout"] = sum_parts(allocated_bytes(chunk, groups) for chunk in chunks)
+        found[name]["layout"] = sum_parts(allocated_bytes(chunk, groups, parallel) for chunk in chunks)
         process_groups.stop()
     return found
 

@@ -7,6 +7,7 @@ last moment: a rank's copy of what others hold is no number until the moment it 
 import contextlib
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from unittest import mock
 
@@ -17,7 +18,6 @@ from megatron.core import parallel_state
 from megatron.core.distributed import param_and_grad_buffer
 from megatron.core.distributed.param_and_grad_buffer import shard_buffer
 
-from parallel import engine_megatron
 from parallel import groups as process_groups
 from parallel.engine_megatron import MegatronEngine
 from parallel.topology import ParallelConfig
@@ -29,6 +29,7 @@ from train.settings.run import BatchConfig
 from train.watch import metrics
 
 STEPS, ROWS = 3, 8
+OWN_BUCKETS = {"bucket": 1, "bucket_share": 1}  # one for every parameter
 LAYOUTS = {
     "DP2": ParallelConfig(expert=1),
     "EP2": ParallelConfig(expert=2),
@@ -66,7 +67,7 @@ def _start_late(group: Group, force_sync: bool = False) -> None:
 
 
 def _groups(engine: MegatronEngine) -> list[Group]:
-    return [group for ddp in engine.ddp for group in ddp.bucket_groups + ddp.expert_parallel_bucket_groups]
+    return [group for ddp in engine.wrapped for group in ddp.bucket_groups + ddp.expert_parallel_bucket_groups]
 
 
 @torch.no_grad()
@@ -86,7 +87,7 @@ def _poison(engine: MegatronEngine) -> int:
 def _job(layout: str) -> Job:
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-    job = build_tiny(tiny_config(parallel=LAYOUTS[layout], batch=BatchConfig(ROWS, ROWS // 2)))
+    job = build_tiny(tiny_config(parallel=replace(LAYOUTS[layout], **OWN_BUCKETS), batch=BatchConfig(ROWS, ROWS // 2)))
     fill(job)
     return job
 
@@ -129,9 +130,9 @@ def _noting(events: list[str], engine: MegatronEngine) -> Iterator[None]:
 
         return mock.patch.object(Group, name, run)
 
-    layers = engine.ddp[0].module.decoder.layers
+    layers = engine.wrapped[0].module.decoder.layers
     hooks = [layers[-1].register_forward_pre_hook(lambda *_: events.append("forward of the last layer"))]
-    embedding = engine.ddp[0].module.embedding.word_embeddings.weight
+    embedding = engine.wrapped[0].module.embedding.word_embeddings.weight
     hooks.append(embedding.register_hook(lambda *_: events.append("backward of the embedding")))
     with noted("start_param_sync"), noted("finish_param_sync"), noted("start_grad_sync"):
         yield
@@ -151,7 +152,6 @@ def _events() -> tuple[list[str], int]:
 
 def _all(layouts: list[str]) -> dict:
     process_groups.start(torch.device("cpu"))
-    engine_megatron.BUCKET = engine_megatron.BUCKET_SHARE = 1  # a bucket for every parameter
     found = {"events": _events()} if "DP2" in layouts else {}
     for layout in layouts:
         found[layout, "at once"] = _train(layout, late=False)

@@ -22,9 +22,9 @@ from model.batch import count_targets
 from model.config import BalanceConfig, ModelConfig, MtpConfig
 from model.cost import cost
 from model.layers import deltanet
-from parallel import engine_megatron
 from parallel import groups as process_groups
-from parallel.engine_megatron import _finalize, run_schedule
+from parallel.engine_megatron import _finalize
+from parallel.stages import run_schedule
 from parallel.topology import ParallelConfig
 from tests.dist import run_ranks
 from tests.parallel.tiny import (
@@ -124,10 +124,10 @@ EXACT = BalanceConfig(weight=0.01, micro_weight=0.0, z_weight=0.001, mode="exact
 
 
 def _job(case: Case, balance: BalanceConfig = EXACT, **model) -> Job:
-    engine_megatron.BUCKET = engine_megatron.BUCKET_SHARE = BUCKET
     deltanet.passes_states = cost.passes_states if case.states is None else lambda *_: case.states
     mtp = MtpConfig(steps=case.mtp_steps, keys=case.keys)
-    job = build_tiny(tiny_config(replace(case.model, **model), case.parallel, balance=balance, mtp=mtp))
+    parallel = replace(case.parallel, bucket=BUCKET, bucket_share=BUCKET)
+    job = build_tiny(tiny_config(replace(case.model, **model), parallel, balance=balance, mtp=mtp))
     micro = ROWS // job.groups.dp.size() // case.micro_batches
     return replace(job, config=replace(job.config, batch=BatchConfig(global_=ROWS, micro=micro)))
 

@@ -10,10 +10,9 @@ from model.config import BalanceConfig, ModelConfig, MtpConfig
 from model.init import initialise
 from model.network import LanguageModel
 from parallel import groups as process_groups
-from parallel.engine_megatron import MegatronEngine
+from parallel.engine import Engine
 from parallel.topology import ParallelConfig, resolve
-from train.job.build import Job, build_chunks
-from train.job.optim import adamw, decays
+from train.job.build import Job, build_chunks, engine_of
 from train.settings.run import BatchConfig, Config, DataConfig, OptimConfig, RunConfig
 
 LENGTH = 64
@@ -98,6 +97,6 @@ def parameters(job: Job) -> dict[str, torch.nn.Parameter]:
     }
 
 
-def start_engine(job: Job) -> MegatronEngine:
+def start_engine(job: Job) -> Engine:
     """The engine that trains a job's model from its filled parameters."""
-    return MegatronEngine(fill(job), job.groups, adamw(job.config.optim), job.device, decays)
+    return engine_of(fill(job), job.config, job.groups, job.device)

@@ -15,7 +15,7 @@ from model.batch import MicroBatch, count_targets
 from model.config import BalanceConfig, ModelConfig
 from model.init import WIDE
 from parallel import groups as process_groups
-from parallel.engine_megatron import run_schedule
+from parallel.stages import run_schedule
 from parallel.stored import StoredTensors
 from parallel.topology import ParallelConfig
 from tests.dist import run_ranks

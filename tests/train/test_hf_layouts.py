@@ -18,7 +18,8 @@ from model.batch import MicroBatch, count_targets
 from model.config import ModelConfig, MtpConfig
 from model.network import LanguageModel
 from parallel import groups as process_groups
-from parallel.engine_megatron import MegatronEngine, sharded_weights
+from parallel.engine_megatron import MegatronEngine
+from parallel.stages import sharded_weights
 from parallel.topology import ParallelConfig, resolve
 from tests.dist import run_ranks
 from tests.model import hf as as_theirs

@@ -9,7 +9,9 @@ from data.dataset import Dataset
 from model.init import initialise, narrowed, suspicious
 from model.network import LanguageModel
 from model.stack import hybrid_config
+from parallel import engine_megatron
 from parallel import groups as process_groups
+from parallel.engine import Engine
 from parallel.engine_megatron import MegatronEngine
 from parallel.topology import Topology, TopologyError, resolve
 from train.job.footprint import VOCAB_MULTIPLE, exact_balance, recomputed
@@ -150,14 +152,26 @@ def draw_weights(job: Job) -> None:
             raise RuntimeError("the initialisation went wrong: " + "; ".join(found))
 
 
-def build_engine(job: Job) -> MegatronEngine:
+def engine_of(
+    chunks: list[LanguageModel], config: Config, groups: ProcessGroupCollection, device: torch.device
+) -> Engine:
+    """The engine of a configuration around pipeline stages whose parameters are filled."""
+    return MegatronEngine(chunks, groups, adamw(config.optim), device, decays, config.parallel)
+
+
+def allocated_bytes(chunk: LanguageModel, groups: ProcessGroupCollection, config: Config) -> dict[str, int]:
+    """Bytes that the engine of a configuration takes for a pipeline stage: weights, gradients, optimizer."""
+    return engine_megatron.allocated_bytes(chunk, groups, config.parallel)
+
+
+def build_engine(job: Job) -> Engine:
     """Wraps the model, whose parameters are filled, for training.
 
     Raises:
         RuntimeError: wrapping made something narrower that must stay wide.
     """
-    engine = MegatronEngine(job.chunks, job.groups, adamw(job.config.optim), job.device, decays)
-    found = [fault for chunk in engine.ddp for fault in narrowed(chunk)]
+    engine = engine_of(job.chunks, job.config, job.groups, job.device)
+    found = [fault for chunk in engine.wrapped for fault in narrowed(chunk)]
     if found:
         raise RuntimeError("the engine changed types that training relies on: " + "; ".join(found))
     return engine

@@ -9,7 +9,8 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 
 from parallel.collectives import sum_over_all, wait_for_all
-from parallel.engine_megatron import MegatronEngine, load_weights, sharded_weights
+from parallel.engine import Engine
+from parallel.stages import load_weights, sharded_weights
 from parallel.stored import StoredTensors
 from train.job.build import Job
 from train.job.directory import COUNTS, checkpoint_path, write_state
@@ -35,7 +36,7 @@ def require_room(job: Job) -> None:
         )
 
 
-def save(job: Job, engine: MegatronEngine, step: int, data: dict[str, Any]) -> Path:
+def save(job: Job, engine: Engine, step: int, data: dict[str, Any]) -> Path:
     """Writes the state after ``step`` steps; every rank takes part. The step's old checkpoint, if any, is replaced.
 
     ``data`` says what was read and how far: `Dataset.identity` and its cursors.
@@ -61,7 +62,7 @@ def save(job: Job, engine: MegatronEngine, step: int, data: dict[str, Any]) -> P
     return path
 
 
-def load(engine: MegatronEngine, path: Path) -> None:
+def load(engine: Engine, path: Path) -> None:
     """Puts a checkpoint, of whatever layout, into the engine: weights and optimizer."""
     engine.load_state_dict(dist_checkpointing.load(engine.sharded_state_dict(is_loading=True), str(path)))
 

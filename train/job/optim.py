@@ -1,6 +1,6 @@
 """Which parameters are decayed, and what the engine's optimizer is given."""
 
-from parallel.engine_megatron import AdamW
+from parallel.engine import AdamW
 from train.settings.run import OptimConfig
 
 # Decay rates and time steps are no weights: pulling them to zero would mean a memory of a fixed length.

@@ -26,11 +26,10 @@ from model.init import initialise
 from model.network import LanguageModel
 from parallel import groups as process_groups
 from parallel.collectives import max_over_all
-from parallel.engine_megatron import MegatronEngine
+from parallel.engine import Engine
 from parallel.topology import Topology, resolve
-from train.job.build import build_chunks
+from train.job.build import build_chunks, engine_of
 from train.job.footprint import planned_vocab
-from train.job.optim import adamw, decays
 from train.measure.breakdown import ModuleTime, parts_of
 from train.measure.peers import PEERS, missing
 from train.measure.timing import WARM_UP, host_milliseconds, run_steps
@@ -94,7 +93,7 @@ def network_step(network: LanguageModel, groups: ProcessGroupCollection, tokens_
         network(batch).total.backward()
 
 
-def engine_step(engine: MegatronEngine, tokens_RS: Tensor) -> None:
+def engine_step(engine: Engine, tokens_RS: Tensor) -> None:
     """A whole step of training, as `train.loop` does it."""
     (network,) = engine.chunks
     with counted(network, engine.groups, tokens_RS) as batch:
@@ -176,7 +175,7 @@ class _Bench:
     def with_optimizer(self, network: LanguageModel) -> None:
         """Times whole steps of training: also the sum over ranks, clipping and AdamW on float32 copies."""
         try:
-            engine = MegatronEngine([network], self.groups, adamw(self.config.optim), self.device, decays)
+            engine = engine_of([network], self.config, self.groups, self.device)
         except torch.OutOfMemoryError:
             if self.topology.world > 1:
                 raise

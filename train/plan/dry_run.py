@@ -9,9 +9,8 @@ from collections.abc import Iterable
 import torch
 
 from parallel import groups as process_groups
-from parallel.engine_megatron import allocated_bytes
 from parallel.topology import Topology, microbatches
-from train.job.build import build_chunks
+from train.job.build import allocated_bytes, build_chunks
 from train.job.footprint import footprint
 from train.plan.estimate import GIB, number_lines, traffic_lines
 from train.settings.run import Config, describe
@@ -25,7 +24,7 @@ def dry_run(config: Config, topology: Topology, vocab_size: int, rank: int = 0) 
         with torch.device("meta"):
             chunks = build_chunks(config, topology, groups, vocab_size)
         place = footprint(config, topology, vocab_size, groups.pp.rank())
-        held = sum_parts(allocated_bytes(chunk, groups) for chunk in chunks)
+        held = sum_parts(allocated_bytes(chunk, groups, config) for chunk in chunks)
         coordinates = (
             f"process {rank} of {topology.world}: tensor {groups.tp.rank()}, pipeline {groups.pp.rank()}, context "
             f"{groups.cp.rank()}, data {groups.dp.rank()}; experts part {groups.tp_ep.rank()} of {groups.tp_ep.size()}"

@@ -14,7 +14,7 @@ from data.loader import heldout_batches
 from data.order.batches import Batch
 from model.batch import MicroBatch, count_targets
 from parallel.collectives import from_last, sum_over
-from parallel.engine_megatron import run_schedule
+from parallel.stages import run_schedule
 from train.job.build import Job, build_chunks, build_job
 from train.job.checkpoint import load_model
 from train.job.directory import read_state, require_checkpoint
