@@ -22,11 +22,11 @@ from data.read.corpus import check_corpus
 from model.config import check_model
 from parallel.quiet import quiet_upstream
 from parallel.topology import resolve
+from train import arguments as command_line
 from train import front, usage
-from train.arguments import CommandLine, combinations, label, named, read, share_of_array, typed
+from train.arguments import CommandLine, named
 from train.hub.settings import ExportConfig, ImportConfig, check_export, check_import
 from train.job.directory import last_checkpoint, require_checkpoint, require_same_data, steps_done
-from train.job.footprint import planned_vocab
 from train.plan.estimate import PUBLISHED, EstimateConfig, check_budget, estimate_text
 from train.plan.propose import proposals
 from train.settings.commands import (
@@ -74,7 +74,7 @@ def compose(arguments: list[str], planned: bool = False) -> Config:
     Raises:
         ConfigError: an unknown recipe, group choice or setting, or an override that cannot be read.
     """
-    line = read(arguments)
+    line = command_line.read(arguments)
     name = line.file.stem
     try:
         values = _composed(line)
@@ -94,7 +94,7 @@ def _composed(line: CommandLine) -> dict[str, Any]:
     """The recipe with its overrides over the defaults, all of which interpolation sees: ``run.name=exp_${seed}``."""
     own, *others = line.folders
     groups = usage.groups(tuple(line.folders))
-    overrides = [typed(override, SETTINGS, groups) for override in line.overrides]
+    overrides = [command_line.typed(override, SETTINGS, groups) for override in line.overrides]
     search = ",".join(f"'file://{folder}'" for folder in others)
     with initialize_config_dir(str(own), version_base=None):
         composed = hydra_compose(line.file.stem, [*overrides, f"hydra.searchpath=[{search}]"])
@@ -136,8 +136,8 @@ def sweep(command: str, line: CommandLine) -> int:
     fails lets the next ones start; one that was stopped ends the sweep.
     """
     swept = [_choices(override) for override in line.overrides]
-    lines = combinations(line, swept)
-    labels, share = [label(item, swept) for item in lines], share_of_array(len(lines))
+    lines = command_line.combinations(line, swept)
+    labels, share = [command_line.label(item, swept) for item in lines], command_line.share_of_array(len(lines))
     if front.world_size() and len(share) > 1:
         raise ConfigError("-m starts its runs one after the other itself: leave torchrun out, or start a job array")
     if command == "train":
@@ -156,20 +156,15 @@ def sweep(command: str, line: CommandLine) -> int:
 
 def train(arguments: list[str]) -> int:
     """Trains a recipe, or resumes the run of that name."""
-    own = [argument for argument in arguments if argument.startswith("dry_run.")]
-    place = from_text(DryRunConfig, own).dry_run
-    arguments = [argument for argument in arguments if argument not in own]
+    own, arguments = command_line.own_settings(arguments, "dry_run.")
     config = compose(arguments)
-    if own and not config.run.dry_run:
-        raise ConfigError(f"{own[0]} but run.dry_run=false: add run.dry_run=true, or leave it out")
-    if config.run.dry_run:
+    place = from_text(DryRunConfig, own).dry_run
+    if own or config.run.dry_run:
         topology = check_plan(config, config.parallel.world or front.num_processes())
-        check_dry_run(place, topology.world)
-        vocab_size = planned_vocab(config, topology)
-        quiet_upstream()
+        check_dry_run(config, place, topology.world)
         from train.plan.dry_run import dry_run
 
-        print(dry_run(config, topology, vocab_size, place.rank))
+        print(dry_run(config, topology, place.rank))
         return 0
     processes = front.world_size() or front.num_processes()
     check(config, processes)
@@ -188,14 +183,9 @@ def train(arguments: list[str]) -> int:
     return front.launch(["-m", "train", "train", *arguments], processes)
 
 
-def _named(arguments: list[str]) -> list[str]:
-    """``run=NAME`` where the only thing to say of a run is its name."""
-    return [f"run.name={text.removeprefix('run=')}" if text.startswith("run=") else text for text in arguments]
-
-
 def evaluate(arguments: list[str]) -> int:
     """Measures a run's last checkpoint on held-out text."""
-    evaluation = from_text(EvaluateConfig, _named(arguments))
+    evaluation = from_text(EvaluateConfig, command_line.run_by_name(arguments))
     check_evaluate(evaluation)
     config = load_config(evaluation.run)
     check_draft(evaluation.draft, config)
@@ -212,7 +202,7 @@ def evaluate(arguments: list[str]) -> int:
 
 def generate(arguments: list[str]) -> int:
     """Writes text with a run's last checkpoint."""
-    generation = from_text(GenerateConfig, _named(arguments))
+    generation = from_text(GenerateConfig, command_line.run_by_name(arguments))
     check_generate(generation)
     config = load_config(generation.run)
     check_draft(generation.draft, config)
@@ -244,10 +234,10 @@ def prepare(arguments: list[str]) -> int:
 
 def estimate(arguments: list[str]) -> int:
     """Says what a recipe would cost, without a GPU or a corpus."""
-    own = [argument for argument in arguments if argument.startswith("estimate.")]
+    own, arguments = command_line.own_settings(arguments, "estimate.")
     budget = from_text(EstimateConfig, own).estimate
     check_budget(budget)
-    config = compose([argument for argument in arguments if argument not in own], planned=True)
+    config = compose(arguments, planned=True)
     if budget.propose:
         print("\n".join(proposals(config, budget)))
         return 0
@@ -259,7 +249,7 @@ def estimate(arguments: list[str]) -> int:
 
 def export(arguments: list[str]) -> int:
     """Writes a run's weights as a Hugging Face checkpoint."""
-    config = from_text(ExportConfig, _named(arguments))
+    config = from_text(ExportConfig, command_line.run_by_name(arguments))
     run, checkpoint = check_export(config)
     from train.hub.convert import export_run
 
@@ -270,7 +260,7 @@ def export(arguments: list[str]) -> int:
 
 def import_(arguments: list[str]) -> int:
     """Makes a run of a Hugging Face checkpoint."""
-    config = from_text(ImportConfig, _named(arguments))
+    config = from_text(ImportConfig, command_line.run_by_name(arguments))
     run = check_import(config)
     from train.hub.convert import import_run
 
@@ -281,10 +271,9 @@ def import_(arguments: list[str]) -> int:
 
 def bench(arguments: list[str]) -> int:
     """Times a layout, and in one process peers beside it."""
-    own = [argument for argument in arguments if argument.startswith("bench.")]
+    own, rest = command_line.own_settings(arguments, "bench.")
     settings = from_text(BenchConfig, own).bench
     check_bench(settings)
-    rest = [argument for argument in arguments if argument not in own]
     configs = {"the recipe": compose(rest, planned=True)}
     configs |= {variant: compose([*rest, *variant.split()], planned=True) for variant in settings.also}
     parallel = configs["the recipe"].parallel
@@ -331,7 +320,7 @@ def run(arguments: list[str]) -> int:
         print(usage.command_help(command))
         return 0
     quiet_upstream()
-    line = read(rest) if command in usage.WITH_RECIPE else CommandLine()
+    line = command_line.read(rest) if command in usage.WITH_RECIPE else CommandLine()
     if line.cfg:
         print(yaml.safe_dump(to_dict(compose(rest, planned=True)), sort_keys=False), end="")
         return 0

@@ -160,3 +160,14 @@ def share_of_array(runs: int) -> range:
     if not 0 <= int(task) < runs:
         raise ConfigError(f"{ARRAY_TASK}={task} is none of a sweep of {runs} runs: use sbatch --array=0-{runs - 1}")
     return range(int(task), int(task) + 1)
+
+
+def own_settings(arguments: list[str], section: str) -> tuple[list[str], list[str]]:
+    """A command's own settings, and the rest."""
+    own = [argument for argument in arguments if argument.startswith(section)]
+    return own, [argument for argument in arguments if argument not in own]
+
+
+def run_by_name(arguments: list[str]) -> list[str]:
+    """``run=NAME`` where the only thing to say of a run is its name."""
+    return [f"run.name={text.removeprefix('run=')}" if text.startswith("run=") else text for text in arguments]

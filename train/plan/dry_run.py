@@ -11,13 +11,14 @@ import torch
 from parallel import groups as process_groups
 from parallel.topology import Topology, microbatches
 from train.job.build import allocated_bytes, build_chunks
-from train.job.footprint import footprint
+from train.job.footprint import footprint, planned_vocab
 from train.plan.estimate import GIB, number_lines, traffic_lines
 from train.settings.run import Config, describe
 
 
-def dry_run(config: Config, topology: Topology, vocab_size: int, rank: int = 0) -> str:
+def dry_run(config: Config, topology: Topology, rank: int = 0) -> str:
     """What process ``rank`` of the job would hold, send and compute, as text."""
+    vocab_size = planned_vocab(config, topology)
     process_groups.start_fake(rank, topology.world)
     try:
         groups = process_groups.lay_out(topology)

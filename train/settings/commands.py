@@ -71,8 +71,10 @@ class GenerateConfig:
     draft: int = setting(0, "tokens that the MTP layer drafts ahead for one pass of the model to check; 0: none")
 
 
-def check_dry_run(dry_run: DryRun, world: int) -> None:
-    """Raises ConfigError where there is no such process."""
+def check_dry_run(config: Config, dry_run: DryRun, world: int) -> None:
+    """Raises ConfigError where there is no such process, or no dry run."""
+    if not config.run.dry_run:
+        raise ConfigError(f"dry_run.rank={dry_run.rank} but run.dry_run=false: add run.dry_run=true, or leave it out")
     if not 0 <= dry_run.rank < world:
         raise ConfigError(f"dry_run.rank={dry_run.rank} is not one of {world} processes: choose 0 to {world - 1}")
 
