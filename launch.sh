@@ -1,19 +1,26 @@
 #!/usr/bin/env bash
-# The front door: ./launch.sh COMMAND [arguments]. It makes .venv on first use, renews it when pyproject.toml or
-# constraints.txt change, and hands over to Python, which decides everything else.
+#SBATCH --job-name=tessera --ntasks-per-node=1 --exclusive --mem=0
+#SBATCH --requeue --open-mode=append --signal=B:USR1@300
+# The front door: ./launch.sh COMMAND [arguments], or sbatch launch.sh train ... It makes .venv on first use, renews it
+# when pyproject.toml or constraints.txt change, and hands over to Python, which decides everything else. What sbatch
+# is given on its line goes before the #SBATCH lines.
 set -euo pipefail
 
-readonly COMMANDS="train test estimate prepare evaluate generate export import bench doctor"
-readonly STATE=.venv/launch-state # of a complete set-up: root, extras, checksum; of one under way: "installing"
+readonly COMMANDS="train test setup estimate prepare evaluate generate export import bench doctor"
+readonly EXTRAS="gpu te deepspeed" # of pyproject.toml, beside dev, which is always there
+# launch-state of an environment that is complete: the folder that it was made for, then its extras and the checksum of
+# the requirements; of one that is being made: "installing", then that folder.
+readonly STATE=launch-state
 
 usage() {
-  cat <<'EOF'
+  cat <<'EOT'
 Tessera pretrains Qwen3-Next-style models: Gated DeltaNet + gated attention, sparse experts, multi-token prediction.
 
 usage: ./launch.sh COMMAND [options] [key=value ...]
 
   train      train a recipe; "tiny", the default, is the real model in miniature: minutes on two CPU cores
   test       run the tests
+  setup      make or extend the environment, on any machine: setup gpu,te,deepspeed
   estimate   say what a recipe would cost: parameters, operations, memory, GPU-hours
   prepare    turn raw text into tokenized shards
   evaluate   measure a run's held-out loss
@@ -28,13 +35,14 @@ examples:
   ./launch.sh train run.name=mine run.steps=200 seed=1 settings are key=value; the same line again resumes runs/mine
   ./launch.sh train -cn tiny_512e run.steps=5          another recipe, a file of recipes/
   NPROC=4 ./launch.sh train parallel.expert=4          processes on this machine (else every GPU, or 2 on CPU)
+  sbatch -N 2 launch.sh train                          the same over the nodes of a Slurm job
   ./launch.sh evaluate run=mine
   ./launch.sh test tests/data -x                       arguments of test go to pytest
   ./launch.sh train --help                             the settings of a command
 
 The first use makes .venv with a Python from 3.12 to 3.14 (PYTHON=/path/to/python3.12 names one) and installs pinned
 packages there: about 5 GB, about 2 minutes. Ctrl-C is safe; the next use starts the set-up again.
-EOF
+EOT
 }
 
 say() { printf 'launch.sh: %s\n' "$*" >&2; }
@@ -48,8 +56,8 @@ nearest() {
     2>/dev/null || true
 }
 
-# Prints what keeps the Python "$1" from making .venv; nothing when it will do. It is really run, because a pyenv shim
-# named python3.12 exists, and fails, where no such version is selected.
+# Prints what keeps the Python "$1" from making an environment; nothing when it will do. It is really run, because a
+# pyenv shim named python3.12 exists, and fails, where no such version is selected.
 flaw() {
   "$1" -c '
 import sys
@@ -85,52 +93,121 @@ find_python() {
     "'uv python install 3.12' or 'conda create -n py312 python=3.12') or name it: PYTHON=/path/to/python3.12"
 }
 
-has_gpu() { [[ $(nvidia-smi -L 2>/dev/null) == GPU* ]]; }
-
-# The state that a complete set-up with the extras "$1" leaves behind.
-state() { printf '%s\n%s %s\n' "$PWD" "$1" "$(cat pyproject.toml constraints.txt | cksum)"; }
-
-# A folder set up on a GPU node also serves the nodes without a GPU that share it.
-is_current() {
-  [[ -x .venv/bin/python && -f $STATE ]] || return 1
-  [[ $(<"$STATE") == "$(state dev,gpu)" ]] || { [[ $(<"$STATE") == "$(state dev)" ]] && ! has_gpu; }
+# The checkout. Slurm runs a copy of this file from its spool folder, and knows where it was submitted, and from where.
+find_root() {
+  local file root
+  root=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
+  if [[ ! -f $root/pyproject.toml && -n ${SLURM_JOB_ID:-} ]]; then
+    file=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | grep -oP '^ *Command=\K\S+') || true
+    for root in "$(dirname "$(readlink -f "${file:-/}")")" "${SLURM_SUBMIT_DIR:-}"; do
+      [[ ! -f $root/launch.sh || ! -f $root/pyproject.toml ]] || break
+    done
+  fi
+  [[ -f $root/pyproject.toml ]] || fail 2 "the checkout of this file is not found: submit it from there"
+  printf '%s\n' "$root"
 }
 
-# Runs in a subshell, so that the lock is let go with it and never reaches the command that follows.
-set_up() (
-  trap 'say "interrupted; the next use starts the set-up again"; exit 130' INT
-  exec 9>.launch.lock
-  if ! command -v flock >/dev/null; then
-    say "flock is missing: do not start two set-ups at once"
-  elif ! flock -n 9; then
+has_gpu() { [[ $(nvidia-smi -L 2>/dev/null) == GPU* ]]; }
+
+requirements() { cat pyproject.toml constraints.txt | cksum; }
+
+# Prints the line "$2" of the state of the environment "$1", or nothing.
+state() { sed -n "$2p" "$1/$STATE" 2>/dev/null || true; }
+
+# Prints the extras that the environment "$1" holds, by commas.
+extras() { [[ $(state "$1" 1) == installing ]] || state "$1" 2 | cut -d' ' -f1; }
+
+# Whether the environment "$1" holds today's requirements, with every extra of "$2" (by commas). One made with more, on
+# a GPU node or by setup, also serves the nodes that share it.
+is_current() {
+  local extra
+  [[ -x $1/bin/python && $(state "$1" 1) != installing && $(state "$1" 2) == *" $(requirements)" ]] || return 1
+  for extra in ${2//,/ }; do
+    [[ ,$(extras "$1"), == *",$extra,"* ]] || return 1
+  done
+}
+
+# Prints the folder of the environment: .venv; where that is another path's (a container's mount, a moved folder) it
+# serves as it is, by `python -m`, while it has what is needed, "$1", and is never written to: else there is one beside.
+choose() {
+  local made_for beside
+  made_for=$(state .venv 1)
+  [[ $made_for != installing ]] || made_for=$(state .venv 2)
+  beside=$BASE/.venv-$(printf '%s' "$PWD" | cksum | cut -d' ' -f1)
+  if [[ -z $made_for && -w . || $made_for == "$PWD" && ($(state .venv 1) == installing || -x .venv/bin/python) ]]; then
+    printf '%s\n' "$PWD/.venv"
+  elif [[ ! -f $beside/$STATE ]] && is_current .venv "$1" && .venv/bin/python -c '' 2>/dev/null; then
+    printf '%s\n' "$PWD/.venv"
+  else
+    printf '%s\n' "$beside"
+  fi
+}
+
+# Takes the lock of the set-up; says so where it has to wait, or where the file system knows no locks.
+lock() {
+  exec 9>"$BASE/.launch.lock"
+  local code=0
+  if command -v flock >/dev/null; then flock -n -E 75 9 2>/dev/null || code=$?; else code=127; fi
+  if ((code == 75)); then
     say "another set-up is running in this folder; waiting for it"
     flock 9
+  elif ((code)); then
+    say "files cannot be locked here (flock is missing, or the file system is without it): start no two set-ups at once"
+    return 1
   fi
-  is_current && exit
-  # Unfinished, moved (its scripts hold the old path) or bereft of its Python: nothing in it can be relied on.
-  if [[ -f $STATE && ($(head -n 1 "$STATE") != "$PWD" || ! -x .venv/bin/python) ]]; then
-    say "removing a .venv that is unfinished or was moved"
-    find .venv/ -mindepth 1 -delete # not .venv itself: it may be a link to a larger disk
-  fi
-  if [[ ! -f $STATE ]]; then
-    python=$(find_python)
-    say "making .venv with $python"
-    mkdir -p .venv
-    echo installing >"$STATE"
-    "$python" -m venv .venv || fail 1 "$python could not make .venv: the lines above say why"
-  fi
-  extras=dev
-  if has_gpu; then extras=dev,gpu; fi
-  complete=$(state "$extras")
-  echo installing >"$STATE"
-  say "installing packages (extras: $extras): about 5 GB, about 2 minutes; log in .venv/install.log"
+}
+
+# Installs the extras "$2" into the environment "$1". A checkout that cannot be written is run where it lies, and only
+# what it requires is installed.
+install() {
+  local pip project=(--editable .)
+  pip=("$1/bin/python" -m pip install --constraint constraints.txt)
   export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
   # pip first: the one that a Python brings may be too old to show how far an installation has come.
-  pip=(.venv/bin/python -m pip install --constraint constraints.txt)
-  { "${pip[@]}" --quiet --upgrade pip && "${pip[@]}" --log .venv/install.log --editable ".[$extras]"; } ||
-    fail 1 "pip failed for the reason above; no network? disk full (free: $(df -Ph . | awk 'END {print $4}'))?" \
-      "The same command tries again."
-  printf '%s\n' "$complete" >"$STATE"
+  if [[ -n $(extras "$1") ]]; then pip+=(--retries 1); else "${pip[@]}" --quiet --upgrade pip || return 1; fi
+  if [[ ! -w . ]]; then
+    mkdir -p "$1/requirements" && cp pyproject.toml LICENSE "$1/requirements"
+    project=("$1/requirements")
+  fi
+  pip+=(--log "$1/install.log")
+  "${pip[@]}" "${project[@]}[$(sed 's/,te\b//' <<<"$2")]" || return 1
+  # Transformer Engine is compiled against the torch that is there by now.
+  [[ ,$2, != *,te,* ]] || "${pip[@]}" --no-build-isolation "${project[@]}[$2]"
+}
+
+# Makes the environment, or extends it by the extras "$1", under the lock; prints nothing, the caller chooses again. An
+# environment that is complete stays so whatever happens here: nothing is removed from it, and its state is written
+# once it has what it says. Runs in a subshell, so that the lock is let go with it and never reaches the command.
+set_up() (
+  set -e # which the caller, who asks for the exit code, has taken back
+  trap 'say "interrupted; the next use starts the set-up again"; exit 130' INT
+  locked=1
+  lock || locked=0
+  venv=$(choose "$1")
+  ! is_current "$venv" "$1" || exit 0
+  if [[ $(state "$venv" 1) == installing ]] && ((locked)); then
+    say "removing a ${venv##*/} that is unfinished"
+    find "$venv/" -mindepth 1 -delete # not the folder itself: it may be a link to a larger disk
+  fi
+  if [[ ! -f $venv/$STATE ]]; then
+    python=$(find_python)
+    say "making ${venv##*/} with $python"
+    mkdir -p "$venv"
+    printf 'installing\n%s\n' "$PWD" >"$venv/$STATE"
+    "$python" -m venv "$venv" || fail 1 "$python could not make $venv: the lines above say why"
+  fi
+  wanted=$(printf '%s\n' dev ${1//,/ } "$(extras "$venv" | tr , ' ')" | tr ' ' '\n' | awk 'NF && !seen[$0]++' | paste -sd,)
+  say "installing packages (extras: $wanted): about 5 GB, about 2 minutes; log in $venv/install.log"
+  if ! install "$venv" "$wanted"; then
+    [[ -n $(extras "$venv") ]] && "$venv/bin/python" -c 'import torch, megatron.core, datasets, hydra' ||
+      fail 1 "pip failed for the reason above; no network? disk full (free: $(df -Ph "$venv" | awk 'END {print $4}'))?" \
+        "The same command tries again."
+    say "WARNING: pip failed for the reason above (no network?): going on with the environment as it is. Where there is" \
+      "a network, make it whole: ./launch.sh setup $wanted"
+    exit 3
+  fi
+  printf '%s\n%s %s\n' "$PWD" "$wanted" "$(requirements)" >"$venv/$STATE.new"
+  mv "$venv/$STATE.new" "$venv/$STATE"
   say "the set-up is complete"
 )
 
@@ -142,11 +219,39 @@ if [[ " $COMMANDS " != *" $command "* ]]; then
   fail 2 "unknown command '$command'${near:+, did you mean $near?} The commands are: $COMMANDS"
 fi
 case ${PYTHON:-} in /*) ;; */*) PYTHON=$PWD/$PYTHON ;; esac
-cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
-is_current || set_up
-export PATH="$PWD/.venv/bin:$PATH" # some packages start helpers of theirs (ninja, ...) by name
+readonly CALLER=$PWD
+ROOT=$(find_root)
+cd "$ROOT"
+BASE=$PWD # of what is written beside the runs
+[[ -w . ]] || BASE=$CALLER
+needed=dev
+if has_gpu; then needed=dev,gpu; fi
+if [[ $command == setup ]]; then
+  [[ $# -le 1 ]] || fail 2 "setup takes extras in one word, by commas: ./launch.sh setup gpu,te"
+  asked=${1:-}
+  for extra in ${asked//,/ }; do
+    [[ " $EXTRAS dev " == *" $extra "* ]] || fail 2 "setup knows no extra '$extra'. The extras are: $EXTRAS"
+  done
+  needed=$needed${asked:+,$asked}
+fi
+if ! is_current "$(choose "$needed")" "$needed"; then
+  set +e
+  set_up "$needed"
+  code=$?
+  set -e
+  [[ $code == 0 || ($code == 3 && $command != setup) ]] || exit "$((code == 3 ? 1 : code))"
+fi
+VENV=$(choose "$needed")
+if [[ $command == setup ]]; then
+  say "$VENV holds: $(extras "$VENV")"
+  exit
+fi
+# Some packages start helpers of theirs (ninja, ...) by name; those of another path's environment name that path.
+[[ $(state "$VENV" 1) != "$PWD" ]] || export PATH="$VENV/bin:$PATH"
 if [[ $command == test ]]; then
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # the tests start several processes on few cores
-  exec .venv/bin/python -m pytest "$@"
+  exec "$VENV/bin/python" -m pytest "$@"
 fi
-exec .venv/bin/python -m train "$command" "$@"
+# Paths on the line are the caller's; a checkout that cannot be written leaves runs and caches to the caller's folder.
+[[ $CALLER == "$PWD" ]] || set -- --from "$CALLER" "$@"
+exec "$VENV/bin/python" -m train "$command" "$@"

@@ -6,6 +6,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from tests.sandbox import bare, clone, installing  # noqa: F401 (fixtures)
+
 # What trains runs or starts many processes: all other tests are marked `quick`.
 LONG = (
     "data/test_embedded.py",
@@ -22,6 +24,7 @@ LONG = (
     "parallel/test_parity.py",
     "serving/",
     "test_launch.py",
+    "test_launch_shared.py",
     "train/test_bench.py",
     "train/test_checkpoint.py",
     "train/test_commands.py",

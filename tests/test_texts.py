@@ -14,6 +14,7 @@ from train.settings.tree import settings
 
 TEXTS = ("README.md", "CONTRIBUTING.md", "recipes/README.md")
 PLACEHOLDERS = {"COMMAND", "RECIPE", "NAME", "DIR", "PATH", "key", "arguments", "pytest"}
+EXTRAS = {"gpu", "te", "deepspeed"}
 FLAGS = {"--help", "-h", "-cn", "-cd", "-m", "--cfg"}
 
 
@@ -37,6 +38,8 @@ def wrong_words(command: str, words: list[str]) -> list[str]:
     """The words of a command line that the command does not know."""
     if command == "test":
         return [word for word in words if not word.startswith("-") and "/" in word and not (ROOT / word).exists()]
+    if command == "setup":
+        return [word for word in ",".join(words).split(",") if word and word not in EXTRAS]
     if command not in COMMANDS:
         return [command]
     wrong = []
@@ -86,7 +89,7 @@ def test_a_text_speaks_of_commands_settings_and_files_that_exist(name: str) -> N
 
 def test_readme_names_every_command() -> None:
     named = set(re.findall(r"\./launch\.sh (\w+)", (ROOT / "README.md").read_text()))
-    assert named == {"train", "test", *COMMANDS}
+    assert named == {"train", "test", "setup", *COMMANDS}
 
 
 @pytest.mark.parametrize("command", usage.EXAMPLES)

@@ -41,6 +41,7 @@ from train.settings.commands import (
     check_generate,
     check_variants,
 )
+from train.settings.paths import anchored
 from train.settings.run import (
     CONFIG_FILE,
     USER_ERRORS,
@@ -316,6 +317,7 @@ def run(arguments: list[str]) -> int:
         return 0
     if command not in COMMANDS:
         raise ConfigError(f"unknown command {command!r}: {hint_known(command, list(COMMANDS))}")
+    rest = anchored(rest, {setting.path for setting in settings(usage.CONFIGS[command])})
     if {"-h", "--help"} & set(rest):
         print(usage.command_help(command))
         return 0

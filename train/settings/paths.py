@@ -1,0 +1,82 @@
+"""Paths on a command line are those of the folder where the user stands, which need not be the checkout."""
+
+import json
+import os
+from pathlib import Path
+
+import yaml
+
+OPTION = "--from"  # launch.sh gives it where the user stands in another folder
+ROOT = Path(__file__).parents[2]
+# Settings that name files or folders, by their paths in the commands' trees; what else they may say stays as it is.
+PATHS = (
+    "run.dir",
+    "data.corpus",
+    "data.sources",
+    "data.tokenizer",
+    "data.cache",
+    "bench.output",
+    "corpus",
+    "hf",
+    "input",
+    "out",
+    "output",
+    "tokenizer",
+)
+RUNS = ("run", "run.init")  # names of runs, or their directories, which have a slash
+WORDS = ("", "null", "embedded", "train")
+OPTIONS = ("-cd", "--config-dir", "-cn", "--config-name", "--check", "--repair", "--join", "--index")
+# Where a checkout that cannot be written keeps what it would write into itself.
+WRITTEN = {"run.dir": "runs", "data.cache": ".cache/corpus"}
+
+
+def anchored(arguments: list[str], known: set[str]) -> list[str]:
+    """A command's arguments without ``--from DIR``, their paths as seen from the checkout.
+
+    Args:
+        known: the command's settings. Of a checkout that cannot be written, those in WRITTEN lie in DIR.
+    """
+    if arguments[:1] != [OPTION]:
+        return arguments
+    folder, rest = Path(arguments[1]), arguments[2:]
+    found = [_anchored(before, argument, folder) for before, argument in zip(["", *rest], rest, strict=False)]
+    given = {argument.partition("=")[0].lstrip("+") for argument in rest}
+    if not os.access(ROOT, os.W_OK):
+        found += [f"{key}={folder / place}" for key, place in WRITTEN.items() if key in known - given]
+    return found
+
+
+def _anchored(before: str, argument: str, folder: Path) -> str:
+    key, equals, value = argument.partition("=")
+    if before in OPTIONS and not argument.startswith("-"):
+        return _path(argument, folder, must_exist=True)
+    if equals and key in OPTIONS:
+        return f"{key}={_path(value, folder, must_exist=True)}"
+    if not equals or key.lstrip("+") not in (RUNS if "/" in value else ()) + PATHS:
+        return argument
+    if key.endswith("sources"):
+        return f"{key}={_listed(value, folder)}"
+    loose = key.endswith(("tokenizer", "input", "hf"))  # which may be names on the hub
+    return f"{key}={_path(value, folder, must_exist=loose)}"
+
+
+def _listed(value: str, folder: Path) -> str:
+    """``[[path, weight], ...]``; what is no such list is left for its check to refuse."""
+    try:
+        sources = [[_path(path, folder, must_exist=False), weight] for path, weight in yaml.safe_load(value)]
+    except (yaml.YAMLError, TypeError, ValueError, AttributeError):
+        return value
+    return json.dumps(sources, separators=(",", ":"))
+
+
+def _path(value: str, folder: Path, must_exist: bool) -> str:
+    """The value as a path of the folder.
+
+    Args:
+        must_exist: whether it may be something else than a path, and is one only if it is there.
+    """
+    bare = value.strip("'\"")
+    if bare in WORDS or "://" in bare or bare.startswith(("~", "/")):
+        return value
+    there = Path(os.path.normpath(folder / bare))
+    return value if must_exist and not there.exists() else str(there)
