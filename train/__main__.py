@@ -5,6 +5,7 @@ Exit codes: 0 success, 1 failure, 2 a user's mistake (one line on stderr), 130 C
 
 import signal
 import sys
+import traceback
 from dataclasses import replace
 from typing import Any
 
@@ -16,31 +17,17 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data.config import PrepareConfig
 from data.errors import one_line
-from data.read.corpus import check_corpus
+from data.secrets import hidden, hide
 from model.config import check_model
 from parallel.quiet import quiet_upstream
-from parallel.topology import resolve
 from train import arguments as command_line
-from train import front, usage
+from train import commands, front, usage
 from train.arguments import CommandLine, named
-from train.hub.settings import ExportConfig, ImportConfig, check_export, check_import
-from train.job.directory import last_checkpoint, require_checkpoint, require_same_data, steps_done
+from train.job.directory import last_checkpoint, require_same_data, steps_done
 from train.plan.estimate import PUBLISHED, EstimateConfig, check_budget, estimate_text
 from train.plan.propose import proposals
-from train.settings.commands import (
-    BenchConfig,
-    DryRunConfig,
-    EvaluateConfig,
-    GenerateConfig,
-    check_bench,
-    check_draft,
-    check_dry_run,
-    check_evaluate,
-    check_generate,
-    check_variants,
-)
+from train.settings.commands import BenchConfig, DryRunConfig, check_bench, check_dry_run, check_variants
 from train.settings.paths import anchored
 from train.settings.run import (
     CONFIG_FILE,
@@ -184,55 +171,6 @@ def train(arguments: list[str]) -> int:
     return front.launch(["-m", "train", "train", *arguments], processes)
 
 
-def evaluate(arguments: list[str]) -> int:
-    """Measures a run's last checkpoint on held-out text."""
-    evaluation = from_text(EvaluateConfig, command_line.run_by_name(arguments))
-    check_evaluate(evaluation)
-    config = load_config(evaluation.run)
-    check_draft(evaluation.draft, config)
-    require_checkpoint(evaluation.run)
-    processes = front.world_size() or front.num_processes()
-    resolve(config.parallel, config.model, processes)
-    if front.world_size():
-        from train.use.evaluate import run_evaluation
-
-        return run_evaluation(evaluation, config)
-    front.ensure_corpus(config.data)
-    return front.launch(["-m", "train", "evaluate", *arguments], processes)
-
-
-def generate(arguments: list[str]) -> int:
-    """Writes text with a run's last checkpoint."""
-    generation = from_text(GenerateConfig, command_line.run_by_name(arguments))
-    check_generate(generation)
-    config = load_config(generation.run)
-    check_draft(generation.draft, config)
-    config = replace(config, parallel=replace(config.parallel, context=1))  # a growing prefix is not cut into parts
-    require_checkpoint(generation.run)
-    processes = front.world_size() or front.num_processes(front.layout_size(config.parallel))
-    resolve(config.parallel, config.model, processes)
-    if front.world_size():
-        from train.use.generate import run_generation
-
-        return run_generation(generation, config)
-    front.ensure_corpus(config.data)
-    return front.launch(["-m", "train", "generate", *arguments], processes)
-
-
-def prepare(arguments: list[str]) -> int:
-    """Turns raw text into a corpus of tokenized shards, or proves one that is there (``--check DIR``)."""
-    if arguments[:1] == ["--check"]:
-        if len(arguments) != 2:
-            raise ConfigError("--check takes one corpus directory: prepare --check corpora/mine")
-        print(check_corpus(arguments[1]))
-        return 0
-    from data.prepare.prepare import prepare as prepare_corpus
-
-    path = prepare_corpus(from_text(PrepareConfig, arguments))
-    print(f"corpus ready: ./launch.sh train data.corpus={path}")
-    return 0
-
-
 def estimate(arguments: list[str]) -> int:
     """Says what a recipe would cost, without a GPU or a corpus."""
     own, arguments = command_line.own_settings(arguments, "estimate.")
@@ -245,28 +183,6 @@ def estimate(arguments: list[str]) -> int:
     topology = check_plan(config, config.parallel.world or front.layout_size(config.parallel))
     peers = {peer.recipe: compose(["-cn", peer.recipe], planned=True) for peer in PUBLISHED} if budget.compare else {}
     print(estimate_text(config, topology, budget, peers))
-    return 0
-
-
-def export(arguments: list[str]) -> int:
-    """Writes a run's weights as a Hugging Face checkpoint."""
-    config = from_text(ExportConfig, command_line.run_by_name(arguments))
-    run, checkpoint = check_export(config)
-    from train.hub.convert import export_run
-
-    export_run(config, run, checkpoint)
-    print(f"{checkpoint} is now in {config.out}, for transformers, vLLM and SGLang")
-    return 0
-
-
-def import_(arguments: list[str]) -> int:
-    """Makes a run of a Hugging Face checkpoint."""
-    config = from_text(ImportConfig, command_line.run_by_name(arguments))
-    run = check_import(config)
-    from train.hub.convert import import_run
-
-    path = import_run(config, run)
-    print(f"{config.hf} is now {path}: ./launch.sh train run.init={config.run.name} run.name=... data.corpus=...")
     return 0
 
 
@@ -299,11 +215,11 @@ def doctor(arguments: list[str]) -> int:
 COMMANDS = {
     "train": train,
     "estimate": estimate,
-    "prepare": prepare,
-    "evaluate": evaluate,
-    "generate": generate,
-    "export": export,
-    "import": import_,
+    "prepare": commands.prepare,
+    "evaluate": commands.evaluate,
+    "generate": commands.generate,
+    "export": commands.export,
+    "import": commands.import_,
     "bench": bench,
     "doctor": doctor,
 }
@@ -324,16 +240,18 @@ def run(arguments: list[str]) -> int:
     quiet_upstream()
     line = command_line.read(rest) if command in usage.WITH_RECIPE else CommandLine()
     if line.cfg:
-        print(yaml.safe_dump(to_dict(compose(rest, planned=True)), sort_keys=False), end="")
+        print(yaml.safe_dump(hidden(to_dict(compose(rest, planned=True))), sort_keys=False), end="")
         return 0
     return sweep(command, line) if line.multirun else COMMANDS[command](rest)
 
 
 def main() -> int:
     """The exit code of ``sys.argv``'s command."""
+    arguments = sys.argv[1:]
+    sys.argv[1:] = hidden(arguments)  # of which W&B, for one, takes a note
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        return run(sys.argv[1:])
+        return run(arguments)
     except USER_ERRORS as error:
         front.report_mistake(error)
         return 2
@@ -341,7 +259,8 @@ def main() -> int:
         return 128 + signal.SIGINT
     except Exception as error:
         front.record_failure(error)
-        raise
+        print(hide(traceback.format_exc()), end="", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.config import DataConfig
 from data.dataset import Dataset
+from data.secrets import hide
 from parallel.topology import ParallelConfig
 from train.settings.tree import ConfigError
 
@@ -84,7 +85,7 @@ def report_mistake(error: Exception) -> None:
     if ERROR_FILE in os.environ:
         record_failure(error)
     else:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {hide(str(error))}", file=sys.stderr)
 
 
 def record_failure(error: Exception) -> None:
@@ -210,7 +211,7 @@ def _failure(error: "ChildFailedError") -> int:
         return failure.exitcode
     message: Any = failure.message  # declared as text; a dict where the worker left its exception
     if failure.exitcode == 2 and isinstance(message, dict):
-        print(f"error: {message['message'].partition(': ')[2]}", file=sys.stderr)
+        print(f"error: {hide(message['message'].partition(': ')[2])}", file=sys.stderr)
         return 2
     if failure.exitcode < 0:
         cause = "was killed by " + failure.signal_name()

@@ -6,6 +6,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from data.dataset import Dataset
+from data.secrets import hide
 from model.init import initialise, narrowed, suspicious
 from model.network import LanguageModel
 from model.stack import hybrid_config
@@ -66,7 +67,7 @@ class Job:
         return [
             f"model: {self.vocab_size} token vocabulary, {held:,} parameters in this process on {self.device}",
             *([exact] if exact and self.config.balance.mode == "exact" else []),
-            *self.dataset.describe(),
+            *map(hide, self.dataset.describe()),
         ]
 
     def close(self) -> None:

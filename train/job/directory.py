@@ -13,6 +13,7 @@ from typing import Any
 
 from data.config import CONTINUE
 from data.errors import changes
+from data.secrets import hidden
 from parallel.topology import Topology
 from train.settings.run import CONFIG_FILE, Config, RunReference, load_config
 from train.settings.tree import ConfigError, leaves, to_dict
@@ -67,7 +68,7 @@ def write_state(checkpoint: Path, step: int, data: dict[str, Any] | None, layout
     Args:
         data: what was read and how far; None for imported weights, as is ``layout``.
     """
-    state = {"version": STATE_VERSION, "step": step, "data": data, "layout": layout}
+    state = {"version": STATE_VERSION, "step": step, "data": hidden(data), "layout": layout}
     (checkpoint / STATE_FILE).write_text(json.dumps(state) + "\n", encoding="utf-8")
 
 

@@ -10,6 +10,7 @@ from data.dataset import check_data
 from data.errors import CorpusError, one_line
 from data.files import why_unwritable
 from data.order.batches import BatchSchedule
+from data.secrets import hidden
 from model.config import BalanceConfig, ModelConfig, ModelError, MtpConfig, check_balance, check_model
 from parallel.topology import ParallelConfig, Topology, TopologyError, check_length, microbatches, resolve
 from train.settings.tree import ConfigError, from_dict, hint_known, leaves, setting, to_dict
@@ -165,7 +166,7 @@ def batch_schedule(config: Config) -> BatchSchedule:
 
 def describe(config: Config, topology: Topology) -> list[str]:
     """Lines for the start of a run: the settings that differ from their defaults, and what follows."""
-    chosen = dict(leaves(to_dict(config)))
+    chosen = dict(leaves(hidden(to_dict(config))))
     defaults = dict(leaves(to_dict(Config())))
     lines = [f"{path} = {value}" for path, value in chosen.items() if value != defaults[path]]
     batches, length = batch_schedule(config), config.data.seq_length
@@ -186,9 +187,9 @@ def describe(config: Config, topology: Topology) -> list[str]:
 
 
 def save_config(config: Config, directory: Path | None = None) -> Path:
-    """Writes the resolved configuration into the run's directory, or into another one."""
+    """Writes the resolved configuration, without secrets, into the run's directory, or into another one."""
     path = (directory or config.run.path) / CONFIG_FILE
-    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    path.write_text(yaml.safe_dump(hidden(to_dict(config)), sort_keys=False), encoding="utf-8")
     return path
 
 

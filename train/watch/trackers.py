@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data.errors import one_line
+from data.secrets import hidden
 from train.settings.run import Config, WandbConfig
 from train.settings.tree import ConfigError, to_dict
 from train.watch.metrics import METRICS_FILE, MetricsLog, console_line
@@ -86,7 +87,7 @@ class WandbTracker:
                 id=_run_id(config.run.path / "wandb" / "run_id.txt"),
                 resume="allow",
                 dir=str(config.run.path),
-                config=to_dict(config),
+                config=hidden(to_dict(config)),
                 settings=wandb.Settings(silent=True, console="off"),
             )
         except self._failures as error:
