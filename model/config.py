@@ -6,6 +6,7 @@ Qwen3-Next: four blocks of a token mixer and a mixture of experts each. ``*-`` i
 """
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 LAYER_SYMBOLS = "G*E-"
 MTP_PATTERN = "*E"  # the layers of the multi-token-prediction layer
@@ -37,6 +38,40 @@ SIZES = (
 
 class ModelError(ValueError):
     """A model setting that cannot be built; the message names the setting, its value, the reason and the mend."""
+
+
+class Layout(Protocol):
+    """Sizes of each kind of parallelism that modules are built for; `parallel.topology.Topology` has them."""
+
+    @property
+    def tensor(self) -> int: ...
+
+    @property
+    def pipeline(self) -> int: ...
+
+    @property
+    def virtual(self) -> int: ...  # pipeline stages of one process
+
+    @property
+    def context(self) -> int: ...
+
+    @property
+    def expert(self) -> int: ...
+
+    @property
+    def expert_tensor(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class OneProcess:
+    """The layout of a model that one process holds whole."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual: int = 1
+    context: int = 1
+    expert: int = 1
+    expert_tensor: int = 1
 
 
 def _setting(default, text: str):
@@ -131,7 +166,7 @@ class BalanceConfig:
     weight: float = _setting(1e-3, "weight of the load-balancing loss; a balanced layer adds 1.0 x weight")
     scope: str = _setting("global", "tokens whose load is evened out: global (batch), micro (-batch) or sequence")
     micro_weight: float = _setting(0.01, "global: share of the weight that evens out each micro-batch besides")
-    mode: str = _setting("online", "global, several micro-batches: online (foretells loads) or exact (a pass more)")
+    mode: str = _setting("online", "global, several micro-batches: online (forecasts loads) or exact (a pass more)")
     z_weight: float = _setting(0.0, "weight of the router's z-loss, the mean of logsumexp(logits)^2 per layer")
     bias_rate: float = _setting(0.0, "step of the bias that chooses experts with too little load; 0: no bias")
     forced: bool = _setting(False, "benchmarks only: experts in turn, perfectly balanced, whatever the token")

@@ -11,6 +11,7 @@ from model.batch import MicroBatch
 from model.documents import Documents
 from model.layers.attention import rotary_table
 from model.layers.balance import Balance, RoutedTokens
+from model.layers.context import LayerCache, LayerContext, run_stack
 from model.layers.experts import MixtureOfExperts
 from model.layers.head import Head
 from model.stack import HybridConfig, full_pattern, stack_spec
@@ -62,7 +63,7 @@ class LanguageModel(HybridModel):
             if place == config.shape.layers.count("E"):
                 balance.set_uses(config.mtp.steps)
 
-    def mixtures(self) -> list[MixtureOfExperts]:
+    def moe_layers(self) -> list[MixtureOfExperts]:
         """The mixture-of-experts layers of this stage, the MTP layer's last."""
         return [module for module in self.modules() if isinstance(module, MixtureOfExperts)]
 
@@ -72,7 +73,7 @@ class LanguageModel(HybridModel):
         for layer in self.decoder.layers:
             if isinstance(layer.mlp, MixtureOfExperts):
                 found[self.config.shape.layers[: layer.layer_number - 1].count("E")] = layer.mlp.router.balance
-        extra = [mixture.router.balance for mixture in self.mixtures()[len(found) :]]
+        extra = [moe.router.balance for moe in self.moe_layers()[len(found) :]]
         return found | dict(enumerate(extra, self.config.shape.layers.count("E")))
 
     def embed(self, tokens_RL: Tensor) -> Tensor:
@@ -94,20 +95,21 @@ class LanguageModel(HybridModel):
             first = rank * weight.numel()
         return RoutedTokens(weight, batch.token_counts[step], first, length, rows, use=max(0, step - 1))
 
-    def trunk(self, tokens_RL: Tensor, documents: Documents, routed: RoutedTokens | None = None, memory=None) -> Tensor:
+    def trunk(
+        self,
+        tokens_RL: Tensor,
+        documents: Documents,
+        routed: RoutedTokens | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
         """This stage's layers: the states [T, 1, H], after the final norm on the last stage.
 
         Args:
-            routed: see `Router.forward`. memory: a `model.decode.decode.Memory` of the tokens before.
+            routed, cache: see `LayerContext`.
         """
-        return self.decoder(
-            hidden_states=self.embed(tokens_RL) if self.pre_process else None,
-            attention_mask=None,
-            inference_context=memory,
-            rotary_pos_emb=rotary_table(documents.position_RL, self.config.shape),
-            packed_seq_params=documents,
-            padding_mask=routed,
-        )
+        rotary = rotary_table(documents.position_RL, self.config.shape)
+        embedded = self.embed(tokens_RL) if self.pre_process else None
+        return run_stack(self.decoder, embedded, LayerContext(documents, rotary, routed, cache))
 
     def trunk_of(self, batch: MicroBatch) -> Tensor:
         """`trunk` of a micro-batch."""

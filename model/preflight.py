@@ -19,16 +19,31 @@ from model.layers.attention import gate_heads, packed_attention, prepare_heads, 
 from model.layers.delta_rule import gated_delta_rule
 from model.layers.deltanet import prepare_delta
 from model.layers.dense import swiglu_pairs
-from model.layers.experts import combine_rows, count_sorted, expert_rows, gate_rows, gather_rows, invert, mix_rows
+from model.layers.experts import count_sorted, fused_moe, gate_rows, grouped_mlp, invert, permute, unpermute
 from model.layers.loss import add_product, scaled, softmax_gradient
 from model.layers.norm import gated_rms_norm, rms_norm_with_residual, zero_centred_rms_norm
 from model.layers.router import route, router_logits
 
-ROWS, LENGTH, EXPERTS, ROUTED, VOCAB = 2, 192, 6, 4, 1000
 # A result is rounded to 8 bits once or twice (2^-9 each), and so are the operands inside a chain of products; a wrong
 # mask, index or gradient shows as 0.1 or more.
 TOLERANCE = 1e-2
 NO_GROUP = SimpleNamespace(rank=lambda: 0, size=lambda: 1)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much the kernels are given; widths and heads are the model's own."""
+
+    rows: int = 2
+    length: int = 192
+    experts: int = 6
+    routed: int = 4  # experts of a token
+    vocab: int = 1000
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all rows."""
+        return self.rows * self.length
 
 
 @dataclass(frozen=True)
@@ -63,12 +78,12 @@ class _Draw:
         return self.wide(*shape, scale=scale).to(self.dtype)
 
 
-def _documents(device: torch.device, single: bool) -> Documents:
-    ids_RL = torch.zeros(ROWS, LENGTH, dtype=torch.int64)
+def _documents(device: torch.device, single: bool, sizes: Sizes) -> Documents:
+    ids_RL = torch.zeros(sizes.rows, sizes.length, dtype=torch.int64)
     if not single:
-        ids_RL[0, LENGTH // 3 :] = 1
-        ids_RL[0, LENGTH // 3 + 2 :] = 2
-        ids_RL[1, 2 * LENGTH // 3 :] = -1
+        ids_RL[0, sizes.length // 3 :] = 1
+        ids_RL[0, sizes.length // 3 + 2 :] = 2
+        ids_RL[1, 2 * sizes.length // 3 :] = -1
     return Documents.from_ids(ids_RL).to(device)
 
 
@@ -92,14 +107,14 @@ class _Norm:
         return self.apply(x)
 
 
-def layer_cases(shape: ModelConfig, device: torch.device, dtype: torch.dtype) -> list[Case]:
+def layer_cases(shape: ModelConfig, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> list[Case]:
     """Norms, attention and Gated DeltaNet but for the delta rule and attention themselves."""
-    draw, tokens, eps = _Draw(device, dtype), ROWS * LENGTH, shape.norm_eps
+    draw, tokens, eps = _Draw(device, dtype), sizes.tokens, shape.norm_eps
     dim, groups, each = shape.head_dim, shape.key_value_heads, shape.attention_heads // shape.key_value_heads
     gates = each if shape.attention_gate else 0
     key, value = shape.linear_key_dim, shape.linear_value_dim
     heads, ratio = shape.linear_key_heads, shape.linear_value_heads // shape.linear_key_heads
-    documents = _documents(device, single=False)
+    documents = _documents(device, False, sizes)
     per_head = 2 * key + ratio * (2 * value + 2)
     normed = [draw.narrow(tokens, shape.hidden_size), draw.wide(shape.hidden_size)]
     cases = [
@@ -116,7 +131,7 @@ def layer_cases(shape: ModelConfig, device: torch.device, dtype: torch.dtype) ->
         cases.append(Case("attention's gate", gate_heads, leaves, _plain()))
     if "G" in shape.layers:
         leaves = [
-            draw.narrow(ROWS, LENGTH, heads, per_head),
+            draw.narrow(sizes.rows, sizes.length, heads, per_head),
             draw.narrow(heads * (2 * key + ratio * value), shape.conv_kernel, scale=0.5),
             draw.wide(heads * ratio),
             draw.wide(heads * ratio),
@@ -128,17 +143,17 @@ def layer_cases(shape: ModelConfig, device: torch.device, dtype: torch.dtype) ->
     return cases
 
 
-def mixing_cases(shape: ModelConfig, device: torch.device, dtype: torch.dtype) -> list[Case]:
+def mixing_cases(shape: ModelConfig, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> list[Case]:
     """The delta rule and softmax attention, over packed documents and over whole rows."""
     draw, cases = _Draw(device, dtype), []
     for name, single in (("packed documents", False), ("whole rows", True)):
-        documents = _documents(device, single)
+        documents = _documents(device, single, sizes)
         if "*" in shape.layers:
-            heads, tokens = (shape.attention_heads, shape.key_value_heads, shape.key_value_heads), ROWS * LENGTH
+            heads, tokens = (shape.attention_heads, shape.key_value_heads, shape.key_value_heads), sizes.tokens
             leaves = [draw.narrow(tokens, number, shape.head_dim) for number in heads]
             cases.append(Case(f"attention, {name}", packed_attention, leaves, _plain(documents)))
         if "G" in shape.layers:
-            where, values = (ROWS, LENGTH), shape.linear_value_heads
+            where, values = (sizes.rows, sizes.length), shape.linear_value_heads
             q, k = (draw.narrow(*where, shape.linear_key_heads, shape.linear_key_dim) for _ in range(2))
             q, k = (torch.nn.functional.normalize(x.float(), dim=-1).to(dtype) for x in (q, k))
             g, beta = -draw.wide(*where, values).exp() * 0.1, draw.wide(*where, values).sigmoid()
@@ -147,35 +162,41 @@ def mixing_cases(shape: ModelConfig, device: torch.device, dtype: torch.dtype) -
     return cases
 
 
-def _call_totals(counts_E: Tensor, function: Callable, leaves: list[Tensor]) -> tuple:
+def _call_main_grads(counts_E: Tensor, function: Callable, leaves: list[Tensor]) -> tuple:
     """What the weights' gradients are added to; the gradient of the rows is the rows themselves."""
     types = [torch.promote_types(weight.dtype, torch.float32) for weight in leaves[1:3]]
-    totals = tuple(torch.ones_like(weight, dtype=dtype) for weight, dtype in zip(leaves[1:3], types, strict=True))
-    function(*leaves, counts_E, totals).square().sum().backward()
-    return totals
+    main_grads = tuple(torch.ones_like(weight, dtype=dtype) for weight, dtype in zip(leaves[1:3], types, strict=True))
+    function(*leaves, counts_E, main_grads).square().sum().backward()
+    return main_grads
 
 
-def expert_cases(shape: ModelConfig, device: torch.device, dtype: torch.dtype) -> list[Case]:
+def expert_cases(shape: ModelConfig, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> list[Case]:
     """What a mixture of experts is made of; one expert goes without a row."""
-    draw, tokens, hidden, width = _Draw(device, dtype), ROWS * LENGTH, shape.hidden_size, shape.expert_size
-    chosen_TK = torch.rand(tokens, EXPERTS - 1, generator=draw.generator).topk(ROUTED).indices
+    draw, tokens, hidden, width = _Draw(device, dtype), sizes.tokens, shape.hidden_size, shape.expert_size
+    chosen_TK = torch.rand(tokens, sizes.experts - 1, generator=draw.generator).topk(sizes.routed).indices
     ordered_N, order_N = chosen_TK.flatten().sort(stable=True)
-    inverse_TK, counts_E = invert(order_N).view(tokens, ROUTED).to(device), count_sorted(ordered_N, EXPERTS).to(device)
+    inverse_TK, counts_E = (
+        invert(order_N).view(tokens, sizes.routed).to(device),
+        count_sorted(ordered_N, sizes.experts).to(device),
+    )
     order_N = order_N.to(device)
-    rows = tokens * ROUTED
-    weights = (draw.narrow(EXPERTS, 2, width, hidden, scale=0.02), draw.narrow(EXPERTS, hidden, width, scale=0.02))
+    rows = tokens * sizes.routed
+    weights = (
+        draw.narrow(sizes.experts, 2, width, hidden, scale=0.02),
+        draw.narrow(sizes.experts, hidden, width, scale=0.02),
+    )
     return [
         Case("router", router_logits, [draw.narrow(tokens, hidden), draw.wide(shape.experts, hidden, scale=0.02)],
              _plain()),
         Case("top-k", route, [draw.wide(tokens, shape.experts)], _plain(shape.experts_per_token)),
         Case("shared expert's gate", gate_rows, [draw.narrow(tokens, hidden), draw.narrow(tokens, 1)], _plain()),
-        Case("rows to experts", gather_rows, [draw.narrow(tokens, hidden)], _plain(order_N, inverse_TK)),
-        Case("rows from experts", combine_rows, [draw.narrow(rows, hidden)], _plain(order_N, inverse_TK)),
-        Case("grouped products", expert_rows, [draw.narrow(rows, hidden), *weights, draw.wide(rows).sigmoid()],
+        Case("rows to experts", permute, [draw.narrow(tokens, hidden)], _plain(order_N, inverse_TK)),
+        Case("rows from experts", unpermute, [draw.narrow(rows, hidden)], _plain(order_N, inverse_TK)),
+        Case("grouped products", grouped_mlp, [draw.narrow(rows, hidden), *weights, draw.wide(rows).sigmoid()],
              _plain(counts_E)),
-        Case("gradients into sums", expert_rows, [draw.narrow(rows, hidden), *weights, draw.wide(rows).sigmoid()],
-             partial(_call_totals, counts_E)),
-        Case("mixture", mix_rows, [draw.narrow(tokens, hidden), *weights, draw.wide(rows).sigmoid()],
+        Case("gradients into sums", grouped_mlp, [draw.narrow(rows, hidden), *weights, draw.wide(rows).sigmoid()],
+             partial(_call_main_grads, counts_E)),
+        Case("mixture", fused_moe, [draw.narrow(tokens, hidden), *weights, draw.wide(rows).sigmoid()],
              _plain(counts_E, order_N, inverse_TK)),
     ]  # fmt: skip
 
@@ -195,12 +216,16 @@ def _call_scaled(function: Callable, leaves: list[Tensor]) -> Tensor:
     return function(x.clone(), factor)
 
 
-def head_cases(shape: ModelConfig, device: torch.device, dtype: torch.dtype) -> list[Case]:
+def head_cases(shape: ModelConfig, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> list[Case]:
     """The softmax of the head and the sum of the head's gradient, which are their own gradients."""
-    draw, tokens = _Draw(device, dtype), ROWS * LENGTH
-    target_T = torch.randint(VOCAB, (tokens,), generator=draw.generator).to(device)
-    leaves = [draw.narrow(tokens, VOCAB, scale=3.0), draw.wide(tokens).sigmoid()]
-    products = [draw.narrow(VOCAB, tokens), draw.narrow(tokens, shape.hidden_size), draw.wide(VOCAB, shape.hidden_size)]
+    draw, tokens = _Draw(device, dtype), sizes.tokens
+    target_T = torch.randint(sizes.vocab, (tokens,), generator=draw.generator).to(device)
+    leaves = [draw.narrow(tokens, sizes.vocab, scale=3.0), draw.wide(tokens).sigmoid()]
+    products = [
+        draw.narrow(sizes.vocab, tokens),
+        draw.narrow(tokens, shape.hidden_size),
+        draw.wide(sizes.vocab, shape.hidden_size),
+    ]
     return [
         Case("cross-entropy", softmax_gradient, leaves, partial(_call_loss, target_T)),
         Case("sum of products", add_product, products, _call_sum),
@@ -232,7 +257,12 @@ def error(case: Case, function: Callable | None = None) -> float:
     return max(value if value == value else float("inf") for value in errors)
 
 
-def cases(shape: ModelConfig, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> list[Case]:
+def cases(
+    shape: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    sizes: Sizes = Sizes(),
+) -> list[Case]:
     """Every kernel that a model of this shape runs on."""
     parts = [layer_cases, mixing_cases, head_cases] + [expert_cases] * ("E" in shape.layers)
-    return [case for part in parts for case in part(shape, device, dtype)]
+    return [case for part in parts for case in part(shape, device, dtype, sizes)]

@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
-from model.config import LAYER, MTP_PATTERN, BalanceConfig, ModelConfig, MtpConfig
+from model.config import LAYER, MTP_PATTERN, BalanceConfig, Layout, ModelConfig, MtpConfig, OneProcess
 from model.kernels.backends import ReplicatedLinear, column_linear, row_linear
 from model.layers.attention import GatedAttention, GatedAttentionSubmodules
 from model.layers.deltanet import GatedDeltaNet, GatedDeltaNetSubmodules
@@ -28,7 +28,7 @@ from model.layers.mtp import MtpLayer
 from model.layers.norm import GatedRMSNorm, ResidualRMSNorm, ZeroCentredRMSNorm
 from model.layers.recompute import recomputable
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+PARAMS_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 # What megatron-core is told whatever the model and the layout.
 ALWAYS = {
     "normalization": "RMSNorm",
@@ -72,7 +72,7 @@ class Layer(TransformerLayer):
     """megatron-core's layer, which can be computed again in the backward pass."""
 
     def forward(self, hidden_states: Tensor, **others) -> tuple[Tensor, None]:
-        # A memory brings in tensors of other calls, whose gradients a second computation of this layer would lose.
+        # A cache brings in tensors of other calls, whose gradients a second computation of this layer would lose.
         if others["inference_context"] is not None:
             return super().forward(hidden_states, **others)
         return self.compute(hidden_states, others)
@@ -101,22 +101,17 @@ def full_pattern(shape: ModelConfig, mtp: MtpConfig) -> str:
 def hybrid_config(
     shape: ModelConfig,
     mtp: MtpConfig,
-    tensor: int = 1,
-    pipeline: int = 1,
-    expert: int = 1,
-    virtual: int = 1,
-    context: int = 1,
+    layout: Layout = OneProcess(),  # noqa: B008
     recompute: Iterable[str] = (),
     balance: BalanceConfig = BalanceConfig(),  # noqa: B008
-    expert_tensor: int = 1,
 ) -> HybridConfig:
     """megatron-core's configuration of the model for a layout.
 
     Args:
-        virtual: pipeline stages of one process.
-        recompute: parts of the model that are computed again in the backward pass.
+        layout: `parallel.topology.Topology`, or one process. recompute: parts of the model that are computed again in
+            the backward pass.
     """
-    dtype = DTYPES[shape.dtype]
+    dtype = PARAMS_DTYPES[shape.dtype]
     return HybridConfig(
         shape=shape,
         mtp=mtp,
@@ -137,17 +132,17 @@ def hybrid_config(
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         pipeline_dtype=dtype,
-        tensor_model_parallel_size=tensor,
-        sequence_parallel=tensor > 1,
-        pipeline_model_parallel_size=pipeline,
-        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        tensor_model_parallel_size=layout.tensor,
+        sequence_parallel=layout.tensor > 1,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
         # Of two interleaved processes each is both neighbours of the other: a batch of transfers would mix them up.
-        overlap_p2p_comm=virtual > 1,
-        batch_p2p_comm=virtual == 1,
-        context_parallel_size=context,
-        expert_model_parallel_size=expert,
-        expert_tensor_parallel_size=expert_tensor,
-        deallocate_pipeline_outputs=pipeline > 1,
+        overlap_p2p_comm=layout.virtual > 1,
+        batch_p2p_comm=layout.virtual == 1,
+        context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor,
+        deallocate_pipeline_outputs=layout.pipeline > 1,
         **ALWAYS,
     )
 

@@ -82,20 +82,20 @@ def gather_counts(counts: Tensor, group: dist.ProcessGroup) -> Tensor:
     return gathered.view(group.size(), *counts.shape)
 
 
-class _Journey:
+class _AllToAll:
     """One all-to-all at a time, there or back: what must stay in memory until it has been waited for."""
 
     def __init__(self, send: list[int], receive: list[int], group: dist.ProcessGroup) -> None:
         self._send, self._receive, self._group = send, receive, group
         self._under_way: tuple[dist.Work, Tensor, Tensor] | None = None
 
-    def set_out(self, x: Tensor, back: bool = False) -> None:
+    def launch(self, x: Tensor, back: bool = False) -> None:
         send, receive = (self._receive, self._send) if back else (self._send, self._receive)
         x, out = x.contiguous(), x.new_empty(sum(receive), *x.shape[1:])
         work = dist.all_to_all_single(out, x, receive, send, group=self._group, async_op=True)
         self._under_way = work, x, out
 
-    def arrive(self) -> Tensor:
+    def wait(self) -> Tensor:
         assert self._under_way is not None, "rows are waited for once"
         work, _, out = self._under_way
         work.wait()
@@ -103,51 +103,51 @@ class _Journey:
         return out
 
 
-class _Depart(torch.autograd.Function):
+class _Launch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, journey: _Journey) -> Tensor:
-        ctx.journey = journey
-        journey.set_out(x)
+    def forward(ctx: Any, x: Tensor, exchange: _AllToAll) -> Tensor:
+        ctx.exchange = exchange
+        exchange.launch(x)
         return x.new_zeros(())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> Gradients:
-        return ctx.journey.arrive(), None
+        return ctx.exchange.wait(), None
 
 
-class _Arrive(torch.autograd.Function):
+class _Wait(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, ticket: Tensor, journey: _Journey) -> Tensor:
-        ctx.journey = journey
-        return journey.arrive()
+    def forward(ctx: Any, handle: Tensor, exchange: _AllToAll) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.wait()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Gradients:
-        ctx.journey.set_out(grad, back=True)
+        ctx.exchange.launch(grad, back=True)
         return grad.new_zeros(()), None
 
 
 class PendingRows:
     """Rows on their way between ranks.
 
-    The ticket, one number, ties the end to the start in the graph. The rows themselves are not passed through it: in
+    The handle, one number, ties the end to the start in the graph. The rows themselves are not passed through it: in
     the backward pass they would be seen by autograd before they have arrived.
     """
 
-    def __init__(self, ticket: Tensor, journey: _Journey) -> None:
-        self._ticket, self._journey = ticket, journey
+    def __init__(self, handle: Tensor, exchange: _AllToAll) -> None:
+        self._handle, self._exchange = handle, exchange
 
     def wait(self) -> Tensor:
         """The rows that were sent here, [sum(receive), ...], those from rank 0 first; to be called once.
 
         On a GPU only the current stream waits.
         """
-        return _Arrive.apply(self._ticket, self._journey)
+        return _Wait.apply(self._handle, self._exchange)
 
 
-def start_exchange(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> PendingRows:
+def start_all_to_all(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> PendingRows:
     """Starts an all-to-all of rows with unequal counts, and returns at once; the gradient takes the way back.
 
     The roles turn in the backward pass: it starts the gradient's exchange where rows were waited for, and waits where
@@ -158,8 +158,8 @@ def start_exchange(x: Tensor, send: list[int], receive: list[int], group: dist.P
         x: [sum(send), ...], the rows for rank 0 first.
         send, receive: rows to and from each rank of the group.
     """
-    journey = _Journey(send, receive, group)
-    return PendingRows(_Depart.apply(x, journey), journey)
+    exchange = _AllToAll(send, receive, group)
+    return PendingRows(_Launch.apply(x, exchange), exchange)
 
 
 class _GatherParts(torch.autograd.Function):
@@ -233,7 +233,7 @@ class _AttachLoss(torch.autograd.Function):
 
 
 def attach_loss(x: Tensor, loss: Tensor) -> Tensor:
-    """x unchanged, with a scalar loss hung onto it: backward through x also back-propagates 1.0 into the loss.
+    """x unchanged, with a scalar loss attached: backward through x also back-propagates 1.0 into the loss.
 
     So a loss of an early pipeline stage needs no road of its own to the last one.
     """

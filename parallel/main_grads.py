@@ -1,8 +1,8 @@
 """Gradients of weights that go straight into the float32 sums of megatron-core's data parallelism (``main_grad``).
 
 Otherwise each micro-batch's gradient is written in the weight's type, read again and added, which rounds it to that
-type and moves half as many bytes again. Who computes a gradient is given the sum to add to, and returns `stand_in`:
-megatron-core's hook then finds nothing to add, but knows that the gradient is there.
+type and moves half as many bytes again. A backward pass that computes such a gradient adds it to ``main_grad`` itself
+and hands autograd a `dummy_gradient`, from which megatron-core's hook learns that the gradient has been added.
 """
 
 from typing import Any, cast
@@ -39,7 +39,7 @@ def add_weight_gradient(x_NI: Tensor, grad_NO: Tensor, total_OI: Tensor) -> None
         total_OI.add_(grad_NO.t() @ x_NI)
 
 
-def stand_in(weight: Any) -> Tensor:
+def dummy_gradient(weight: Any) -> Tensor:
     """What a backward pass returns in place of a gradient that it has added to the weight's ``main_grad``.
 
     megatron-core drops it unread, so the weight's own memory will do.

@@ -19,7 +19,7 @@ LONG = (
     "parallel/test_dist.py",
     "parallel/test_engine.py",
     "parallel/test_exchange.py",
-    "parallel/test_memory.py",
+    "parallel/test_layout_cost.py",
     "parallel/test_overlap.py",
     "parallel/test_parity.py",
     "serving/",

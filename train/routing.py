@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model.batch import MicroBatch
 from model.init import rows_as_drawn
-from model.layers.balance import NOTES, Balance, counting_ahead, shares
+from model.layers.balance import NOTES, Balance, counting_ahead, load_fractions
 from model.layers.forecast import histogram
 from parallel.collectives import max_over_all, sum_over, sum_over_all
 from parallel.stages import run_schedule
@@ -29,7 +29,7 @@ def begin_step(job: Job, batches: list[MicroBatch], recording: bool) -> None:
     """Before a step: counts its experts ahead if they must be known before they can be counted on the way.
 
     One micro-batch is counted in its own forward pass. With several, balance.mode=exact counts all ahead, and so does
-    the first step of a run, which has no last step to learn from; else their loads are foretold from their tokens.
+    the first step of a run, which has no last step to learn from; else their loads are forecast from their tokens.
     """
     own, settings = balances(job), job.config.balance
     several = len(batches) > 1 and settings.scope == "global" and settings.weight > 0
@@ -117,7 +117,7 @@ class LayerLoad:
         experts, load = self.counts.shape[1], self.load()
         at = torch.quantile(load, torch.tensor([share / 100 for share in PERCENTILES], dtype=load.dtype))
         return {
-            metrics.BALANCE_LOSS: experts * (shares(self.counts) * self.mean_scores).sum().item(),
+            metrics.BALANCE_LOSS: experts * (load_fractions(self.counts) * self.mean_scores).sum().item(),
             metrics.BALANCE_LOSS_MICRO: self.notes["local_loss"],
             metrics.Z_LOSS: self.notes["z_loss"],
             **self.spread(),

@@ -42,7 +42,7 @@ def _attention(shape: ModelConfig, seq_length: int, element: int, recompute: fro
     return kept, 0 if "attention" in recompute else element * seq_length
 
 
-def _mixture(shape: ModelConfig, element: int, recompute: frozenset[str], expert_tensor: int, sent: bool) -> float:
+def _moe(shape: ModelConfig, element: int, recompute: frozenset[str], expert_tensor: int, sent: bool) -> float:
     shared, again = shape.shared_expert_size, "experts" in recompute
     # A token's rows as experts read them: all holders of an expert's parts do. What came from elsewhere is kept.
     routed = expert_tensor * element * shape.hidden_size if sent or not again else 0
@@ -84,7 +84,7 @@ def layer_bytes(
     else:
         # The router reads a float32 copy; only a shared expert reads the normed input itself.
         reads = element * hidden if shape.shared_expert_size and element < FLOAT32_BYTES else 0
-        kept += reads + _mixture(shape, element, recompute, expert_tensor, sent)
+        kept += reads + _moe(shape, element, recompute, expert_tensor, sent)
     return kept / tensor + whole
 
 

@@ -20,7 +20,7 @@ EMBEDDING, HEAD, MTP, ROUTED = "embedding", "head", "mtp", "routed_experts"
 
 
 @dataclass(frozen=True)
-class Weight:
+class ParameterSize:
     """One parameter: the part that it belongs to, its numbers, what it is cut over, and whether it stays float32."""
 
     part: str
@@ -28,12 +28,22 @@ class Weight:
     cut: str
     float32: bool = False
 
+    @property
+    def tensor_parallel(self) -> bool:
+        """Whether tensor parallelism cuts it."""
+        return self.cut == TENSOR
 
-def _norm(part: str, width: int) -> Weight:
-    return Weight(part, width, WHOLE, float32=True)
+    @property
+    def expert_parallel(self) -> bool:
+        """Whether it belongs to experts, which are spread over processes."""
+        return self.cut == EXPERT
 
 
-def layer_weights(symbol: str, shape: ModelConfig) -> list[Weight]:
+def _norm(part: str, width: int) -> ParameterSize:
+    return ParameterSize(part, width, WHOLE, float32=True)
+
+
+def layer_weights(symbol: str, shape: ModelConfig) -> list[ParameterSize]:
     """The parameters of one layer of a pattern, its input norm first."""
     hidden = shape.hidden_size
     weights = [_norm("norms", hidden)]
@@ -41,54 +51,54 @@ def layer_weights(symbol: str, shape: ModelConfig) -> list[Weight]:
         key, value = shape.linear_key_heads * shape.linear_key_dim, shape.linear_value_heads * shape.linear_value_dim
         part, heads = "gated_delta_net", shape.linear_value_heads
         return weights + [
-            Weight(part, hidden * (2 * key + 2 * value + 2 * heads), TENSOR),
-            Weight(part, shape.conv_kernel * (2 * key + value), TENSOR),
-            Weight(part, 2 * heads, TENSOR, float32=True),
+            ParameterSize(part, hidden * (2 * key + 2 * value + 2 * heads), TENSOR),
+            ParameterSize(part, shape.conv_kernel * (2 * key + value), TENSOR),
+            ParameterSize(part, 2 * heads, TENSOR, float32=True),
             _norm(part, shape.linear_value_dim),
-            Weight(part, value * hidden, TENSOR),
+            ParameterSize(part, value * hidden, TENSOR),
         ]
     if symbol == "*":
         queries, keys = shape.attention_heads * shape.head_dim, shape.key_value_heads * shape.head_dim
         part = "attention"
         return weights + [
-            Weight(part, hidden * (queries * (2 if shape.attention_gate else 1) + 2 * keys), TENSOR),
+            ParameterSize(part, hidden * (queries * (2 if shape.attention_gate else 1) + 2 * keys), TENSOR),
             _norm(part, 2 * shape.head_dim),
-            Weight(part, queries * hidden, TENSOR),
+            ParameterSize(part, queries * hidden, TENSOR),
         ]
     if symbol == "-":
-        return [*weights, Weight("dense", 3 * hidden * shape.dense_size, TENSOR)]
+        return [*weights, ParameterSize("dense", 3 * hidden * shape.dense_size, TENSOR)]
     weights += [
-        Weight("router", shape.experts * hidden, WHOLE, float32=True),
-        Weight(ROUTED, 3 * shape.experts * hidden * shape.expert_size, EXPERT),
+        ParameterSize("router", shape.experts * hidden, WHOLE, float32=True),
+        ParameterSize(ROUTED, 3 * shape.experts * hidden * shape.expert_size, EXPERT),
     ]
     if shape.shared_expert_size:
         weights += [
-            Weight("shared_expert", 3 * hidden * shape.shared_expert_size, TENSOR),
-            Weight("shared_expert", hidden, WHOLE),
+            ParameterSize("shared_expert", 3 * hidden * shape.shared_expert_size, TENSOR),
+            ParameterSize("shared_expert", hidden, WHOLE),
         ]
     return weights
 
 
 def stage_weights(
     symbols: str, shape: ModelConfig, mtp: MtpConfig, vocab_size: int, first: bool, last: bool
-) -> Iterator[Weight]:
+) -> Iterator[ParameterSize]:
     """The parameters of a pipeline stage with these layers: the embedding on the first, head and MTP on the last.
 
     The last stage of several reads the embeddings of further tokens from a copy of its own if there is an MTP layer.
     """
     hidden = shape.hidden_size
     if first or (last and mtp.steps):
-        yield Weight(EMBEDDING, vocab_size * hidden, TENSOR)
+        yield ParameterSize(EMBEDDING, vocab_size * hidden, TENSOR)
     for symbol in symbols:
         yield from layer_weights(symbol, shape)
     if last:
         yield _norm("norms", hidden)
-        yield Weight(HEAD, vocab_size * hidden, TENSOR)
+        yield ParameterSize(HEAD, vocab_size * hidden, TENSOR)
     if last and mtp.steps:
-        yield Weight(MTP, 2 * hidden * hidden, WHOLE)
+        yield ParameterSize(MTP, 2 * hidden * hidden, WHOLE)
         yield _norm(MTP, 3 * hidden)
         for symbol in MTP_PATTERN:
-            yield from (Weight(MTP, x.numel, x.cut, x.float32) for x in layer_weights(symbol, shape))
+            yield from (ParameterSize(MTP, x.numel, x.cut, x.float32) for x in layer_weights(symbol, shape))
 
 
 def parameters(shape: ModelConfig, mtp: MtpConfig, vocab_size: int) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """Reading token by token: what the layers remember, and the model over it, with drafts from multi-token prediction.
 
 Attention remembers keys and values, Gated DeltaNet its state and the last inputs of its convolution. Tokens come in
-blocks. A block may turn out to be partly wrong (a rejected draft): `Memory.keep` then takes the layers back to the
+blocks. A block may turn out to be partly wrong (a rejected draft): `DecodeCache.keep` then takes the layers back to the
 last token that counts. Keys need no taking back: those of wrong tokens lie behind the last position that counts, and
 are overwritten before anything looks there.
 
@@ -22,12 +22,13 @@ from torch.nn import functional as F
 from model.config import DELTA_CHUNK
 from model.documents import Documents
 from model.layers.attention import rotary_table
+from model.layers.context import LayerContext
 from model.layers.delta_rule import prepare_chunks, scan_chunks
 from model.network import LanguageModel
 from parallel.collectives import gather_parts
 
 
-class Memory:
+class DecodeCache:
     """What the layers of a stack remember of each row; megatron-core hands it to them as ``inference_context``.
 
     Args:
@@ -122,7 +123,7 @@ class Decoder:
     """A model that reads several texts at once, block by block.
 
     Args:
-        network: the whole model, without pipeline stages. rows, room: see `Memory`.
+        network: the whole model, without pipeline stages. rows, room: see `DecodeCache`.
     """
 
     def __init__(self, network: LanguageModel, rows: int, room: int):
@@ -131,7 +132,7 @@ class Decoder:
         # Sequence parallelism cuts the tokens of all rows evenly, so blocks are filled up behind their ends.
         self.multiple = network.tp_group.size() if self.parallel else 1
         device = network.output_layer.weight.device
-        self.trunk, self.mtp = (Memory(rows, room + self.multiple, device) for _ in range(2))
+        self.trunk, self.mtp = (DecodeCache(rows, room + self.multiple, device) for _ in range(2))
 
     def _filled(self, x_RL: Tensor) -> Tensor:
         """Columns added until processes can share the tokens."""
@@ -151,7 +152,7 @@ class Decoder:
             count_R: how many tokens of each row count, if known; the rest fills rows up. Say so to `keep` in any case.
         """
         filled = self._filled(tokens_RL)
-        states = self.network.trunk(filled, self.trunk.block(filled.shape[1], count_R), memory=self.trunk)
+        states = self.network.trunk(filled, self.trunk.block(filled.shape[1], count_R), cache=self.trunk)
         return self._by_rows(states, tokens_RL.shape[1])
 
     def keep(self, count_R: Tensor) -> None:
@@ -172,8 +173,8 @@ class Decoder:
         if self.parallel:
             states = scatter_to_sequence_parallel_region(states, group=self.network.tp_group)
         rotary = rotary_table(documents.position_RL, self.network.config.shape)
-        layer = self.network.mtp.layers[0]
-        states = layer(states, self.network.embed(tokens), rotary, documents, None, self.mtp)
+        layer, context = self.network.mtp.layers[0], LayerContext(documents, rotary, cache=self.mtp)
+        states = layer(states, self.network.embed(tokens), context)
         return self._by_rows(states, tokens_RL.shape[1])
 
     @torch.no_grad()

@@ -6,6 +6,8 @@
 Shape suffixes as in `model.layers.attention`; S slots of a key/value group: its queries, their gates, key, value.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -90,6 +92,18 @@ def _prepare_backward(mixed, q_weight, k_weight, table, d_query, d_key, d_value,
     tl.store(own, tl.sum(total, 0), tl.arange(0, COLUMNS) < DIM)
 
 
+class _HeadSizes(NamedTuple):
+    """The compile-time sizes of `_prepare` and `_prepare_backward`, in their order."""
+
+    groups: int
+    each: int  # queries of a key/value group
+    gates: int
+    dim: int
+    turned: int  # dimensions that RoPE rotates
+    tokens: int  # of a tile
+    columns: int  # of a tile: the next power of two
+
+
 class _PrepareHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mixed: Tensor, q_weight: Tensor, k_weight: Tensor, table: Tensor, each: int, gates: int, eps):
@@ -98,7 +112,7 @@ class _PrepareHeads(torch.autograd.Function):
         query, key, value, gate = (
             mixed.new_empty(tokens, groups * number, dim) for number in (each, 1, 1, gates)
         )  # fmt: skip
-        ctx.sizes = (groups, each, gates, dim, turned, TOKENS, triton.next_power_of_2(dim))
+        ctx.sizes = _HeadSizes(groups, each, gates, dim, turned, TOKENS, triton.next_power_of_2(dim))
         grid = (triton.cdiv(tokens, TOKENS), groups * slots)
         _prepare[grid](mixed, q_weight, k_weight, table, query, key, value, gate, tokens, eps, *ctx.sizes)
         ctx.save_for_backward(mixed, q_weight, k_weight, table)
@@ -109,7 +123,6 @@ class _PrepareHeads(torch.autograd.Function):
     def backward(ctx, *grads: Tensor):
         mixed, q_weight, k_weight, table = ctx.saved_tensors
         tokens, groups, slots, dim = mixed.shape
-        each, gates = ctx.sizes[1:3]
         programs = min(PROGRAMS, triton.cdiv(tokens, TOKENS))
         d_mixed = torch.empty_like(mixed)
         d_weight = torch.empty(groups, slots, programs, dim, dtype=torch.float32, device=mixed.device)
@@ -117,7 +130,8 @@ class _PrepareHeads(torch.autograd.Function):
             mixed, q_weight, k_weight, table, *(grad.contiguous() for grad in grads), d_mixed, d_weight, tokens,
             ctx.eps, *ctx.sizes,
         )  # fmt: skip
-        d_q, d_k = d_weight[:, :each].sum((0, 1, 2)), d_weight[:, each + gates].sum((0, 1))
+        key = ctx.sizes.each + ctx.sizes.gates  # the slot behind the queries and their gates
+        d_q, d_k = d_weight[:, : ctx.sizes.each].sum((0, 1, 2)), d_weight[:, key].sum((0, 1))
         return d_mixed, d_q.to(q_weight.dtype), d_k.to(k_weight.dtype), None, None, None, None
 
 
@@ -209,7 +223,7 @@ def attention_backward(
     """Gradients of q, k and v.
 
     With the output and the log-sum-exp of a softmax over more keys than these, they are the gradients through these
-    keys' share of it: so parts of one softmax can be computed apart.
+    keys' part of it: so parts of one softmax can be computed apart.
     """
     q, k, v, out, grad = q_TND, k_TMD, v_TMD, out_TND, grad_TND
     if _whole_rows(q, k, v, documents):

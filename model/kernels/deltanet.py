@@ -9,6 +9,7 @@ Shape suffixes as in `model.layers.deltanet`. A head's columns in the projection
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -197,6 +198,19 @@ def _input_backward(mixed, conv, A_log, dt_bias, position, d_c, d_z, d_g, d_beta
             tl.store(sums + RATIO, tl.sum(da))
 
 
+class _DeltaSizes(NamedTuple):
+    """The compile-time sizes of `_prepare`, `_conv_backward` and `_input_backward`, in their order."""
+
+    heads: int
+    ratio: int  # value heads of a key head
+    key_dim: int
+    value_dim: int
+    taps: int
+    tokens: int  # of a tile
+    columns: int  # of a tile
+    aligned: int  # divides the first column and the width of every segment
+
+
 class _PrepareDelta(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mixed, conv, A_log, dt_bias, position, ratio: int, key_dim: int, value_dim: int, eps: float):
@@ -206,7 +220,7 @@ class _PrepareDelta(torch.autograd.Function):
         if taps > MAX_TAPS:
             raise ValueError(f"model.conv_kernel={taps} is more than the GPU kernel takes: choose {MAX_TAPS} or fewer")
         columns, aligned = triton.next_power_of_2(max(key_dim, value_dim)), math.gcd(key_dim, value_dim, 16)
-        ctx.sizes = (heads, ratio, key_dim, value_dim, taps, TOKENS, columns, aligned)
+        ctx.sizes = _DeltaSizes(heads, ratio, key_dim, value_dim, taps, TOKENS, columns, aligned)
         ctx.eps = eps
         q, k = (mixed.new_empty(*places, heads, key_dim) for _ in range(2))
         v, z = (mixed.new_empty(*places, heads * ratio, value_dim) for _ in range(2))
@@ -219,20 +233,29 @@ class _PrepareDelta(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_q, d_k, d_v, d_z, d_g, d_beta):
         mixed, conv, A_log, dt_bias, position = ctx.saved_tensors
-        heads, ratio, key_dim, value_dim = ctx.sizes[:4]
+        sizes, heads, ratio = ctx.sizes, ctx.sizes.heads, ctx.sizes.ratio
         tokens, blocks = position.numel(), triton.cdiv(position.numel(), TOKENS)
         programs = min(PROGRAMS, triton.cdiv(tokens, GRADIENT_TOKENS))
-        sizes = (*ctx.sizes[:5], GRADIENT_TOKENS, *ctx.sizes[6:])
         d_q, d_k, d_v, d_z, d_g, d_beta = (grad.contiguous() for grad in (d_q, d_k, d_v, d_z, d_g, d_beta))
-        d_c = mixed.new_empty(tokens, heads * (2 * key_dim + ratio * value_dim))
+        d_c = mixed.new_empty(tokens, heads * (2 * sizes.key_dim + ratio * sizes.value_dim))
         d_conv = torch.empty(programs, *conv.shape, dtype=torch.float32, device=mixed.device)
         _conv_backward[(programs, heads, 2 + ratio)](
-            mixed, conv, position, d_q, d_k, d_v, d_c, d_conv, tokens, ctx.eps, *sizes
+            mixed,
+            conv,
+            position,
+            d_q,
+            d_k,
+            d_v,
+            d_c,
+            d_conv,
+            tokens,
+            ctx.eps,
+            *sizes._replace(tokens=GRADIENT_TOKENS),
         )
         d_mixed = torch.empty_like(mixed)
         d_heads = torch.empty(blocks, heads, 2, ratio, dtype=torch.float32, device=mixed.device)
         _input_backward[(blocks, heads, 2 + 2 * ratio)](
-            mixed, conv, A_log, dt_bias, position, d_c, d_z, d_g, d_beta, d_mixed, d_heads, tokens, *ctx.sizes
+            mixed, conv, A_log, dt_bias, position, d_c, d_z, d_g, d_beta, d_mixed, d_heads, tokens, *sizes
         )
         d_A_log, d_dt_bias = d_heads.sum(0).movedim(1, 0).flatten(1)
         return d_mixed, d_conv.sum(0).to(conv.dtype), d_A_log, d_dt_bias, None, None, None, None, None

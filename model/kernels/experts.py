@@ -1,7 +1,7 @@
 """Triton kernels of `model.layers.experts` and `.dense`: rows moved by gathers alone, and SwiGLU in one pass.
 
     combine: out_t = sum_k y[inverse[t, k]]       its gradient is a gather, as combine is a gather's
-    swiglu:  a = silu(g) u w                      w is a row's share in its token's mixture
+    swiglu:  a = silu(g) u w                      w is a row's probability, its token's weight of that expert
 
 Shape suffixes as in `model.layers.experts`.
 """
@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from model.kernels.grouped import grouped_gradient, grouped_product, tile_rows
-from parallel.main_grads import stand_in
+from parallel.main_grads import dummy_gradient
 
 BLOCK = 1024
 
@@ -39,7 +39,7 @@ def sum_rows(x_NH: Tensor, index_TK: Tensor) -> Tensor:
     return out_TH
 
 
-class _GatherRows(torch.autograd.Function):
+class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TH: Tensor, order_N: Tensor, inverse_TK: Tensor) -> Tensor:
         ctx.save_for_backward(inverse_TK)
@@ -50,12 +50,12 @@ class _GatherRows(torch.autograd.Function):
         return sum_rows(grad_NH, *ctx.saved_tensors), None, None
 
 
-def gather_rows(x_TH: Tensor, order_N: Tensor, inverse_TK: Tensor) -> Tensor:
-    """See `model.layers.experts.gather_rows`."""
-    return _GatherRows.apply(x_TH, order_N, inverse_TK)
+def permute(x_TH: Tensor, order_N: Tensor, inverse_TK: Tensor) -> Tensor:
+    """See `model.layers.experts.permute`."""
+    return _Permute.apply(x_TH, order_N, inverse_TK)
 
 
-class _CombineRows(torch.autograd.Function):
+class _Unpermute(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y_NH: Tensor, order_N: Tensor, inverse_TK: Tensor) -> Tensor:
         ctx.save_for_backward(order_N)
@@ -68,9 +68,9 @@ class _CombineRows(torch.autograd.Function):
         return grad_TH.index_select(0, order_N // ctx.copies), None, None
 
 
-def combine_rows(y_NH: Tensor, order_N: Tensor, inverse_TK: Tensor) -> Tensor:
-    """See `model.layers.experts.combine_rows`."""
-    return _CombineRows.apply(y_NH, order_N, inverse_TK)
+def unpermute(y_NH: Tensor, order_N: Tensor, inverse_TK: Tensor) -> Tensor:
+    """See `model.layers.experts.unpermute`."""
+    return _Unpermute.apply(y_NH, order_N, inverse_TK)
 
 
 @triton.jit
@@ -91,7 +91,7 @@ def _swiglu(x, weight, out, WIDTH: tl.constexpr, UNIT: tl.constexpr, UP: tl.cons
 def _swiglu_backward(x, weight, grad, grad_x, grad_weight, out, WIDTH: tl.constexpr, UNIT: tl.constexpr,
                      UP: tl.constexpr, WEIGHTED: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    share = tl.load(weight + row) if WEIGHTED else 1.0
+    prob = tl.load(weight + row) if WEIGHTED else 1.0
     dot = tl.zeros([COLUMNS], tl.float32)
     for first in tl.static_range(0, WIDTH, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
@@ -104,8 +104,8 @@ def _swiglu_backward(x, weight, grad, grad_x, grad_weight, out, WIDTH: tl.conste
         y = gate * sigmoid * up
         if WEIGHTED:
             dot += dy * y
-            tl.store(out + row * WIDTH + column, y * share, inside)
-        dy *= share
+            tl.store(out + row * WIDTH + column, y * prob, inside)
+        dy *= prob
         tl.store(grad_x + place, dy * up * sigmoid * (1 + gate * (1 - sigmoid)), inside)
         tl.store(grad_x + place + UP, dy * gate * sigmoid, inside)
     if WEIGHTED:
@@ -117,7 +117,7 @@ def _columns(width: int) -> int:
 
 
 def _swiglu_forward(x: Tensor, weight_N: Tensor | None, interleaved: bool) -> Tensor:
-    """silu(gate) * up (* weight) of rows [N, 2F]: gate and up in halves, or unit by unit."""
+    """silu(gate) * up (* weight) of rows [N, 2F]: gate and up in halves, or interleaved."""
     rows, width = x.shape[0], x.shape[1] // 2
     out = x.new_empty(rows, width)
     layout = (2, 1) if interleaved else (1, width)
@@ -159,11 +159,11 @@ def swiglu_pairs(mixed: Tensor) -> Tensor:
     return _SwiGLUPairs.apply(mixed.contiguous())
 
 
-def _forward(x, source_N, weight1_E2FH, weight2_EHF, share_N, tiles):
+def _forward(x, source_N, weight1_E2FH, weight2_EHF, probs_N, tiles):
     """Both products and SwiGLU between them: the first product, and the rows [N, H] of the second."""
-    rows = share_N.numel()
+    rows = probs_N.numel()
     inner_NG = grouped_product(x, weight1_E2FH.flatten(1, 2), tiles, rows, True, source_N)
-    active_NF = _swiglu_forward(inner_NG, share_N, interleaved=False)
+    active_NF = _swiglu_forward(inner_NG, probs_N, interleaved=False)
     return inner_NG, grouped_product(active_NF, weight2_EHF, tiles, rows, True)
 
 
@@ -172,103 +172,103 @@ def _weight_gradient(left_NO, right_NI, ends_E, weight, total):
     if total is None:
         return grouped_gradient(left_NO, right_NI, ends_E).view_as(weight)
     grouped_gradient(left_NO, right_NI, ends_E, total.view(ends_E.numel(), left_NO.shape[1], right_NI.shape[1]))
-    return stand_in(weight)
+    return dummy_gradient(weight)
 
 
-def _backward(grad, totals, x, inner_NG, source_N, weight1_E2FH, weight2_EHF, share_N, ends_E, tiles):
-    """Gradients of the rows [N, H] that were read, of both weights and of the shares."""
-    rows = share_N.numel()
+def _backward(grad, main_grads, x, inner_NG, source_N, weight1_E2FH, weight2_EHF, probs_N, ends_E, tiles):
+    """Gradients of the rows [N, H] that were read, of both weights and of the probabilities."""
+    rows = probs_N.numel()
     # A gradient's product reads its rows once for every tile: there gathering on the way costs more than a copy.
     grad_NH = grad if source_N is None else grad.index_select(0, source_N)
     grad_active_NF = grouped_product(grad_NH, weight2_EHF, tiles, rows, False)
-    grad_inner_NG, grad_share_N, active_NF = swiglu_backward(inner_NG, share_N, grad_active_NF, interleaved=False)
-    grad_weight2 = _weight_gradient(grad_NH, active_NF, ends_E, weight2_EHF, totals[1])
+    grad_inner_NG, grad_probs_N, active_NF = swiglu_backward(inner_NG, probs_N, grad_active_NF, interleaved=False)
+    grad_weight2 = _weight_gradient(grad_NH, active_NF, ends_E, weight2_EHF, main_grads[1])
     del grad_NH, grad_active_NF, active_NF
     x_NH = x if source_N is None else x.index_select(0, source_N)
-    grad_weight1 = _weight_gradient(grad_inner_NG, x_NH, ends_E, weight1_E2FH, totals[0])
+    grad_weight1 = _weight_gradient(grad_inner_NG, x_NH, ends_E, weight1_E2FH, main_grads[0])
     del x_NH
     grad_x_NH = grouped_product(grad_inner_NG, weight1_E2FH.flatten(1, 2), tiles, rows, False)
-    return grad_x_NH, grad_weight1, grad_weight2, grad_share_N
+    return grad_x_NH, grad_weight1, grad_weight2, grad_probs_N
 
 
-class _ExpertRows(torch.autograd.Function):
+class _GroupedMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_NH, weight1_E2FH, weight2_EHF, share_N, counts_E, totals):
+    def forward(ctx, x_NH, weight1_E2FH, weight2_EHF, probs_N, counts_E, main_grads):
         ends_E = counts_E.cumsum(0).int()
         tiles = tile_rows(ends_E, x_NH.shape[0])
-        inner_NG, out_NH = _forward(x_NH, None, weight1_E2FH, weight2_EHF, share_N, tiles)
-        ctx.save_for_backward(x_NH, inner_NG, weight1_E2FH, weight2_EHF, share_N, ends_E, tiles)
-        ctx.totals = totals
+        inner_NG, out_NH = _forward(x_NH, None, weight1_E2FH, weight2_EHF, probs_N, tiles)
+        ctx.save_for_backward(x_NH, inner_NG, weight1_E2FH, weight2_EHF, probs_N, ends_E, tiles)
+        ctx.main_grads = main_grads
         return out_NH
 
     @staticmethod
     def backward(ctx, grad_NH: Tensor):
         x_NH, inner_NG, *rest = ctx.saved_tensors
-        return *_backward(grad_NH.contiguous(), ctx.totals, x_NH, inner_NG, None, *rest), None, None
+        return *_backward(grad_NH.contiguous(), ctx.main_grads, x_NH, inner_NG, None, *rest), None, None
 
 
-def expert_rows(
+def grouped_mlp(
     x_NH: Tensor,
     weight1_E2FH: Tensor,
     weight2_EHF: Tensor,
-    share_N: Tensor,
+    probs_N: Tensor,
     counts_E: Tensor,
-    totals: tuple[Tensor | None, Tensor | None] = (None, None),
+    main_grads: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor:
-    """See `model.layers.experts.expert_rows`."""
-    return _ExpertRows.apply(x_NH.contiguous(), weight1_E2FH, weight2_EHF, share_N.float(), counts_E, totals)
+    """See `model.layers.experts.grouped_mlp`."""
+    return _GroupedMLP.apply(x_NH.contiguous(), weight1_E2FH, weight2_EHF, probs_N.float(), counts_E, main_grads)
 
 
-class _MixRows(torch.autograd.Function):
+class _FusedMoE(torch.autograd.Function):
     """Nothing is kept for the backward pass of the rows but what the first product made of them."""
 
     @staticmethod
-    def forward(ctx, x_TH, weight1_E2FH, weight2_EHF, share_N, counts_E, order_N, inverse_TK, totals):
+    def forward(ctx, x_TH, weight1_E2FH, weight2_EHF, probs_N, counts_E, order_N, inverse_TK, main_grads):
         ends_E, source_N = counts_E.cumsum(0).int(), order_N // inverse_TK.shape[1]
         tiles = tile_rows(ends_E, order_N.numel())
-        inner_NG, out_NH = _forward(x_TH, source_N, weight1_E2FH, weight2_EHF, share_N, tiles)
-        ctx.save_for_backward(inverse_TK, x_TH, inner_NG, source_N, weight1_E2FH, weight2_EHF, share_N, ends_E, tiles)
-        ctx.totals = totals
+        inner_NG, out_NH = _forward(x_TH, source_N, weight1_E2FH, weight2_EHF, probs_N, tiles)
+        ctx.save_for_backward(inverse_TK, x_TH, inner_NG, source_N, weight1_E2FH, weight2_EHF, probs_N, ends_E, tiles)
+        ctx.main_grads = main_grads
         return sum_rows(out_NH, inverse_TK)
 
     @staticmethod
     def backward(ctx, grad_TH: Tensor):
         inverse_TK, *rest = ctx.saved_tensors
-        grad_x_NH, *grads = _backward(grad_TH.contiguous(), ctx.totals, *rest)
+        grad_x_NH, *grads = _backward(grad_TH.contiguous(), ctx.main_grads, *rest)
         return sum_rows(grad_x_NH, inverse_TK), *grads, None, None, None, None
 
 
-def mix_rows(
+def fused_moe(
     x_TH: Tensor,
     weight1_E2FH: Tensor,
     weight2_EHF: Tensor,
-    share_N: Tensor,
+    probs_N: Tensor,
     counts_E: Tensor,
     order_N: Tensor,
     inverse_TK: Tensor,
-    totals: tuple[Tensor | None, Tensor | None] = (None, None),
+    main_grads: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor:
-    """See `model.layers.experts.mix_rows`."""
+    """See `model.layers.experts.fused_moe`."""
     weights = (weight1_E2FH, weight2_EHF)
-    return _MixRows.apply(x_TH.contiguous(), *weights, share_N.float(), counts_E, order_N, inverse_TK, totals)
+    return _FusedMoE.apply(x_TH.contiguous(), *weights, probs_N.float(), counts_E, order_N, inverse_TK, main_grads)
 
 
 @triton.jit
 def _gate_rows(x, score, out, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, COLUMNS)
-    share = 1 / (1 + tl.exp(-tl.load(score + row).to(tl.float32)))
-    y = tl.load(x + row * WIDTH + column, column < WIDTH, 0.0).to(tl.float32) * share
+    prob = 1 / (1 + tl.exp(-tl.load(score + row).to(tl.float32)))
+    y = tl.load(x + row * WIDTH + column, column < WIDTH, 0.0).to(tl.float32) * prob
     tl.store(out + row * WIDTH + column, y, column < WIDTH)
 
 
 @triton.jit
 def _gate_rows_backward(x, score, grad, grad_x, grad_score, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, COLUMNS)
-    share = 1 / (1 + tl.exp(-tl.load(score + row).to(tl.float32)))
+    prob = 1 / (1 + tl.exp(-tl.load(score + row).to(tl.float32)))
     dy = tl.load(grad + row * WIDTH + column, column < WIDTH, 0.0).to(tl.float32)
     y = tl.load(x + row * WIDTH + column, column < WIDTH, 0.0).to(tl.float32)
-    tl.store(grad_x + row * WIDTH + column, dy * share, column < WIDTH)
-    tl.store(grad_score + row, tl.sum(dy * y, 0) * share * (1 - share))
+    tl.store(grad_x + row * WIDTH + column, dy * prob, column < WIDTH)
+    tl.store(grad_score + row, tl.sum(dy * y, 0) * prob * (1 - prob))
 
 
 class _GateRows(torch.autograd.Function):

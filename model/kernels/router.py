@@ -10,6 +10,8 @@ float32 on the matrix units: as exact as float32 arithmetic, several times as fa
 Shape suffixes as in `model.layers.router`.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -112,13 +114,21 @@ def _route_backward(scores, weights, experts, grad_scores, grad_weights, grad_lo
     tl.store(grad_logits + chosen, picked, kept)
 
 
+class _RouteSizes(NamedTuple):
+    """The compile-time sizes of a tile of `_route` and `_route_backward`, in their order."""
+
+    rows: int
+    columns: int  # experts, to the next power of two
+    slots: int  # experts per token, likewise
+
+
 class _Route(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits_TE: Tensor, k: int):
         tokens, number = logits_TE.shape
         scores, weights = torch.empty_like(logits_TE), logits_TE.new_empty(tokens, k)
         experts = torch.empty(tokens, k, dtype=torch.int64, device=logits_TE.device)
-        ctx.sizes = (ROWS, triton.next_power_of_2(number), triton.next_power_of_2(k))
+        ctx.sizes = _RouteSizes(ROWS, triton.next_power_of_2(number), triton.next_power_of_2(k))
         grid = (triton.cdiv(tokens, ROWS),)
         _route[grid](logits_TE, scores, weights, experts, tokens, number, k, *ctx.sizes)
         ctx.save_for_backward(scores, weights, experts)

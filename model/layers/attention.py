@@ -17,6 +17,7 @@ from model.config import ModelConfig
 from model.documents import Documents, attention_mask
 from model.kernels.backends import accelerated
 from model.layers.chain import chain_attention
+from model.layers.context import LayerCache
 from model.layers.norm import at_least_float32
 from model.layers.recompute import recomputable
 from parallel.collectives import gather_parts, heads_to_sequence, sequence_to_heads
@@ -194,12 +195,12 @@ class GatedAttention(MegatronModule):
         *,
         rotary_pos_emb: Tensor,
         packed_seq_params: Documents,
-        inference_context=None,
+        inference_context: LayerCache | None = None,
         **_,
     ) -> tuple[Tensor, None]:
         """hidden [T, 1, H] -> [T, 1, H]; other keywords of megatron-core's layer are for its own attentions.
 
-        ``inference_context`` remembers keys between calls: `Chains` or `model.decode.decode.Memory`; by default none.
+        Keywords as `model.layers.context.LayerContext` says; without a cache the keys are those of these tokens.
         """
         query, key, value, gate = self.project(hidden_states, rotary_pos_emb)
         if inference_context is None:

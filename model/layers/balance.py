@@ -1,14 +1,14 @@
 """Load of the experts: counted over the global batch, evened out by a loss whose gradient is read in the backward pass.
 
-The balance loss of a layer is E * sum_i f_i P_i (Qiu et al., "Demons in the Detail", 2025, eq. 2-6): f_i is the share
-of all assignments of the global batch that went to expert i, P_i the mean score of expert i. A perfectly balanced
-layer scores 1.0, whatever the layout. f carries no gradient, so
+The balance loss of a layer is E * sum_i f_i P_i (Qiu et al., "Demons in the Detail", 2025, eq. 2-6): f_i is the
+fraction of all assignments of the global batch that went to expert i, P_i its mean score. A perfectly balanced layer
+scores 1.0, whatever the layout. f carries no gradient, so
 
     d loss / d score_{t,i} = E * f_i * w_t        (w_t: the token's weight in the mean over the global batch)
 
 needs f only when the gradient passes by. Each forward pass starts a sum of its counts over the ranks, and the
 backward pass reads all that have arrived: with one micro-batch that is the whole batch. With several, all are counted
-in a pass ahead of the step ("exact"), or f is estimated ("online", see `Online.share`).
+in a pass ahead of the step ("exact"), or f is estimated ("online", see `Online.fractions`).
 
 Shape suffixes: T tokens, E experts, K experts per token, R sequences of a micro-batch, M micro-batches, U uses.
 """
@@ -16,6 +16,7 @@ Shape suffixes: T tokens, E experts, K experts per token, R sequences of a micro
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,17 +58,17 @@ class RoutedTokens:
         return (self.first + torch.arange(self.weight_T.numel(), device=self.weight_T.device)) // self.length
 
 
-class _HangLoss(torch.autograd.Function):
+class _AttachBalanceLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, scores_TE: Tensor, weight_T: Tensor, pressure: Callable[[], Tensor]) -> Tensor:
+    def forward(ctx, x: Tensor, scores_TE: Tensor, weight_T: Tensor, score_gradient: Callable[[], Tensor]) -> Tensor:
         ctx.save_for_backward(weight_T)
-        ctx.pressure, ctx.dtype = pressure, scores_TE.dtype
+        ctx.score_gradient, ctx.dtype = score_gradient, scores_TE.dtype
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         (weight_T,) = ctx.saved_tensors
-        return grad, weight_T.to(ctx.dtype)[:, None] * ctx.pressure().to(ctx.dtype), None, None
+        return grad, weight_T.to(ctx.dtype)[:, None] * ctx.score_gradient().to(ctx.dtype), None, None
 
 
 class Online:
@@ -94,7 +95,7 @@ class Online:
         self.added = len(self.forward_sums)
         return self.seen_E
 
-    def share(self, total: int) -> Tensor:
+    def fractions(self, total: int) -> Tensor:
         """f for the next backward pass.
 
         Assignments that have not been seen are taken to be spread as expected. What the passes so far were given too
@@ -102,15 +103,15 @@ class Online:
         """
         seen, assignments = self.settle().double(), self.k * max(total, 1)
         to_come = (assignments - seen.sum()).clamp(min=0)
-        estimate = shares(seen + to_come * shares(self.expected_ME[self.added :].sum(dim=0)))
-        share = estimate
+        estimate = load_fractions(seen + to_come * load_fractions(self.expected_ME[self.added :].sum(dim=0)))
+        fraction = estimate
         if self.backward_passes:
             owed = self.done * estimate - self.given
-            share = estimate + FEEDBACK * owed / (1 - self.done).clamp(min=1e-9)  # 0: only padding is to come
+            fraction = estimate + FEEDBACK * owed / (1 - self.done).clamp(min=1e-9)  # 0: only padding is to come
         own = self.forward_sums[self.backward_passes].wait().sum().double() / assignments
-        self.done, self.given = self.done + own, self.given + own * share
+        self.done, self.given = self.done + own, self.given + own * fraction
         self.backward_passes += 1
-        return share
+        return fraction
 
 
 class Balance(nn.Module):
@@ -120,7 +121,7 @@ class Balance(nn.Module):
         counts: int64 [uses, E], assignments of valid tokens in the whole last step; saved with the model.
         bias: float32 [E], added to the scores to choose experts, or None; saved with the model.
         counted_UME: the step's counts by micro-batch, where they were counted ahead of it.
-        histogram_MB: what a step's micro-batches hold, where its loads are to be foretold.
+        histogram_MB: what a step's micro-batches hold, where its loads are to be forecast.
         recording: whether passes also note what `train.routing` reports.
     """
 
@@ -158,7 +159,7 @@ class Balance(nn.Module):
     def forward(
         self, weights_TK: Tensor, logits_TE: Tensor, scores_TE: Tensor, experts_TK: Tensor, tokens: RoutedTokens
     ) -> Tensor:
-        """The weights unchanged, with the balance loss hung onto them; counts the experts."""
+        """The weights unchanged, with the balance loss attached to them; counts the experts."""
         if self.ahead is not None:
             self.ahead[tokens.use].append(self.count(experts_TK, tokens)[0])
             return weights_TK
@@ -172,7 +173,8 @@ class Balance(nn.Module):
             local = start_sum(self.count(experts_TK, tokens, self.by_row), self.local_group)
         if self.recording and local is not None:
             self.note(logits_TE, scores_TE, experts_TK, tokens, local)
-        return _HangLoss.apply(weights_TK, scores_TE, tokens.weight_T, lambda: self.pressure(tokens, local))
+        gradient = partial(self.score_gradient, tokens, local)
+        return _AttachBalanceLoss.apply(weights_TK, scores_TE, tokens.weight_T, gradient)
 
     def count(self, experts_TK: Tensor, tokens: RoutedTokens, by_row: bool = False) -> Tensor:
         """int64 [1, E] or, by sequence, [R, E]: assignments of this rank's valid tokens to each expert."""
@@ -182,20 +184,20 @@ class Balance(nn.Module):
         counts = torch.zeros(rows * self.num_experts, dtype=torch.int64, device=experts_TK.device)
         return counts.scatter_add_(0, place_TK.flatten(), valid_TK.flatten().long()).view(rows, -1)
 
-    def pressure(self, tokens: RoutedTokens, local: PendingSum | None) -> Tensor:
+    def score_gradient(self, tokens: RoutedTokens, local: PendingSum | None) -> Tensor:
         """d loss / d score over the token's weight: [E], or [T, E] by sequence. Called in the backward pass."""
-        total = self.global_weight * self.share(tokens)
+        total = self.global_weight * self.fractions(tokens)
         if self.local_weight:
             assert local is not None  # started in the forward pass
-            share_RE = shares(local.wait())
-            total = total + self.local_weight * (share_RE[tokens.row_T()] if self.by_row else share_RE[0])
+            fraction_RE = load_fractions(local.wait())
+            total = total + self.local_weight * (fraction_RE[tokens.row_T()] if self.by_row else fraction_RE[0])
         return self.num_experts * total
 
-    def share(self, tokens: RoutedTokens) -> Tensor:
+    def fractions(self, tokens: RoutedTokens) -> Tensor:
         """float64 [E]: f over the global batch, as far as it is known. Called once a backward pass."""
         if self.counted_UME is not None:
-            return shares(self.counts[tokens.use])
-        return self.online[tokens.use].share(tokens.total)
+            return load_fractions(self.counts[tokens.use])
+        return self.online[tokens.use].fractions(tokens.total)
 
     @torch.no_grad()
     def note(
@@ -203,14 +205,15 @@ class Balance(nn.Module):
     ) -> None:
         """Sums up this rank's tokens for the report."""
         weight_T, counts_RE = tokens.weight_T.to(scores_TE.dtype), local.wait()
-        share_RE = shares(counts_RE).to(scores_TE.dtype)
-        share = share_RE[tokens.row_T()] if self.by_row else share_RE
+        fraction_RE = load_fractions(counts_RE).to(scores_TE.dtype)
+        fraction = fraction_RE[tokens.row_T()] if self.by_row else fraction_RE
+        violation = load_fractions(counts_RE.sum(dim=0)).max() * self.num_experts - 1
         log_sum_T = logits_TE.logsumexp(dim=-1)
         self.mean_scores[tokens.use] += weight_T @ scores_TE
         self.notes += torch.stack(
             [
-                self.num_experts * (weight_T @ (scores_TE * share).sum(dim=-1)),
-                weight_T.sum() * (shares(counts_RE.sum(dim=0)).max() * self.num_experts - 1).to(scores_TE.dtype),
+                self.num_experts * (weight_T @ (scores_TE * fraction).sum(dim=-1)),
+                weight_T.sum() * violation.to(scores_TE.dtype),
                 weight_T @ log_sum_T.square(),
                 weight_T @ (log_sum_T - (scores_TE * logits_TE).sum(dim=-1)),
                 weight_T @ scores_TE.gather(1, experts_TK).sum(dim=-1),
@@ -221,7 +224,7 @@ class Balance(nn.Module):
         """Forgets what an earlier step may have left.
 
         Args:
-            histogram_MB: the buckets of each micro-batch's tokens over all ranks, where loads are to be foretold.
+            histogram_MB: the buckets of each micro-batch's tokens over all ranks, where loads are to be forecast.
         """
         for online in self.online:
             online.settle()  # no sum over the ranks is left under way
@@ -262,7 +265,7 @@ class Balance(nn.Module):
         self.counts.copy_(counted_UME.sum(dim=1))
 
 
-def shares(counts: Tensor) -> Tensor:
+def load_fractions(counts: Tensor) -> Tensor:
     """Counts over their sum along the last dimension, float64; zero where nothing was counted."""
     counts = counts.double()
     return counts / counts.sum(dim=-1, keepdim=True).clamp(min=1)

@@ -2,7 +2,7 @@
 
 A draft that starts from position p reads, in one softmax, the keys that the first step wrote at the positions up to p
 (the prefix) and those that its own steps wrote since (the chain). In training every position starts a draft, so a row
-of queries shares the prefix's keys and has C chain keys to itself. The prefix goes through the attention kernel as
+of queries probs the prefix's keys and has C chain keys to itself. The prefix goes through the attention kernel as
 usual; the few chain scores join its softmax by their log-sum-exp, so no [T, T] scores ever exist.
 
 Shape suffixes: R rows, L queries of a row, T = R*L, S keys of the prefix, N query heads, M key heads, G = N/M, D
@@ -66,7 +66,7 @@ def prefix_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v for the prefix's part of a larger softmax.
 
-    The kernels recompute the shares as exp(score - lse) and need out only for rowsum(grad * out). So with the whole
+    The kernels recompute the probs as exp(score - lse) and need out only for rowsum(grad * out). So with the whole
     softmax's ``out_TND`` and ``lse_TN`` they give its exact gradients (as in ring attention: Liu, Zaharia, Abbeel,
     "Ring Attention with Blockwise Transformers", 2023).
     """
@@ -74,15 +74,15 @@ def prefix_gradients(
     lse = lse_TN.view(q.shape[0], q.shape[2], -1).transpose(1, 2)
     mask = _additive_mask(q_TND, k_SMD.shape[0], documents)
     if q.is_cuda:
-        share, heads = q.shape[1] // k.shape[1], k.shape[1]
-        k, v = (x.repeat_interleave(share, dim=1) for x in (k, v))
+        ratio, heads = q.shape[1] // k.shape[1], k.shape[1]
+        k, v = (x.repeat_interleave(ratio, dim=1) for x in (k, v))
         bias = None if mask is None else mask.expand(-1, q.shape[1], -1, -1)
         lse = F.pad(lse, (0, -lse.shape[-1] % 32)).contiguous()
         none = torch.zeros((), dtype=torch.int64)  # seed and offset of a dropout that there is not
         gradients = aten._scaled_dot_product_efficient_attention_backward(
             grad, q, k, v, bias, out, lse, none, none, 0.0, [True, True, True, False], mask is None
         )
-        found = [gradients[0], *(x.unflatten(1, (heads, share)).sum(2) for x in gradients[1:3])]
+        found = [gradients[0], *(x.unflatten(1, (heads, ratio)).sum(2) for x in gradients[1:3])]
     else:
         found = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, q, k, v, out, lse, 0.0, mask is None, attn_mask=mask
@@ -108,8 +108,8 @@ class _ChainAttention(torch.autograd.Function):
         prefix, lse = _for_keys(prefix_attention, q_TND, k_SMD)(q_TND, k_SMD, v_SMD, documents)
         scores = _chain_scores(q_TND, k_TCMD)
         whole = torch.logaddexp(lse, scores.logsumexp(dim=-1).flatten(1))
-        shares = (scores - whole.view_as(scores[..., 0])[..., None]).exp()
-        chain = torch.einsum("tmgc,tcmd->tmgd", shares, at_least_float32(v_TCMD)).flatten(1, 2)
+        probs = (scores - whole.view_as(scores[..., 0])[..., None]).exp()
+        chain = torch.einsum("tmgc,tcmd->tmgd", probs, at_least_float32(v_TCMD)).flatten(1, 2)
         out = (at_least_float32(prefix) * (lse - whole).exp()[..., None] + chain).to(q_TND.dtype)
         ctx.save_for_backward(q_TND, k_SMD, v_SMD, k_TCMD, v_TCMD, out, whole)
         ctx.documents = documents
@@ -125,11 +125,11 @@ class _ChainAttention(torch.autograd.Function):
         grad, q, values = at_least_float32(grad_TND), at_least_float32(q_TND), at_least_float32(v_TCMD)
         mean = (grad * at_least_float32(out)).sum(-1)
         grad, q, mean, whole = (x.unflatten(1, heads) for x in (grad, q, mean, whole))
-        shares = (_chain_scores(q_TND, k_TCMD) - whole[..., None]).exp()
-        grad_scores = shares * (torch.einsum("tmgd,tcmd->tmgc", grad, values) - mean[..., None]) * scale
+        probs = (_chain_scores(q_TND, k_TCMD) - whole[..., None]).exp()
+        grad_scores = probs * (torch.einsum("tmgd,tcmd->tmgc", grad, values) - mean[..., None]) * scale
         grad_q = grad_q + torch.einsum("tmgc,tcmd->tmgd", grad_scores, at_least_float32(k_TCMD)).flatten(1, 2)
         grad_chain_k = torch.einsum("tmgc,tmgd->tcmd", grad_scores, q).to(k_TCMD.dtype)
-        grad_chain_v = torch.einsum("tmgc,tmgd->tcmd", shares, grad).to(v_TCMD.dtype)
+        grad_chain_v = torch.einsum("tmgc,tmgd->tcmd", probs, grad).to(v_TCMD.dtype)
         return grad_q.to(q_TND.dtype), grad_k, grad_v, grad_chain_k, grad_chain_v, None
 
 
@@ -147,7 +147,7 @@ def chain_attention(
 
 
 @dataclass
-class Chains:
+class ChainCache:
     """The keys and values of the MTP steps so far, as this process attends to them (see `context_attention`).
 
     Handed to the layers as megatron-core's ``inference_context``: what an attention has to remember between calls.

@@ -44,7 +44,7 @@ def l2_normalise(x: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 @dataclass
-class Chunks:
+class DeltaChunks:
     """All of a row's chunks that does not depend on the state; shapes [R, V, chunks, ...].
 
     With S the state before a chunk: update = value - reader S; out = q_state S + within update;
@@ -67,7 +67,7 @@ def prepare_chunks(
     beta_RLV: Tensor,
     documents: Documents,
     chunk: int,
-) -> Chunks:
+) -> DeltaChunks:
     """Solves the inside of every chunk; arguments as of `chunk_gated_delta_rule`."""
     ids_RL = documents.ids_RL
     pad = -q_RLKD.shape[1] % chunk
@@ -100,10 +100,10 @@ def prepare_chunks(
     value, reader = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
     within = q @ k.transpose(-1, -2) * decay
     writer = (k * decay[..., -1, :, None]).transpose(-1, -2)
-    return Chunks(value, reader, within, writer, q * from_state, from_state[..., -1:, :])
+    return DeltaChunks(value, reader, within, writer, q * from_state, from_state[..., -1:, :])
 
 
-def scan_chunks(chunks: Chunks, state: Tensor) -> tuple[Tensor, list[Tensor]]:
+def scan_chunks(chunks: DeltaChunks, state: Tensor) -> tuple[Tensor, list[Tensor]]:
     """The outputs [R, V, L, Dv] of all chunks in turn, from the state [R, V, Dk, Dv] before the first, and the state
     after each."""
     out, states = [], []
@@ -115,7 +115,7 @@ def scan_chunks(chunks: Chunks, state: Tensor) -> tuple[Tensor, list[Tensor]]:
     return torch.stack(out, dim=2).flatten(2, 3), states
 
 
-def transition(chunks: Chunks) -> Tensor:
+def transition(chunks: DeltaChunks) -> Tensor:
     """[A | B] with: state after all chunks = A (state before) + B. Shape [R, V, Dk, Dk + Dv], whatever the length."""
     dk = chunks.reader.shape[-1]
     both = F.pad(torch.eye(dk, dtype=chunks.value.dtype, device=chunks.value.device), (0, chunks.value.shape[-1]))
@@ -126,7 +126,7 @@ def transition(chunks: Chunks) -> Tensor:
     return both
 
 
-def incoming_state(chunks: Chunks, group) -> Tensor:
+def incoming_state(chunks: DeltaChunks, group) -> Tensor:
     """The state before this process's part of the sequence, from the transitions of the parts before it."""
     parts = earlier_parts(transition(chunks), group)
     dk = chunks.reader.shape[-1]

@@ -116,7 +116,7 @@ class GatedDeltaNet(MegatronModule):
     ) -> tuple[Tensor, None]:
         """hidden [T, 1, H] -> [T, 1, H]; other keywords of megatron-core's layer are for softmax attention.
 
-        ``inference_context``: a `model.decode.decode.Memory` of the tokens before; by default there are none.
+        Keywords as `model.layers.context.LayerContext` says; a cache is a `model.decode.decode.DecodeCache`.
         """
         documents, parts = packed_seq_params, self.cp_group.size()
         rows, length = documents.ids_RL.shape
@@ -137,24 +137,24 @@ class GatedDeltaNet(MegatronModule):
         return self.out_proj(out.reshape(rows * length, 1, -1))
 
     @recomputable("deltanet")
-    def mix(self, mixed: Tensor, documents: Documents, heads: slice, group=None, memory=None) -> Tensor:
+    def mix(self, mixed: Tensor, documents: Documents, heads: slice, group=None, cache=None) -> Tensor:
         """From the projection [R, L, K, ...] of some key heads to their normed and gated outputs [R, L, V, D].
 
         Args:
             heads: which of this process's key heads these are. group: see `chunk_gated_delta_rule`.
-            memory: of the tokens before the rows.
+            cache: a `DecodeCache` of the tokens before the rows.
         """
         conv_weight = self.conv_weight.unflatten(0, (self.key_heads, -1))[heads].flatten(0, 1)
         A_log, dt_bias = (x.unflatten(0, (self.key_heads, -1))[heads].flatten() for x in (self.A_log, self.dt_bias))
         common = (mixed, conv_weight, A_log, dt_bias, documents, self.ratio, self.key_dim, self.value_dim)
-        if group is None and memory is None:
+        if group is None and cache is None:
             q, k, v, z, g, beta = prepare_delta(*common)
             return self.out_norm(gated_delta_rule(q, k, v, g, beta, documents), z)
         inputs, taps = mixed[..., : self.conv_channels].flatten(2), conv_weight.shape[1]
-        if memory is not None:
-            before = memory.inputs_before(self.layer_number, inputs, taps)
+        if cache is not None:
+            before = cache.inputs_before(self.layer_number, inputs, taps)
             q, k, v, z, g, beta = prepare_part(*common, before)
-            return self.out_norm(memory.delta_rule(self.layer_number, q, k, v, g, beta, documents), z)
+            return self.out_norm(cache.delta_rule(self.layer_number, q, k, v, g, beta, documents), z)
         q, k, v, z, g, beta = prepare_part(*common, earlier_parts(inputs[:, 1 - taps :], group)[-1])
         return self.out_norm(chunk_gated_delta_rule(q, k, v, g, beta, documents, group), z)
 

@@ -13,7 +13,7 @@ from model.kernels.backends import accelerated
 
 @accelerated("model.kernels.experts")
 def swiglu_pairs(mixed: Tensor) -> Tensor:
-    """SiLU(gate) * up, where the last dimension holds unit by unit a gate and an up value: [..., 2F] -> [..., F]."""
+    """SiLU(gate) * up, where the last dimension interleaves gate and up values: [..., 2F] -> [..., F]."""
     gate, up = mixed.unflatten(-1, (-1, 2)).unbind(-1)
     return F.silu(gate) * up
 
@@ -29,7 +29,7 @@ class SwiGLUSubmodules:
 class SwiGLU(MegatronModule):
     """W_down [SiLU(W_gate x) * W_up x] (Shazeer, "GLU Variants Improve Transformer", 2020), cut over tensor ranks.
 
-    The fused projection holds unit by unit a gate row and an up row, so that a cut of the rows keeps the pairs
+    The fused projection interleaves gate rows and up rows, so that a cut of the rows keeps the pairs
     together.
     """
 
@@ -41,16 +41,16 @@ class SwiGLU(MegatronModule):
 
     def forward(self, hidden_T1H: Tensor) -> Tensor:
         """[T, 1, H] -> [T, 1, H]."""
-        return self.narrow(self.widen(hidden_T1H))
+        return self.down(self.up_gate(hidden_T1H))
 
-    def widen(self, hidden_T1H: Tensor) -> Tensor:
-        """The first half: [T, 1, H] -> this rank's part of the units, gated."""
+    def up_gate(self, hidden_T1H: Tensor) -> Tensor:
+        """SiLU(gate) * up of this rank's columns: [T, 1, H] -> [T, 1, F]."""
         mixed, _ = self.linear_fc1(hidden_T1H)
         return swiglu_pairs(mixed)
 
-    def narrow(self, units: Tensor) -> Tensor:
-        """The second half: units -> [T, 1, H]."""
-        out, _ = self.linear_fc2(units)
+    def down(self, activation: Tensor) -> Tensor:
+        """The down projection: [T, 1, F] -> [T, 1, H]."""
+        out, _ = self.linear_fc2(activation)
         return out
 
 

@@ -2,7 +2,7 @@
 
 Rows are moved by gathers only, forwards and backwards (a scatter-add would be slower and, on a GPU, not
 reproducible): sorting T*K assignments by expert is a permutation, and the inverse of a permutation is a gather. Each
-row meets its share in its token's mixture between the two products, where it is narrowest.
+row is multiplied by its probability (the router's weight) between the two products, where it is narrowest.
 
 Shape suffixes: T tokens, K experts per token, N = T*K rows, E local experts, H hidden, F local width of an expert.
 """
@@ -21,13 +21,13 @@ from model.layers.dense import SwiGLU, SwiGLUSubmodules
 from model.layers.norm import at_least_float32
 from model.layers.recompute import recomputable
 from model.layers.router import Router
-from parallel.collectives import gather_counts, start_exchange
-from parallel.main_grads import add_weight_gradient, stand_in, with_main_grad
+from parallel.collectives import gather_counts, start_all_to_all
+from parallel.main_grads import add_weight_gradient, dummy_gradient, with_main_grad
 
 WIDTH_DIM = 2  # of both weights of the experts
 
-type Totals = tuple[Tensor | None, Tensor | None]  # of the gradients of the experts' two weights
-NO_TOTALS: Totals = (None, None)
+type MainGrads = tuple[Tensor | None, Tensor | None]  # of the gradients of the experts' two weights
+NO_MAIN_GRADS: MainGrads = (None, None)
 
 
 class _LoopedLinear(torch.autograd.Function):
@@ -53,7 +53,7 @@ class _LoopedLinear(torch.autograd.Function):
         for grad, x, out, matrix, total in zip(*parts, matrices_EOI, sums_EOI, strict=True):
             torch.mm(grad, matrix, out=out)
             add_weight_gradient(x, grad, total)
-        return grad_x, sums if ctx.total is None else stand_in(weight), None, None
+        return grad_x, sums if ctx.total is None else dummy_gradient(weight), None, None
 
 
 def grouped_linear(x_NI: Tensor, weight: Tensor, counts_E: Tensor, total: Tensor | None = None) -> Tensor:
@@ -72,7 +72,7 @@ def count_sorted(ordered_N: Tensor, values: int) -> Tensor:
     return torch.searchsorted(ordered_N, borders).diff()
 
 
-class _GatherRows(torch.autograd.Function):
+class _Permute(torch.autograd.Function):
     """x[index] where index repeats every row of x exactly K times; inverse [T, K] says where each row's copies went."""
 
     @staticmethod
@@ -86,9 +86,9 @@ class _GatherRows(torch.autograd.Function):
         return grad_NH[inverse_TK].sum(dim=1), None, None
 
 
-def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+def reorder(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     """Reorders rows by a permutation, with its inverse for the gradient."""
-    return _GatherRows.apply(x, order, inverse[:, None])
+    return _Permute.apply(x, order, inverse[:, None])
 
 
 def invert(order: Tensor) -> Tensor:
@@ -112,49 +112,49 @@ def add_parts(x: Tensor, sizes: list[int], copies: int) -> Tensor:
 
 
 @accelerated("model.kernels.experts")
-def gather_rows(x_TH: Tensor, order_N: Tensor, inverse_TK: Tensor) -> Tensor:
+def permute(x_TH: Tensor, order_N: Tensor, inverse_TK: Tensor) -> Tensor:
     """K copies of each token's row, sorted: out[n] = x[order[n] // K]; ``inverse`` is that of the permutation order."""
-    return _GatherRows.apply(x_TH, order_N // inverse_TK.shape[1], inverse_TK)
+    return _Permute.apply(x_TH, order_N // inverse_TK.shape[1], inverse_TK)
 
 
 @accelerated("model.kernels.experts")
-def combine_rows(y_NH: Tensor, order_N: Tensor, inverse_TK: Tensor) -> Tensor:
-    """The sum of each token's K rows, the way back of `gather_rows`: out[t] = sum_k y[inverse[t, k]]."""
-    return permute(y_NH, inverse_TK.flatten(), order_N).view(*inverse_TK.shape, -1).sum(dim=1)
+def unpermute(y_NH: Tensor, order_N: Tensor, inverse_TK: Tensor) -> Tensor:
+    """The sum of each token's K rows, the way back of `permute`: out[t] = sum_k y[inverse[t, k]]."""
+    return reorder(y_NH, inverse_TK.flatten(), order_N).view(*inverse_TK.shape, -1).sum(dim=1)
 
 
 @accelerated("model.kernels.experts")
-def expert_rows(
+def grouped_mlp(
     x_NH: Tensor,
     weight1_E2FH: Tensor,
     weight2_EHF: Tensor,
-    share_N: Tensor,
+    probs_N: Tensor,
     counts_E: Tensor,
-    totals: Totals = NO_TOTALS,
+    main_grads: MainGrads = NO_MAIN_GRADS,
 ) -> Tensor:
-    """SwiGLU of each row by its expert, times the row's share; ``counts`` rows for each expert, sorted.
+    """SwiGLU of each row by its expert, times the row's probability; ``counts`` rows for each expert, sorted.
 
     Args:
-        totals: what the gradients of the two weights are added to, see `grouped_linear`.
+        main_grads: what the gradients of the two weights are added to, see `grouped_linear`.
     """
-    gate, up = grouped_linear(x_NH, weight1_E2FH, counts_E, totals[0]).chunk(2, dim=-1)
-    return grouped_linear(F.silu(gate) * up * share_N[:, None].to(x_NH.dtype), weight2_EHF, counts_E, totals[1])
+    gate, up = grouped_linear(x_NH, weight1_E2FH, counts_E, main_grads[0]).chunk(2, dim=-1)
+    return grouped_linear(F.silu(gate) * up * probs_N[:, None].to(x_NH.dtype), weight2_EHF, counts_E, main_grads[1])
 
 
 @accelerated("model.kernels.experts")
-def mix_rows(
+def fused_moe(
     x_TH: Tensor,
     weight1_E2FH: Tensor,
     weight2_EHF: Tensor,
-    share_N: Tensor,
+    probs_N: Tensor,
     counts_E: Tensor,
     order_N: Tensor,
     inverse_TK: Tensor,
-    totals: Totals = NO_TOTALS,
+    main_grads: MainGrads = NO_MAIN_GRADS,
 ) -> Tensor:
-    """`expert_rows` of each token's K rows, added up: [T, H]. Arguments as of `gather_rows` and `expert_rows`."""
-    rows = gather_rows(x_TH, order_N, inverse_TK)
-    return combine_rows(expert_rows(rows, weight1_E2FH, weight2_EHF, share_N, counts_E, totals), order_N, inverse_TK)
+    """`grouped_mlp` of each token's K rows, added up: [T, H]. Arguments as of `permute` and `grouped_mlp`."""
+    rows = permute(x_TH, order_N, inverse_TK)
+    return unpermute(grouped_mlp(rows, weight1_E2FH, weight2_EHF, probs_N, counts_E, main_grads), order_N, inverse_TK)
 
 
 class Experts(MegatronModule):
@@ -179,7 +179,7 @@ class Experts(MegatronModule):
             weight.tensor_model_parallel, weight.partition_dim, weight.partition_stride = True, WIDTH_DIM, 1
 
     @property
-    def totals(self) -> Totals:
+    def main_grads(self) -> MainGrads:
         """Where the gradients of the weights are added up in training under data parallelism."""
         return self.weight1.main_grad, self.weight2.main_grad
 
@@ -187,20 +187,20 @@ class Experts(MegatronModule):
     def forward(
         self,
         x: Tensor,
-        share_N: Tensor,
+        probs_N: Tensor,
         counts_E: Tensor,
         order_N: Tensor | None = None,
         inverse_TK: Tensor | None = None,
     ) -> Tensor:
-        """What all experts make of tokens x [T, H], on a rank that holds them all: see `mix_rows`.
+        """What all experts make of tokens x [T, H], on a rank that holds them all: see `fused_moe`.
 
         Without an order, what this rank's experts make of the sorted rows x [N, H] that were sent to them: see
-        `expert_rows`. An addend where the width of experts is spread.
+        `grouped_mlp`. An addend where the width of experts is spread.
         """
         weights = (self.weight1, self.weight2)
         if order_N is None:
-            return expert_rows(x, *weights, share_N, counts_E, self.totals)
-        return mix_rows(x, *weights, share_N, counts_E, order_N, inverse_TK, self.totals)
+            return grouped_mlp(x, *weights, probs_N, counts_E, self.main_grads)
+        return fused_moe(x, *weights, probs_N, counts_E, order_N, inverse_TK, self.main_grads)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets=(), metadata=None):
         """One tensor of all experts, cut along the experts and along their width."""
@@ -228,14 +228,14 @@ class SharedExpert(SwiGLU):
         self.gate_weight = nn.Parameter(torch.empty(1, config.hidden_size, dtype=config.params_dtype))
         self.gate_weight.sequence_parallel = config.sequence_parallel
 
-    def forward(self, hidden_T1H: Tensor, units: Tensor | None = None) -> Tensor:
+    def forward(self, hidden_T1H: Tensor, gated: Tensor | None = None) -> Tensor:
         """[T, 1, H] -> [T, 1, H].
 
         Args:
-            units: what `widen` made of hidden, where that was done before.
+            gated: what `up_gate` made of hidden, where that was done before.
         """
-        units = self.widen(hidden_T1H) if units is None else units
-        return gate_rows(self.narrow(units), F.linear(hidden_T1H, self.gate_weight))
+        gated = self.up_gate(hidden_T1H) if gated is None else gated
+        return gate_rows(self.down(gated), F.linear(hidden_T1H, self.gate_weight))
 
 
 class MixtureOfExperts(MegatronModule):
@@ -245,7 +245,7 @@ class MixtureOfExperts(MegatronModule):
         super().__init__(config=config)
         self.tp_group = pg_collection.tp
         # The holders of all experts between them, those of one expert's parts next to each other.
-        self.owner_group = pg_collection.tp_ep
+        self.tp_ep_group = pg_collection.tp_ep
         self.router = Router(config, pg_collection)
         self.experts = Experts(config, pg_collection)
         has_shared = config.shape.shared_expert_size > 0
@@ -259,26 +259,27 @@ class MixtureOfExperts(MegatronModule):
     def forward(self, hidden_states: Tensor, padding_mask: RoutedTokens | None = None) -> tuple[Tensor, None]:
         """hidden [T, 1, H] -> [T, 1, H].
 
-        megatron-core's layer hands its ``padding_mask`` through untouched; here it carries what the router counts.
+        Args:
+            padding_mask: what the router counts, see `model.layers.context.LayerContext`.
         """
         flat = hidden_states.flatten(0, 1)
         weights, experts = self.router(flat, padding_mask)
         ordered, order = experts.flatten().int().sort(stable=True)
         inverse = invert(order).view(experts.shape)
         counts = count_sorted(ordered, self.router.num_experts)
-        share = permute(weights.flatten(), order, inverse.flatten())
-        if self.owner_group.size() > 1:
-            rows = gather_rows(flat, order, inverse)
-            rows, shared = self.experts_over_group(rows, share, counts, hidden_states)
-            mixed = combine_rows(rows, order, inverse)
+        probs = reorder(weights.flatten(), order, inverse.flatten())
+        if self.tp_ep_group.size() > 1:
+            rows = permute(flat, order, inverse)
+            rows, shared = self.experts_over_group(rows, probs, counts, hidden_states)
+            mixed = unpermute(rows, order, inverse)
         else:
-            mixed = self.experts(flat, share, counts, order, inverse)
+            mixed = self.experts(flat, probs, counts, order, inverse)
             shared = self.shared_expert(hidden_states) if self.shared_expert else None
         mixed = mixed.view_as(hidden_states)
         return (mixed if shared is None else mixed + shared), None
 
     def experts_over_group(
-        self, rows: Tensor, share: Tensor, counts: Tensor, hidden_T1H: Tensor
+        self, rows: Tensor, probs: Tensor, counts: Tensor, hidden_T1H: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """Sends rows (sorted by global expert) to the ranks that hold their experts, and the results back.
 
@@ -290,21 +291,21 @@ class MixtureOfExperts(MegatronModule):
         Returns:
             The results, in the order of the rows, and what the shared expert makes of hidden, if there is one.
         """
-        group, local, copies = self.owner_group, self.experts.local, self.experts.etp_group.size()
+        group, local, copies = self.tp_ep_group, self.experts.local, self.experts.etp_group.size()
         sent = counts.view(-1, local)
         received = gather_counts(sent, group)[:, self.experts.ep_group.rank()]
         sizes = torch.cat([sent.sum(1), received.sum(1)]).tolist()
         parts, receive = sizes[: len(sent)], sizes[len(sent) :]
         send = [size for size in parts for _ in range(copies)]
-        leaving = [start_exchange(repeat_parts(x, parts, copies), send, receive, group) for x in (rows, share)]
-        units = self.shared_expert.widen(hidden_T1H) if self.shared_expert else None
+        leaving = [start_all_to_all(repeat_parts(x, parts, copies), send, receive, group) for x in (rows, probs)]
+        gated = self.shared_expert.up_gate(hidden_T1H) if self.shared_expert else None
         # Rows arrive ordered by (source, expert); the grouped products want them by expert.
         expert = torch.arange(local, device=rows.device).repeat(group.size())
         expert = expert.repeat_interleave(received.flatten(), output_size=sum(receive))  # known: no wait for the GPU
         order = expert.argsort(stable=True)
         inverse = invert(order)
-        arrived, share = (pending.wait() for pending in leaving)
-        out = self.experts(permute(arrived, order, inverse), permute(share, order, inverse), received.sum(0))
-        returning = start_exchange(permute(out, inverse, order), receive, send, group)
-        shared = self.shared_expert(hidden_T1H, units) if self.shared_expert else None
+        arrived, probs = (pending.wait() for pending in leaving)
+        out = self.experts(reorder(arrived, order, inverse), reorder(probs, order, inverse), received.sum(0))
+        returning = start_all_to_all(reorder(out, inverse, order), receive, send, group)
+        shared = self.shared_expert(hidden_T1H, gated) if self.shared_expert else None
         return add_parts(returning.wait(), parts, copies), shared

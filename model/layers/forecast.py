@@ -1,4 +1,4 @@
-"""Loads of the micro-batches still to come, foretold from their tokens, which are all known when a step begins.
+"""Loads of the micro-batches still to come, forecast from their tokens, which are all known when a step begins.
 
 The tokens of a micro-batch fall into a few buckets. What tokens of each bucket ask of the experts is learnt from the
 micro-batches of past steps: ridge regression of their counts on their histograms, towards what the last step asked.

@@ -14,7 +14,7 @@ from model.config import HEAD_CHUNK, KERNEL_HEAD_CHUNK
 from model.kernels.backends import accelerated, on_kernels
 from model.layers.norm import at_least_float32
 from parallel.collectives import max_over, sum_over
-from parallel.main_grads import stand_in
+from parallel.main_grads import dummy_gradient
 
 
 def _chunk_losses(logits_CV: Tensor, target_C: Tensor, group) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,7 +96,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_head, head_VH = ctx.saved_tensors
         if grad_head is not None and ctx.total_VH is not None:
             ctx.total_VH.addcmul_(grad_head, grad_total)
-            grad_head = stand_in(head_VH)
+            grad_head = dummy_gradient(head_VH)
         elif grad_head is not None:
             grad_head = scaled(grad_head, grad_total)
         return scaled(grad_hidden, grad_total), grad_head, None, None, None, None, None

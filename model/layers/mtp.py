@@ -12,8 +12,6 @@ What a step attends to (``mtp.keys``):
 * ``depth``: each step sees its own keys of all positions up to p, which no engine has (megatron-core's way).
 """
 
-from functools import partial
-
 import torch
 from megatron.core.models.hybrid.hybrid_layer_allocation import validate_segment_layers
 from megatron.core.transformer.module import MegatronModule
@@ -23,7 +21,8 @@ from model.config import INFERENCE, LAYER
 from model.documents import Documents
 from model.layers.attention import rotary_table
 from model.layers.balance import RoutedTokens
-from model.layers.chain import Chains
+from model.layers.chain import ChainCache
+from model.layers.context import LayerContext, run_stack
 from model.layers.recompute import recomputable
 
 
@@ -61,30 +60,15 @@ class MtpLayer(MegatronModule):
         )
         self.final_layernorm = submodules.norm(*norm)
 
-    def forward(
-        self,
-        hidden_T1H: Tensor,
-        embedding_T1H: Tensor,
-        rotary: Tensor,
-        documents: Documents,
-        routed: RoutedTokens | None,
-        memory=None,
-    ) -> Tensor:
+    def forward(self, hidden_T1H: Tensor, embedding_T1H: Tensor, context: LayerContext) -> Tensor:
         """The state after one more prediction step, [T, 1, H] -> [T, 1, H].
 
         Args:
-            rotary: table of the positions of the step's keys. memory: keeps the keys of earlier steps or calls.
+            context: its rotary table is that of the positions of the step's keys; its cache keeps the keys of earlier
+                steps or calls.
         """
         mixed = self.eh_proj(torch.cat([self.enorm(embedding_T1H), self.hnorm(hidden_T1H)], dim=-1))
-        mixed = self.mtp_model_layer(
-            mixed,
-            None,
-            inference_context=memory,
-            rotary_pos_emb=rotary,
-            packed_seq_params=documents,
-            padding_mask=routed,
-        )
-        return self.final_layernorm(mixed)
+        return self.final_layernorm(run_stack(self.mtp_model_layer, mixed, context))
 
     def unroll(
         self, documents: Documents, routed: list[RoutedTokens], hidden_T1H: Tensor, *embeddings_T1H: Tensor
@@ -93,19 +77,21 @@ class MtpLayer(MegatronModule):
         if self.config.mtp.keys == INFERENCE:
             return self._chained(documents, routed, hidden_T1H, *embeddings_T1H)
         rotary = rotary_table(documents.position_RL, self.config.shape)
-        return self._steps(documents, routed, [rotary] * len(embeddings_T1H), None, hidden_T1H, *embeddings_T1H)
+        contexts = [LayerContext(documents, rotary, tokens) for tokens in routed]
+        return self._steps(contexts, hidden_T1H, *embeddings_T1H)
 
     # Later steps read the first one's keys, so a layer cannot be computed again by itself: all steps are, together.
     @recomputable(LAYER)
     def _chained(self, documents: Documents, routed: list[RoutedTokens], *states_T1H: Tensor) -> tuple[Tensor, ...]:
-        steps = range(len(states_T1H) - 1)
-        rotary = [rotary_table(documents.position_RL + step, self.config.shape) for step in steps]
-        return self._steps(documents, routed, rotary, Chains(), *states_T1H)
+        cache, shape = ChainCache(), self.config.shape
+        contexts = [
+            LayerContext(documents, rotary_table(documents.position_RL + step, shape), tokens, cache)
+            for step, tokens in enumerate(routed)
+        ]
+        return self._steps(contexts, *states_T1H)
 
-    def _steps(
-        self, documents: Documents, routed: list[RoutedTokens], rotary: list[Tensor], memory, hidden_T1H, *embeddings
-    ) -> tuple[Tensor, ...]:
-        states, step = [hidden_T1H], partial(self.__call__, documents=documents, memory=memory)
-        for embedding, table, tokens in zip(embeddings, rotary, routed, strict=True):
-            states.append(step(states[-1], embedding, table, routed=tokens))
+    def _steps(self, contexts: list[LayerContext], hidden_T1H: Tensor, *embeddings_T1H: Tensor) -> tuple[Tensor, ...]:
+        states = [hidden_T1H]
+        for embedding, context in zip(embeddings_T1H, contexts, strict=True):
+            states.append(self(states[-1], embedding, context))
         return tuple(states[1:])

@@ -74,7 +74,7 @@ class Router(MegatronModule):
         self.balance = Balance(config, pg_collection)
 
     def forward(self, hidden_TH: Tensor, tokens: RoutedTokens | None) -> tuple[Tensor, Tensor]:
-        """Weights [T, K] and expert indices [T, K]; without ``tokens`` nothing is counted and no loss hung on."""
+        """Weights [T, K] and expert indices [T, K]; without ``tokens`` nothing is counted and no loss attached."""
         logits = router_logits(hidden_TH, self.weight)
         if self.forced or self.balance.bias is not None:
             scores, weights, experts = steered_route(logits, self.k, None if self.forced else self.balance.bias)

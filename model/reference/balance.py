@@ -1,4 +1,4 @@
-"""Slow, readable twins of the online estimate of the experts' shares and of its forecast (`model.layers`).
+"""Slow, readable twins of the online estimate of the experts' load fractions and of its forecast (`model.layers`).
 
 Shape suffixes: M micro-batches, E experts.
 """
@@ -10,8 +10,8 @@ from model.layers.balance import FEEDBACK
 from model.layers.forecast import BUCKETS, DECAY, RIDGE
 
 
-def online_shares(counts_ME: Tensor, expected_ME: Tensor, in_flight: int) -> Tensor:
-    """[M, E]: the shares f that the backward pass of each micro-batch takes for those of the global batch.
+def online_fractions(counts_ME: Tensor, expected_ME: Tensor, in_flight: int) -> Tensor:
+    """[M, E]: the fractions f that the backward pass of each micro-batch takes for those of the global batch.
 
     Args:
         counts_ME: assignments in each micro-batch. expected_ME: what they were expected to be.

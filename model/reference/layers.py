@@ -95,12 +95,12 @@ def attention(q_RLND: Tensor, k_RLMD: Tensor, v_RLMD: Tensor, ids_RL: Tensor) ->
 
     Vaswani et al., "Attention Is All You Need", 2017, eq. 1; grouped heads: Ainslie et al., "GQA", 2023.
     """
-    share = q_RLND.shape[2] // k_RLMD.shape[2]
+    ratio = q_RLND.shape[2] // k_RLMD.shape[2]
     rows = []
     for q_LND, k_LMD, v_LMD, ids_L in zip(q_RLND, k_RLMD, v_RLMD, ids_RL, strict=True):
         heads = []
         for n in range(q_LND.shape[1]):
-            q, k, v = q_LND[:, n], k_LMD[:, n // share], v_LMD[:, n // share]
+            q, k, v = q_LND[:, n], k_LMD[:, n // ratio], v_LMD[:, n // ratio]
             out = []
             for span in document_spans(ids_L):
                 for t in range(span.start, span.stop):
@@ -186,14 +186,14 @@ def gated_attention(hidden_TH: Tensor, weights: Weights, shape: ModelConfig, ids
 
 def route(logits_TE: Tensor, k: int) -> tuple[Tensor, list[list[int]], list[list[Tensor]]]:
     """Scores exp(l_i) / sum_j exp(l_j); each token's k best experts, best first; their scores divided by their sum."""
-    scores, chosen, shares = [], [], []
+    scores, chosen, probs = [], [], []
     for logits in logits_TE:
         score = logits.exp() / logits.exp().sum()
         best = sorted(range(logits.numel()), key=score.tolist().__getitem__, reverse=True)[:k]
         scores.append(score)
         chosen.append(best)
-        shares.append([score[i] / sum(score[j] for j in best) for i in best])
-    return torch.stack(scores), chosen, shares
+        probs.append([score[i] / sum(score[j] for j in best) for i in best])
+    return torch.stack(scores), chosen, probs
 
 
 def swiglu(x: Tensor, gate_and_up: Tensor, down: Tensor) -> Tensor:
@@ -203,20 +203,20 @@ def swiglu(x: Tensor, gate_and_up: Tensor, down: Tensor) -> Tensor:
 
 
 def experts(
-    x_TH: Tensor, chosen: list[list[int]], shares: list[list[Tensor]], weight1: Tensor, weight2: Tensor
+    x_TH: Tensor, chosen: list[list[int]], probs: list[list[Tensor]], weight1: Tensor, weight2: Tensor
 ) -> Tensor:
-    """Each token through each of its experts: sum_k share_k * swiglu_k(x)."""
+    """Each token through each of its experts: sum_k prob_k * swiglu_k(x)."""
     first, second = weight1.flatten(1, 2).unbind(), weight2.unbind()
     out = []
-    for x, indices, token_shares in zip(x_TH, chosen, shares, strict=True):
-        visits = zip(indices, token_shares, strict=True)
-        parts = (share * swiglu(x, first[index], second[index]) for index, share in visits)
+    for x, indices, token_probs in zip(x_TH, chosen, probs, strict=True):
+        visits = zip(indices, token_probs, strict=True)
+        parts = (prob * swiglu(x, first[index], second[index]) for index, prob in visits)
         out.append(sum(parts, torch.zeros_like(x)))
     return torch.stack(out)
 
 
 def dense(x_TH: Tensor, weights: Weights) -> Tensor:
-    """swiglu(x) for every token; fc1 holds each unit's gate row and then its up row."""
+    """swiglu(x) for every token; fc1 holds each group's gate row and then its up row."""
     fc1 = weights["linear_fc1.weight"]
     gate_and_up = torch.cat([fc1[0::2], fc1[1::2]])
     return torch.stack([swiglu(x, gate_and_up, weights["linear_fc2.weight"]) for x in x_TH])
@@ -228,17 +228,17 @@ def shared_expert(x_TH: Tensor, weights: Weights) -> Tensor:
 
 
 def balance_loss(
-    scores_TE: Tensor, chosen: list[list[int]], token_weight_T: Tensor, units: list[int] | None = None
+    scores_TE: Tensor, chosen: list[list[int]], token_weight_T: Tensor, groups: list[int] | None = None
 ) -> Tensor:
-    """E * sum_i f_i P_i: f_i the share of the assignments that went to expert i, P_i = sum_t w_t score_{t,i}.
+    """E * sum_i f_i P_i: f_i the fraction of the assignments that went to expert i, P_i = sum_t w_t score_{t,i}.
 
-    Qiu et al., "Demons in the Detail", 2025, eq. 2 to 6. Tokens of weight 0 count in neither. With ``units`` (a
-    token's sequence, say) f and P are those of each unit, and the losses of the units are added.
+    Qiu et al., "Demons in the Detail", 2025, eq. 2 to 6. Tokens of weight 0 count in neither. With ``groups`` (a
+    token's sequence, say) f and P are those of each group, and the losses of the groups are added.
     """
-    units = units or [0] * len(chosen)
+    groups = groups or [0] * len(chosen)
     loss = scores_TE.new_zeros(())
-    for unit in sorted(set(units)):
-        counted = [t for t in range(len(chosen)) if token_weight_T[t] > 0 and units[t] == unit]
+    for group in sorted(set(groups)):
+        counted = [t for t in range(len(chosen)) if token_weight_T[t] > 0 and groups[t] == group]
         total = sum(len(chosen[t]) for t in counted)
         for i in range(scores_TE.shape[1]):
             count = sum(chosen[t].count(i) for t in counted)
@@ -251,10 +251,10 @@ def z_loss(logits_TE: Tensor, token_weight_T: Tensor) -> Tensor:
     return sum(weight * logits.exp().sum().log() ** 2 for logits, weight in zip(logits_TE, token_weight_T, strict=True))
 
 
-def mixture(hidden_TH: Tensor, weights: Weights, shape: ModelConfig, token_weight_T: Tensor) -> tuple[Tensor, Tensor]:
+def moe(hidden_TH: Tensor, weights: Weights, shape: ModelConfig, token_weight_T: Tensor) -> tuple[Tensor, Tensor]:
     """One mixture-of-experts layer, [T, H] -> [T, H], and its balance loss."""
-    scores, chosen, shares = route(hidden_TH @ weights["router.weight"].T, shape.experts_per_token)
-    routed = experts(hidden_TH, chosen, shares, weights["experts.weight1"], weights["experts.weight2"])
+    scores, chosen, probs = route(hidden_TH @ weights["router.weight"].T, shape.experts_per_token)
+    routed = experts(hidden_TH, chosen, probs, weights["experts.weight1"], weights["experts.weight2"])
     shared = shared_expert(hidden_TH, under(weights, "shared_expert.")) if shape.shared_expert_size else 0
     return routed + shared, balance_loss(scores, chosen, token_weight_T)
 
@@ -281,7 +281,7 @@ def layers(
         elif symbol == "-":
             out = dense(x, under(own, "mlp."))
         else:
-            out, loss = mixture(x, under(own, "mlp."), shape, token_weight_T)
+            out, loss = moe(x, under(own, "mlp."), shape, token_weight_T)
             balance = balance + loss
         hidden_TH = hidden_TH + out
     return hidden_TH, balance

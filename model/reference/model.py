@@ -11,7 +11,7 @@ from torch import Tensor
 
 from model.batch import MicroBatch
 from model.config import INFERENCE, ModelConfig, MtpConfig
-from model.reference.layers import Weights, cross_entropies, layers, mixture, rms_norm, rotate, under
+from model.reference.layers import Weights, cross_entropies, layers, moe, rms_norm, rotate, under
 
 Keys = tuple[Tensor, Tensor]  # keys and values of one step, [T, M, D]
 
@@ -85,7 +85,7 @@ def multi_token_prediction(
         attention_weights = under(attending, "self_attention.")
         mixed = mixed + attention(normed, attention_weights, shape, rows_apart(ids_RL), table, keys)
         normed = rms_norm(mixed, mixing["pre_mlp_layernorm.weight"], eps)
-        out, loss = mixture(normed, under(mixing, "mlp."), shape, token_weight)
+        out, loss = moe(normed, under(mixing, "mlp."), shape, token_weight)
         balance = balance + loss
         states.append(rms_norm(mixed + out, weights["final_layernorm.weight"], eps))
     return states[1:], balance

@@ -28,7 +28,7 @@ from data.dataset import Dataset
 from data.order.batches import Batch
 from data.prepare.embedded import embedded_source
 from model.batch import count_targets
-from model.layers.balance import shares
+from model.layers.balance import load_fractions
 from parallel import compat
 from parallel import groups as process_groups
 from parallel.topology import resolve
@@ -89,7 +89,7 @@ def counts_by_kind(job: Job, tokens_KRS: Tensor) -> Tensor:
 
 def specialisation(counts_LKE: Tensor) -> tuple[float, float]:
     """Mutual information in nats, and mean total variation, both means over layers."""
-    share = shares(counts_LKE)
+    share = load_fractions(counts_LKE)
     mean = share.mean(dim=1, keepdim=True)
     information = torch.xlogy(share, share / mean).nan_to_num().sum(dim=2).mean()
     return information.item(), ((share - mean).abs().sum(dim=2) / 2).mean().item()

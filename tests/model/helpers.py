@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from model.batch import MicroBatch, count_targets
 from model.config import BalanceConfig, ModelConfig
-from model.layers.balance import Balance, RoutedTokens, shares
+from model.layers.balance import Balance, RoutedTokens, load_fractions
 
 # Twins compute the same sums in another order: at float64 they differ by some 1e-16 times the number of terms and
 # the condition of the intermediate systems. A wrong mask, scale or index shows as 1e-3 or more.
@@ -64,7 +64,7 @@ def routed(weight_T: Tensor, total: int | None = None, rows: int = 1, use: int =
 
 def noted_balance_loss(balance: Balance) -> Tensor:
     """The balance loss of the forward passes since the last step, from what the router has counted and noted."""
-    return balance.num_experts * (shares(balance.seen()) * balance.mean_scores).sum()
+    return balance.num_experts * (load_fractions(balance.seen()) * balance.mean_scores).sum()
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:

@@ -24,15 +24,12 @@ SHAPES = {
 TOLERANCE = 2e-6
 
 
-@pytest.fixture(autouse=True)
-def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "LENGTH", 12)
-    monkeypatch.setattr(preflight, "VOCAB", 40)
+FEW = preflight.Sizes(length=12, vocab=40)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_triton_kernels_equal_their_twins(shape) -> None:
-    cases = preflight.cases(shape, torch.device("cpu"), torch.float32)
+    cases = preflight.cases(shape, torch.device("cpu"), torch.float32, FEW)
     errors = {
         case.name: preflight.error(case, case.function.kernel())
         for case in cases
@@ -43,7 +40,7 @@ def test_triton_kernels_equal_their_twins(shape) -> None:
 
 
 def test_a_wrong_kernel_is_found() -> None:
-    case = preflight.layer_cases(SMALL, torch.device("cpu"), torch.float32)[0]
+    case = preflight.layer_cases(SMALL, torch.device("cpu"), torch.float32, FEW)[0]
     right = case.function.kernel()
     assert preflight.error(case, lambda x, weight, eps: right(x, weight + 0.1, eps)) > preflight.TOLERANCE
     assert preflight.error(case, lambda x, weight, eps: right(x, weight, eps) * float("nan")) == float("inf")

@@ -187,7 +187,7 @@ def test_the_online_estimate_equals_its_twin(make_router: Callable, in_flight: i
 
     expected_ME = reference_balance.forecast(history, tokens, last)
     counts_ME = torch.stack([counts_of(router, *part) for part in parts])
-    shares = reference_balance.online_shares(counts_ME, expected_ME, in_flight)
+    shares = reference_balance.online_fractions(counts_ME, expected_ME, in_flight)
     weight = router.weight.detach().requires_grad_()
     loss = 0.0
     for (hidden, token_weight), share in zip(parts, shares, strict=True):

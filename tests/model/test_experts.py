@@ -8,7 +8,7 @@ import torch
 from model.config import MtpConfig
 from model.kernels.backends import column_linear, row_linear
 from model.layers.dense import SwiGLUSubmodules
-from model.layers.experts import Experts, MixtureOfExperts, SharedExpert, grouped_linear, invert, permute
+from model.layers.experts import Experts, MixtureOfExperts, SharedExpert, grouped_linear, invert, reorder
 from model.reference import layers as reference
 from model.stack import hybrid_config
 from tests.model.helpers import (
@@ -55,7 +55,7 @@ def test_permute_and_its_gradient() -> None:
     inverse = invert(order)
     assert torch.equal(order[inverse], torch.arange(9))
     assert_twins(
-        lambda x: permute(x, order, inverse),
+        lambda x: reorder(x, order, inverse),
         lambda x: torch.stack([x[source] for source in order.tolist()]),
         {"x": normal(9, 3)},
     )
@@ -65,22 +65,22 @@ def test_permute_and_its_gradient() -> None:
 def test_mixture_equals_its_twin(groups, experts: int, k: int, shared: int) -> None:
     """With 40 experts and 24 choices many an expert goes without a token; the last case has no shared expert."""
     shape = replace(SMALL, experts=experts, experts_per_token=k, shared_expert_size=shared)
-    mixture = MixtureOfExperts(hybrid_config(shape, MtpConfig()), SUBMODULES, groups).double()
-    randomise(mixture)
+    moe = MixtureOfExperts(hybrid_config(shape, MtpConfig()), SUBMODULES, groups).double()
+    randomise(moe)
     hidden, token_weight = normal(6, shape.hidden_size), torch.tensor([0.5, 0.5, 0.25, 0.0, 0.5, 0.25])
-    _, chosen, _ = reference.route(hidden @ mixture.router.weight.T, k)
+    _, chosen, _ = reference.route(hidden @ moe.router.weight.T, k)
     used = {expert for row in chosen for expert in row}
     assert len(used) < experts or experts < 40
 
     def slow(x: torch.Tensor, weights: dict) -> torch.Tensor:
-        out, balance = reference.mixture(x, weights, shape, token_weight)
+        out, balance = reference.moe(x, weights, shape, token_weight)
         slow.balance = balance
         return out
 
     # Without token weights, the balance loss adds nothing to the gradient; test_router has it.
-    assert_module_twin(mixture, lambda x: mixture(x[:, None])[0][:, 0], slow, hidden)
-    mixture(hidden[:, None], routed(token_weight.double()))
-    assert_close(noted_balance_loss(mixture.router.balance), slow.balance, FLOAT64_TOLERANCE, "the balance loss")
+    assert_module_twin(moe, lambda x: moe(x[:, None])[0][:, 0], slow, hidden)
+    moe(hidden[:, None], routed(token_weight.double()))
+    assert_close(noted_balance_loss(moe.router.balance), slow.balance, FLOAT64_TOLERANCE, "the balance loss")
 
 
 def test_experts_without_tokens_get_no_gradient(groups) -> None:
@@ -112,10 +112,10 @@ def test_shared_expert_equals_its_twin(groups) -> None:
 
 def test_every_token_is_computed_alone(groups) -> None:
     """What a token gets from a mixture does not depend on its neighbours: nothing is dropped, nothing mixed up."""
-    mixture = MixtureOfExperts(hybrid_config(SMALL, MtpConfig()), SUBMODULES, groups).double()
-    randomise(mixture)
+    moe = MixtureOfExperts(hybrid_config(SMALL, MtpConfig()), SUBMODULES, groups).double()
+    randomise(moe)
     hidden = normal(30, 1, SMALL.hidden_size)
-    together = mixture(hidden)[0]
-    alone = torch.cat([mixture(hidden[t : t + 1])[0] for t in range(30)])
+    together = moe(hidden)[0]
+    alone = torch.cat([moe(hidden[t : t + 1])[0] for t in range(30)])
     assert_close(together, alone, FLOAT64_TOLERANCE, "the output")
-    assert weights_of(mixture).keys() >= {"router.weight", "experts.weight1", "experts.weight2"}
+    assert weights_of(moe).keys() >= {"router.weight", "experts.weight1", "experts.weight2"}

@@ -104,16 +104,16 @@ def test_gated_attention(groups, ratio: int, yarn: float) -> None:
 
 @torch.no_grad()
 def test_mixture_of_experts(groups) -> None:
-    mixture = MixtureOfExperts(hybrid_config(SHAPE, MtpConfig()), SwiGLUSubmodules(column_linear, row_linear), groups)
-    randomise(mixture)
+    moe = MixtureOfExperts(hybrid_config(SHAPE, MtpConfig()), SwiGLUSubmodules(column_linear, row_linear), groups)
+    randomise(moe)
     other = theirs.Qwen3NextSparseMoeBlock(as_theirs.config(SHAPE))
-    as_theirs.load(other, as_theirs.layer_weights(mixture, MIXTURE, SHAPE, "mlp.", "mlp."))
+    as_theirs.load(other, as_theirs.layer_weights(moe, MIXTURE, SHAPE, "mlp.", "mlp."))
     hidden = hidden_states()
-    weights, experts = mixture.router(hidden, None)
+    weights, experts = moe.router(hidden, None)
     _, their_weights, their_experts = other.gate(hidden)
     assert torch.equal(experts, their_experts)
     assert (weights - their_weights).abs().max() <= MODULE_TOLERANCE
-    assert_parity(mixture(hidden[:, None])[0][:, 0], other(hidden[None])[0])
+    assert_parity(moe(hidden[:, None])[0][:, 0], other(hidden[None])[0])
 
 
 @torch.no_grad()

@@ -105,12 +105,12 @@ def test_a_part_equals_the_part_of_the_whole(groups, size: int) -> None:
 
 
 def test_router_rows_have_one_norm(fresh: Callable) -> None:
-    for mixture in fresh(replace(FLOAT32, dtype="bfloat16")).mixtures():
-        norms = mixture.router.weight.norm(dim=1)
+    for moe in fresh(replace(FLOAT32, dtype="bfloat16")).moe_layers():
+        norms = moe.router.weight.norm(dim=1)
         expected = FLOAT32.init_std * FLOAT32.hidden_size**0.5
         # float32 norms of 24 terms.
         assert torch.allclose(norms, torch.full_like(norms, expected), rtol=1e-6, atol=0)
-        assert mixture.router.weight.dtype == torch.float32
+        assert moe.router.weight.dtype == torch.float32
 
 
 def test_decay_parameters_start_in_flas_ranges(fresh: Callable) -> None:
@@ -144,7 +144,7 @@ def test_spread_of_the_weights(fresh: Callable) -> None:
 
 def test_rows_as_drawn_are_there_for_a_while(fresh: Callable, groups) -> None:
     network = fresh(replace(FLOAT32, experts=64, experts_per_token=2), steps=1)
-    routers = [mixture.router.weight for mixture in network.mixtures()]
+    routers = [moe.router.weight for moe in network.moe_layers()]
     before = [weight.detach().clone() for weight in routers]
     with rows_as_drawn(network, sharded_state(network, groups), seed=1):
         drawn = [weight.detach().clone() for weight in routers]

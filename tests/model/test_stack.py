@@ -7,7 +7,7 @@ import pytest
 import torch
 from megatron.core.transformer.identity_op import IdentityOp
 
-from model.config import MtpConfig
+from model.config import MtpConfig, OneProcess
 from model.layers.attention import GatedAttention
 from model.layers.deltanet import GatedDeltaNet
 from model.layers.experts import MixtureOfExperts
@@ -74,7 +74,7 @@ def test_modules_are_ours(build: Callable) -> None:
     assert isinstance(attention.self_attention, GatedAttention)
     assert isinstance(experts.mlp, MixtureOfExperts)
     # The trunk's mixtures first, then the MTP layer's; each once.
-    assert network.mixtures() == [experts.mlp, network.mtp.layers[0].mtp_model_layer.layers[1].mlp]
+    assert network.moe_layers() == [experts.mlp, network.mtp.layers[0].mtp_model_layer.layers[1].mlp]
     norms = [module for name, module in network.named_modules() if name.endswith("norm") and list(module.parameters())]
     # Three layers' input norms and the final one; out_norm, q and k norms; the MTP layer's three and its layers' two
     # and q and k norms.
@@ -115,7 +115,7 @@ def test_full_pattern() -> None:
 
 def test_hybrid_config() -> None:
     shape = replace(SMALL, pattern="GE*E", repeats=3, dtype="bfloat16")
-    config = hybrid_config(shape, MtpConfig(steps=2), tensor=2, pipeline=3, expert=3)
+    config = hybrid_config(shape, MtpConfig(steps=2), OneProcess(tensor=2, pipeline=3, expert=3))
     assert (config.num_layers, config.hidden_size, config.kv_channels) == (12, 24, 8)
     assert (config.params_dtype, config.pipeline_dtype, config.bf16) == (torch.bfloat16, torch.bfloat16, True)
     assert (config.tensor_model_parallel_size, config.pipeline_model_parallel_size) == (2, 3)

@@ -10,7 +10,7 @@ from parallel.collectives import (
     gather_counts,
     max_over,
     max_over_all,
-    start_exchange,
+    start_all_to_all,
     sum_over,
     sum_over_all,
 )
@@ -41,7 +41,7 @@ def _exchange() -> list[tuple[torch.Tensor, torch.Tensor]]:
     for counts in COUNTS:
         send, receive = counts[rank], [row[rank] for row in counts]
         x = _rows(rank, sum(send)).requires_grad_()
-        received = start_exchange(x, send, receive, group).wait()
+        received = start_all_to_all(x, send, receive, group).wait()
         (received.square() * _slopes(rank, sum(receive))).sum().backward()
         results.append((received.detach(), x.grad))
     return results

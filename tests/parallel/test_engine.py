@@ -75,7 +75,7 @@ def _poison() -> dict:
     before = _values(job)
     handle = None
     if job.groups.dp.rank() == 1:
-        weight = job.chunks[0].mixtures()[0].router.weight
+        weight = job.chunks[0].moe_layers()[0].router.weight
         handle = weight.register_hook(lambda gradient: gradient * math.nan)
     refusal = None
     try:

@@ -38,20 +38,20 @@ class _Noted:
         self.work.wait()
 
 
-def _note(mixture: MixtureOfExperts, events: list[str]) -> None:
-    halves = {"first half": mixture.shared_expert.linear_fc1, "second half": mixture.shared_expert.linear_fc2}
+def _note(moe: MixtureOfExperts, events: list[str]) -> None:
+    halves = {"first half": moe.shared_expert.linear_fc1, "second half": moe.shared_expert.linear_fc2}
     for name, linear in halves.items():
         linear.register_forward_hook(lambda *_, name=name: events.append(name))
         linear.weight.register_hook(lambda _, name=name: events.append(f"{name}'s gradient"))
-    mixture.experts.weight1.register_hook(lambda _: events.append("experts' gradient"))
+    moe.experts.weight1.register_hook(lambda _: events.append("experts' gradient"))
 
 
 def _events(parallel: ParallelConfig) -> dict[str, list[str]]:
     """What one mixture does, in order; forwards and backwards, without gradients, recomputed, with little to learn."""
     (chunk,) = fill(build_tiny(tiny_config(parallel=parallel)))
-    mixture = chunk.mixtures()[0]
+    moe = chunk.moe_layers()[0]
     events: list[str] = []
-    _note(mixture, events)
+    _note(moe, events)
     real = dist.all_to_all_single
 
     def launch(*args, **others):
@@ -66,21 +66,21 @@ def _events(parallel: ParallelConfig) -> dict[str, list[str]]:
     hidden = torch.randn(TOKENS, 1, chunk.config.hidden_size, generator=generator).requires_grad_()
     found = {}
     with patch.object(dist, "all_to_all_single", launch):
-        out, _ = mixture(hidden)
+        out, _ = moe(hidden)
         found["forward"] = take()
         out.square().sum().backward()
         found["backward"] = take()
         expected, hidden.grad = hidden.grad, None
         with torch.no_grad():
-            assert torch.equal(mixture(hidden)[0], out)
+            assert torch.equal(moe(hidden)[0], out)
         found["no gradients"] = take()
-        again = checkpoint(lambda x: mixture(x)[0], hidden, use_reentrant=True)
+        again = checkpoint(lambda x: moe(x)[0], hidden, use_reentrant=True)
         again.square().sum().backward()
         found["recomputed"] = take()
         assert torch.equal(again, out)
         assert torch.equal(hidden.grad, expected)
-        mixture.shared_expert.requires_grad_(False)
-        mixture(hidden.detach())[0].sum().backward()
+        moe.shared_expert.requires_grad_(False)
+        moe(hidden.detach())[0].sum().backward()
         found["frozen"] = take()
     return found
 

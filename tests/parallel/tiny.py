@@ -83,8 +83,8 @@ def fill(job: Job) -> list[LanguageModel]:
     for chunk in job.chunks:
         initialise(chunk, chunk.sharded_state_dict(), job.config.seed)
         with torch.no_grad():
-            for mixture in chunk.mixtures():
-                mixture.router.weight.mul_(torch.linspace(1.0, 10.0, job.config.model.experts)[:, None])
+            for moe in chunk.moe_layers():
+                moe.router.weight.mul_(torch.linspace(1.0, 10.0, job.config.model.experts)[:, None])
     return job.chunks
 
 

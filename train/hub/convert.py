@@ -20,7 +20,7 @@ from data.progress import byte_bar
 from data.text.tokenizer import TOKENIZER_FILE, Tokenizer
 from model.hf import config as hf_config
 from model.hf import names as hf
-from model.stack import DTYPES
+from model.stack import PARAMS_DTYPES
 from parallel import stored
 from train.hub.safetensors_files import TORCH_DTYPES as READABLE
 from train.hub.safetensors_files import PlannedTensor, SafetensorsReader, SafetensorsWriter
@@ -104,7 +104,9 @@ def export_run(config: ExportConfig, run: Config, checkpoint: Path) -> None:
     tokenizer = _tokenizer(run)
     dtype = config.dtype or run.model.dtype
     with appearing(Path(config.out)) as building:
-        exact = _write_weights(pieces, source, building, DTYPES[dtype], int(config.shard_size * 1e9), str(checkpoint))
+        exact = _write_weights(
+            pieces, source, building, PARAMS_DTYPES[dtype], int(config.shard_size * 1e9), str(checkpoint)
+        )
         length = max_length(config, run)
         values = hf_config.to_hf(run.model, mtp, run.balance.weight, length, dtype, tokenizer.eod_id)
         _write_json(building / HF_CONFIG, values)
@@ -182,7 +184,7 @@ def import_run(config: ImportConfig, run: Config) -> Path:
     found = {name: x for name, x in reader.entries.items() if not (skip_mtp and name.startswith("mtp."))}
     mtp = run.mtp.steps > 0 or any(name.startswith("mtp.") for name in found)
     run = replace(run, mtp=replace(run.mtp, steps=int(mtp)))
-    one = run.model.expert_size * run.model.hidden_size * 2 * DTYPES[run.model.dtype].itemsize
+    one = run.model.expert_size * run.model.hidden_size * 2 * PARAMS_DTYPES[run.model.dtype].itemsize
     pieces = list(
         hf.pieces(run.model, mtp, lambda layer: f"{layer}{hf.EXPERTS}gate_up_proj" in found, max(1, CHUNK_BYTES // one))
     )
@@ -193,7 +195,9 @@ def import_run(config: ImportConfig, run: Config) -> Path:
         raise ConfigError(f"{directory} has tensors of other types than {', '.join(READABLE)}: {_listed(strange)}")
     notes = read_json(directory / EXACT_FILE).get("exact", {}) if (directory / EXACT_FILE).is_file() else {}
     with appearing(run.run.path) as building:
-        _write_checkpoint(pieces, reader, notes, checkpoint_path(building, 0), DTYPES[run.model.dtype], str(directory))
+        _write_checkpoint(
+            pieces, reader, notes, checkpoint_path(building, 0), PARAMS_DTYPES[run.model.dtype], str(directory)
+        )
         save_config(run, building)
         if (directory / TOKENIZER_FILE).is_file():
             (building / TOKENIZER_DIR).mkdir()

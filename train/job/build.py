@@ -101,18 +101,7 @@ def build_chunks(
 
     Stage number s of the whole model belongs to process s % pipeline of its pipeline.
     """
-    mcore_config = hybrid_config(
-        config.model,
-        config.mtp,
-        topology.tensor,
-        topology.pipeline,
-        topology.expert,
-        topology.virtual,
-        topology.context,
-        recomputed(config.parallel),
-        config.balance,
-        topology.expert_tensor,
-    )
+    mcore_config = hybrid_config(config.model, config.mtp, topology, recomputed(config.parallel), config.balance)
     last = topology.pipeline * topology.virtual - 1
     numbers = [chunk * topology.pipeline + groups.pp.rank() for chunk in range(topology.virtual)]
     return [

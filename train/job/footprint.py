@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from model.config import HEAD_CHUNK, INFERENCE, LAYER, MTP_PATTERN, ModelConfig
 from model.cost import activations, cost
 from model.cost.activations import ELEMENT_BYTES
-from parallel import memory
+from parallel import layout_cost
 from parallel.topology import RECOMPUTABLE, ParallelConfig, Topology, TopologyError, microbatches
 from train.settings.run import Config
 from train.settings.tree import ConfigError
@@ -58,7 +58,7 @@ def stage_numbers(topology: Topology, pipeline_rank: int) -> list[int]:
     return [chunk * topology.pipeline + pipeline_rank for chunk in range(topology.virtual)]
 
 
-def held_weights(config: Config, topology: Topology, vocab_size: int, pipeline_rank: int) -> list[cost.Weight]:
+def held_weights(config: Config, topology: Topology, vocab_size: int, pipeline_rank: int) -> list[cost.ParameterSize]:
     """The whole parameters of the stages that a process has a part of."""
     stages = config.model.stages
     return [
@@ -74,9 +74,11 @@ def checkpoint_bytes(config: Config, vocab_size: int) -> int:
     """Bytes of a checkpoint: every weight in its own type, in float32 beside another one, and AdamW's two moments."""
     model = config.model
     weights = cost.stage_weights(model.layers, model, config.mtp, vocab_size, first=True, last=True)
-    wide = memory.FLOAT32_BYTES
+    wide = layout_cost.FLOAT32_BYTES
     narrow = wide if model.dtype == "float32" else ELEMENT_BYTES[model.dtype] + wide
-    return sum(weight.numel * ((wide if weight.float32 else narrow) + memory.NUM_MOMENTS * wide) for weight in weights)
+    return sum(
+        weight.numel * ((wide if weight.float32 else narrow) + layout_cost.NUM_MOMENTS * wide) for weight in weights
+    )
 
 
 def footprint(config: Config, topology: Topology, vocab_size: int, pipeline_rank: int) -> Footprint:
@@ -84,11 +86,11 @@ def footprint(config: Config, topology: Topology, vocab_size: int, pipeline_rank
     model, element = config.model, ELEMENT_BYTES[config.model.dtype]
     weights = held_weights(config, topology, vocab_size, pipeline_rank)
     steps = microbatches(topology, config.batch.global_, config.batch.micro)
-    held = memory.state_bytes(weights, topology, element)
+    held = layout_cost.state_bytes(weights, topology, element)
     held["activations"] = _activations(config, topology, vocab_size, pipeline_rank, steps)
     held["a layer computed again"] = _recomputed_bytes(config, topology, pipeline_rank)
     held["head's working space"] = _head_bytes(config, topology, vocab_size, pipeline_rank)
-    traffic = memory.gradient_traffic(weights, topology, element)
+    traffic = layout_cost.gradient_traffic(weights, topology, element)
     traffic |= _layer_traffic(config, topology, pipeline_rank, steps)
     last = len(model.stages) - 1
     flops = [
@@ -97,11 +99,11 @@ def footprint(config: Config, topology: Topology, vocab_size: int, pipeline_rank
     ]
     return Footprint(
         pipeline_rank=pipeline_rank,
-        parameters=round(sum(memory.held(weight, topology) for weight in weights)),
+        parameters=round(sum(layout_cost.held(weight, topology) for weight in weights)),
         memory=held,
         traffic={name: count for name, count in traffic.items() if count},
         balance=[flop / sum(flops) for flop in flops],
-        bubble=memory.bubble(topology, steps),
+        bubble=layout_cost.bubble(topology, steps),
     )
 
 
@@ -148,7 +150,7 @@ def _activations(config: Config, topology: Topology, vocab_size: int, pipeline_r
         )
         for number in numbers
     ]
-    return memory.in_flight(topology, pipeline_rank, steps) * sum(each) / len(each)
+    return layout_cost.in_flight(topology, pipeline_rank, steps) * sum(each) / len(each)
 
 
 def _recomputed_bytes(config: Config, topology: Topology, pipeline_rank: int) -> float:
@@ -173,7 +175,7 @@ def _head_bytes(config: Config, topology: Topology, vocab_size: int, pipeline_ra
     if pipeline_rank != topology.pipeline - 1:
         return 0.0
     rows = vocab_size / topology.tensor
-    return memory.FLOAT32_BYTES * rows * (config.model.hidden_size + 2 * HEAD_CHUNK)
+    return layout_cost.FLOAT32_BYTES * rows * (config.model.hidden_size + 2 * HEAD_CHUNK)
 
 
 def _layer_traffic(config: Config, topology: Topology, pipeline_rank: int, steps: int) -> dict[str, float]:
@@ -189,12 +191,12 @@ def _layer_traffic(config: Config, topology: Topology, pipeline_rank: int, steps
     edges = (1 if numbers[0] == 0 else 0) + (1 + 2 * mtp.steps if last else 0)
     rows = tokens / topology.tensor * model.experts_per_token
     sent = {
-        "expert all-to-all": symbols.count("E") * memory.expert_traffic(rows, row, topology, again),
-        "tensor gathers and scatters": cut * memory.tensor_traffic(tokens * row, topology, again)
-        + edges * memory.boundary_traffic(tokens * row, topology),
+        "expert all-to-all": symbols.count("E") * layout_cost.expert_traffic(rows, row, topology, again),
+        "tensor gathers and scatters": cut * layout_cost.tensor_traffic(tokens * row, topology, again)
+        + edges * layout_cost.boundary_traffic(tokens * row, topology),
         "context exchanges": sum(_context_bytes(symbol, config, topology, again) for symbol in symbols)
         - (_spared_bytes(config, topology, again) if last else 0.0),
-        "pipeline sends": memory.pipeline_traffic(tokens * row, topology, pipeline_rank),
+        "pipeline sends": layout_cost.pipeline_traffic(tokens * row, topology, pipeline_rank),
     }
     return {name: steps * count for name, count in sent.items()}
 
@@ -206,7 +208,7 @@ def _context_bytes(symbol: str, config: Config, topology: Topology, again: bool)
         return 0.0
     exchanged, gathered = context_numbers(symbol, model, config, topology)
     element = ELEMENT_BYTES[model.dtype]
-    once = memory.ring_bytes(exchanged * element, parts) + (parts - 1) * gathered
+    once = layout_cost.ring_bytes(exchanged * element, parts) + (parts - 1) * gathered
     return (3 if again else 2) * once
 
 
@@ -231,5 +233,5 @@ def context_numbers(symbol: str, model: ModelConfig, config: Config, topology: T
     state = model.linear_value_heads * model.linear_key_dim * (model.linear_key_dim + model.linear_value_dim) // tensor
     length = config.data.seq_length // parts
     if cost.passes_states(per_token, state, length, model.linear_key_heads // tensor, parts):
-        return 0.0, config.batch.micro * state * memory.FLOAT32_BYTES
+        return 0.0, config.batch.micro * state * layout_cost.FLOAT32_BYTES
     return tokens * per_token, 0.0

@@ -1,6 +1,7 @@
 """What a layout costs each process: bytes of weights, gradients and optimizer, and bytes sent in a step.
 
-Plain functions of sizes, without torch. `tests/parallel/test_memory.py` compares them with what processes really hold.
+Plain functions of sizes, without torch. `tests/parallel/test_layout_cost.py` compares them with what processes
+really hold.
 """
 
 from collections.abc import Iterable
@@ -9,18 +10,20 @@ from typing import Protocol
 from parallel.topology import Topology
 
 FLOAT32_BYTES = 4
-NUM_MOMENTS = 2  # of AdamW
-TENSOR, EXPERT = "tensor", "expert"
+NUM_MOMENTS = 2
 
 
 class WeightSize(Protocol):
-    """One parameter of the model: its numbers, what it is cut over (`TENSOR`, `EXPERT` or neither), its type."""
+    """One parameter of the model: its numbers, what cuts it (tensor or expert parallelism, or nothing), its type."""
 
     @property
     def numel(self) -> int: ...
 
     @property
-    def cut(self) -> str: ...
+    def tensor_parallel(self) -> bool: ...
+
+    @property
+    def expert_parallel(self) -> bool: ...
 
     @property
     def float32(self) -> bool: ...
@@ -28,7 +31,9 @@ class WeightSize(Protocol):
 
 def held(weight: WeightSize, topology: Topology) -> float:
     """Numbers of a parameter that one process of its pipeline stage holds."""
-    return weight.numel / {TENSOR: topology.tensor, EXPERT: topology.expert_owners}.get(weight.cut, 1)
+    if weight.expert_parallel:
+        return weight.numel / topology.expert_owners
+    return weight.numel / (topology.tensor if weight.tensor_parallel else 1)
 
 
 def replicas(weight: WeightSize, topology: Topology) -> int:
@@ -37,7 +42,7 @@ def replicas(weight: WeightSize, topology: Topology) -> int:
     Tensor and context ranks route tokens of their own, so experts are spread over them too. Where nothing spreads
     them, they are parameters like the others.
     """
-    if weight.cut == EXPERT and (topology.expert_owners > 1 or topology.tensor > 1):
+    if weight.expert_parallel and (topology.expert_owners > 1 or topology.tensor > 1):
         return topology.world // topology.pipeline // topology.expert_owners
     return topology.data * topology.context
 

@@ -9,9 +9,9 @@ from megatron.core import parallel_state
 
 from model.config import MtpConfig
 from model.cost.activations import stage_bytes
-from model.cost.cost import Weight
+from model.cost.cost import ParameterSize
 from parallel import groups as process_groups
-from parallel import memory
+from parallel import layout_cost
 from parallel.engine_megatron import allocated_bytes
 from parallel.topology import ParallelConfig, Topology
 from tests.dist import run_ranks
@@ -83,10 +83,10 @@ def measure() -> dict[str, dict]:
         element = 4 if model.dtype == "float32" else 2
         found[name] = {
             "real": really_allocated(job),
-            "formula": memory.state_bytes(weights, job.topology, element),
+            "formula": layout_cost.state_bytes(weights, job.topology, element),
             "parameters": (
                 sum(parameter.numel() for chunk in job.chunks for parameter in chunk.parameters()),
-                sum(memory.held(weight, job.topology) for weight in weights),
+                sum(layout_cost.held(weight, job.topology) for weight in weights),
             ),
             "topology": job.topology,
             "tensors": sum(1 for chunk in job.chunks for _ in chunk.parameters()),
@@ -172,36 +172,42 @@ TOPOLOGY = Topology(world=64, tensor=2, pipeline=4, context=2, expert=8, data=4)
 
 
 def test_state_bytes_by_hand() -> None:
-    weights = [Weight("a", 800, "tensor"), Weight("b", 1600, "expert"), Weight("c", 100, "whole", float32=True)]
+    weights = [
+        ParameterSize("a", 800, "tensor"),
+        ParameterSize("b", 1600, "expert"),
+        ParameterSize("c", 100, "whole", float32=True),
+    ]
     # Held: 400, 200 and 100 numbers; replicas: 8, 2 (64 / 4 stages / 8 experts) and 8.
-    assert memory.state_bytes(weights, TOPOLOGY, 2) == {
+    assert layout_cost.state_bytes(weights, TOPOLOGY, 2) == {
         "weights": 400 * 2 + 200 * 2 + 100 * 4,
         "gradients": 700 * 4,
         "optimizer": 400 * 12 / 8 + 200 * 12 / 2 + 100 * 8 / 8,
     }
-    assert memory.gradient_traffic(weights, TOPOLOGY, 2) == {
+    assert layout_cost.gradient_traffic(weights, TOPOLOGY, 2) == {
         "gradient reduce-scatter": 1600 * 7 / 8 + 800 / 2 + 400 * 7 / 8,
         "parameter all-gather": 800 * 7 / 8 + 400 / 2 + 400 * 7 / 8,
     }
 
 
 def test_traffic_by_hand() -> None:
-    assert memory.expert_traffic(80, 16, TOPOLOGY, recomputed=False) == 4 * 80 * 16 * 7 / 8
+    assert layout_cost.expert_traffic(80, 16, TOPOLOGY, recomputed=False) == 4 * 80 * 16 * 7 / 8
     in_parts = replace(TOPOLOGY, expert=4, expert_tensor=2)  # the same 8 holders, each row to two of them
-    assert memory.expert_traffic(80, 16, in_parts, recomputed=False) == 2 * 4 * 80 * 16 * 7 / 8
-    assert memory.tensor_traffic(1000, TOPOLOGY, recomputed=False) == 5 * 500
-    assert memory.tensor_traffic(1000, TOPOLOGY, recomputed=True) == 7 * 500
-    assert [memory.pipeline_traffic(1000, TOPOLOGY, rank) for rank in range(4)] == [500, 1000, 1000, 500]
+    assert layout_cost.expert_traffic(80, 16, in_parts, recomputed=False) == 2 * 4 * 80 * 16 * 7 / 8
+    assert layout_cost.tensor_traffic(1000, TOPOLOGY, recomputed=False) == 5 * 500
+    assert layout_cost.tensor_traffic(1000, TOPOLOGY, recomputed=True) == 7 * 500
+    assert [layout_cost.pipeline_traffic(1000, TOPOLOGY, rank) for rank in range(4)] == [500, 1000, 1000, 500]
     interleaved = replace(TOPOLOGY, virtual=2)
-    assert [memory.pipeline_traffic(1000, interleaved, rank) for rank in range(4)] == [1500, 2000, 2000, 1500]
+    assert [layout_cost.pipeline_traffic(1000, interleaved, rank) for rank in range(4)] == [1500, 2000, 2000, 1500]
     alone = Topology(world=1, tensor=1, pipeline=1, context=1, expert=1, data=1)
-    assert memory.expert_traffic(80, 16, alone, recomputed=False) == memory.pipeline_traffic(1000, alone, 0) == 0
+    assert (
+        layout_cost.expert_traffic(80, 16, alone, recomputed=False) == layout_cost.pipeline_traffic(1000, alone, 0) == 0
+    )
 
 
 def test_micro_batches_in_flight() -> None:
-    assert [memory.in_flight(TOPOLOGY, rank, 16) for rank in range(4)] == [4, 3, 2, 1]
-    assert memory.in_flight(TOPOLOGY, 0, 2) == 2
+    assert [layout_cost.in_flight(TOPOLOGY, rank, 16) for rank in range(4)] == [4, 3, 2, 1]
+    assert layout_cost.in_flight(TOPOLOGY, 0, 2) == 2
     # Two stages a process: 2 x 3 + 4 forward passes of a stage before the first backward pass, and it runs one more.
-    assert [memory.in_flight(replace(TOPOLOGY, virtual=2), rank, 16) for rank in (0, 3)] == [11, 5]
-    assert memory.bubble(TOPOLOGY, 9) == 3 / 12
-    assert memory.bubble(replace(TOPOLOGY, virtual=3), 9) == 1 / 10
+    assert [layout_cost.in_flight(replace(TOPOLOGY, virtual=2), rank, 16) for rank in (0, 3)] == [11, 5]
+    assert layout_cost.bubble(TOPOLOGY, 9) == 3 / 12
+    assert layout_cost.bubble(replace(TOPOLOGY, virtual=3), 9) == 1 / 10
