@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 EMBEDDED = "embedded"  # as a corpus or an input: the standard-library sources of this Python
 EOD_TOKEN = "<|endoftext|>"
 TRAIN_TOKENIZER = "train"
+TRAIN_SPLIT = "train"
+UNIT_BYTES = 2**24
 SPLIT, BEST_FIT = PACKINGS = ("split", "best_fit")
 STOP, SKIP = ON_CORRUPT = ("stop", "skip")
 CONTINUE = "continue"
@@ -29,8 +31,8 @@ class DataConfig:
 
     corpus: str = setting(
         EMBEDDED,
-        "directory made by prepare, or embedded: the standard-library sources of this Python; or files "
-        "read as they are: .parquet, .jsonl or .arrow (a directory, a pattern, a URL: s3://..., hf://..., "
+        "directory or URL made by prepare, or embedded: the standard-library sources of this Python; or files "
+        "read as they are: .parquet, .jsonl, .json or .arrow (a directory, a pattern, a URL: s3://..., hf://..., "
         "https://...), or Megatron's .bin and .idx",
     )
     sources: tuple[tuple[str, float], ...] = setting(
@@ -45,9 +47,15 @@ class DataConfig:
         SPLIT, "documents to samples: split (end to end, then cut) or best_fit (whole where they fit)"
     )
     column: str = setting("text", "column of files read as they are: text, or lists of token ids")
+    split: str = setting(
+        TRAIN_SPLIT, "split of a directory of files read as they are, by the names of its files and folders"
+    )
     tokenizer: str = setting("", "tokenizer.json, or its directory, of files read as they are")
     eod_token: str = setting(EOD_TOKEN, "the token of data.tokenizer that ends each document")
     heldout_fraction: float = setting(0.01, "share of files read as they are (by row groups) kept for evaluation")
+    unit_bytes: int = setting(
+        UNIT_BYTES, "how much of JSON lines, arrow and Megatron files, read as they are, is read together"
+    )
     workers: int = setting(0, "processes that read ahead, for each training process; 0 reads in a thread")
     on_corrupt: str = setting(STOP, "a damaged part of a corpus ends the run (stop), or is left out and counted (skip)")
     on_change: str = setting(

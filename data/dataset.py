@@ -43,6 +43,8 @@ def check_data(config: DataConfig, mtp_steps: int) -> None:
     for setting, value in (("data.subset_seed", config.subset_seed), ("data.workers", config.workers)):
         if value < 0:
             raise CorpusError(f"{setting}={value} is negative: use 0 or more")
+    if config.unit_bytes < 1:
+        raise CorpusError(f"data.unit_bytes={config.unit_bytes} leaves nothing to read: use 1 or more")
     check_mixture(config)
     for path, _ in source_paths(config):
         check_source(path, config)
@@ -183,7 +185,7 @@ class Dataset:
             if sizes.empty.any():
                 line += f"; {sizes.empty.sum():,} empty documents left out"
             lines.append(line)
-            lines += [f"left out: {reason}" for reason in sizes.broken]
+            lines += [f"left out: {reason}" for reason in (*source.train.left_out, *sizes.broken)]
         return lines
 
     def _open(self, path: str, corpus: Corpus | None) -> Source:

@@ -1,24 +1,21 @@
 """One source of a run: which reader its path names, what of it is held out, and the checks that cost no reading."""
 
-from collections.abc import Callable
 from pathlib import Path
 
-from data.config import EMBEDDED, DataConfig, source_paths
+from data.config import EMBEDDED, SKIP, DataConfig, source_paths
 from data.errors import CorpusError
 from data.files import why_unwritable
 from data.order.stream import permutation
 from data.prepare.embedded import library_root
 from data.prepare.prepare import embedded_corpus
 from data.read.corpus import Corpus
+from data.read.formats import open_rows
+from data.read.listing import ROW_ENDINGS, list_files
 from data.read.manifest import HELDOUT, TRAIN, is_corpus
 from data.read.megatron_files import MegatronReader, megatron_prefix
 from data.read.readers import ChosenUnits, PreparedReader, Reader
-from data.read.remote import is_url, list_files
-from data.read.row_files import ArrowReader, JsonlReader, ParquetReader
+from data.read.remote import is_url
 from data.text.tokenizer import Tokenizer, check_vocab_size
-
-# Of files that are read as they are, by their endings.
-READERS: dict[str, Callable[..., Reader]] = {".parquet": ParquetReader, ".jsonl": JsonlReader, ".arrow": ArrowReader}
 
 
 def check_source(path: str, config: DataConfig) -> None:
@@ -38,15 +35,15 @@ def check_source(path: str, config: DataConfig) -> None:
         directory = Path(path).expanduser()
         if directory.is_dir() and not any(directory.iterdir()):
             raise CorpusError(f"data.corpus={path} is empty: set it to a corpus made by prepare, or to embedded")
-        list_files(path, tuple(READERS))
+        list_files(path, ROW_ENDINGS, config.split)
 
 
-def prepared_directory(path: str, config: DataConfig) -> Path | None:
-    """The directory of a corpus made by prepare (the embedded one is made first); None for other sources."""
+def prepared_directory(path: str, config: DataConfig) -> Path | str | None:
+    """The directory or URL of a corpus made by prepare (the embedded one is made first); None for other sources."""
     if path == EMBEDDED:
         return embedded_corpus(config)
-    directory = Path(path).expanduser()
-    return directory if is_corpus(directory) else None
+    place = path if is_url(path) else Path(path).expanduser()
+    return place if is_corpus(place) else None
 
 
 def common_tokenizer(config: DataConfig, corpora: dict[str, Corpus]) -> Tokenizer:
@@ -77,12 +74,8 @@ def _direct(path: str, config: DataConfig, tokenizer: Tokenizer) -> Reader:
     """The reader of files that prepare has not seen."""
     prefix = megatron_prefix(path)
     if prefix is not None:
-        return MegatronReader(path, prefix, tokenizer)
-    files = list_files(path, tuple(READERS))
-    endings = {Path(file.path).suffix for file in files}
-    if len(endings) > 1:
-        raise CorpusError(f"data.corpus={path} mixes {' and '.join(sorted(endings))}: give files of one kind")
-    return READERS[endings.pop()](path, files, config.column, tokenizer)
+        return MegatronReader(path, prefix, tokenizer, config.unit_bytes)
+    return open_rows(path, config.column, tokenizer, config.split, config.on_corrupt == SKIP, config.unit_bytes)
 
 
 def _split_units(reader: Reader, heldout_fraction: float) -> tuple[Reader, Reader]:

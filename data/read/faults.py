@@ -25,12 +25,18 @@ class Faults:
     skipped_tokens: int = 0
     skipped: list[str] = field(default_factory=list)
 
+    def skip(self, message: str) -> None:
+        """Lists something that was left out, once."""
+        if message not in self.skipped:
+            self.skipped.append(message)
+
     def add(self, other: "Faults") -> None:
         """Counts what another process met."""
         self.retries += other.retries
         self.restarts += other.restarts
         self.skipped_tokens += other.skipped_tokens
-        self.skipped += other.skipped
+        for message in other.skipped:
+            self.skip(message)
 
 
 def retrying[T](what: str, read: Callable[[], T], faults: Faults) -> T:

@@ -1,5 +1,6 @@
 """The manifest of a corpus directory: what it holds, and the hashes that prove it."""
 
+import glob
 import hashlib
 import json
 from dataclasses import asdict, dataclass
@@ -8,8 +9,11 @@ from typing import Any
 
 from data.errors import CorpusError, one_line
 from data.files import write_whole
+from data.read.compressed import ending_of
+from data.read.faults import Faults
+from data.read.listing import MANIFEST_FILE, ROW_ENDINGS
+from data.read.remote import exists, is_url, join, read_file, redacted
 
-MANIFEST_FILE = "manifest.json"
 FORMAT = "token-corpus"
 MANIFEST_VERSION = 1
 TRAIN, HELDOUT = SPLITS = ("train", "heldout")
@@ -82,9 +86,12 @@ class Manifest:
         )
 
 
-def is_corpus(directory: Path) -> bool:
-    """Whether prepare has made this directory."""
-    return (directory / MANIFEST_FILE).is_file()
+def is_corpus(path: str | Path) -> bool:
+    """Whether prepare has made what lies in this directory or below this URL."""
+    root = str(path)
+    if is_url(root) and (glob.has_magic(root) or ending_of(root) in ROW_ENDINGS):
+        return False
+    return exists(join(root, MANIFEST_FILE))
 
 
 def file_info(path: Path) -> FileInfo:
@@ -104,29 +111,29 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     write_whole(directory / MANIFEST_FILE, json.dumps(header | fields, indent=1) + "\n")
 
 
-def read_manifest(directory: Path) -> Manifest:
+def read_manifest(root: str) -> Manifest:
     """CorpusError where there is none, where another version wrote it, or where it was changed since."""
-    path = directory / MANIFEST_FILE
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    path = join(root, MANIFEST_FILE)
+    if not exists(path):
         raise CorpusError(
-            f"data.corpus={directory} is no corpus ({MANIFEST_FILE} is missing): make one with prepare"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise _broken(path, one_line(error)) from error
+            f"data.corpus={redacted(root)} is no corpus ({MANIFEST_FILE} is missing): make one with prepare"
+        )
+    try:
+        fields = json.loads(read_file(path, Faults()))
+    except ValueError as error:
+        raise _broken(root, one_line(error)) from error
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
-        raise _broken(path, f"it is not the manifest of a {FORMAT}")
+        raise _broken(root, f"it is not the manifest of a {FORMAT}")
     version = fields.get("version")
     if version != MANIFEST_VERSION:
-        raise _broken(path, f"it has version {version}, and this program reads version {MANIFEST_VERSION}")
+        raise _broken(root, f"it has version {version}, and this program reads version {MANIFEST_VERSION}")
     try:
         manifest = _from_fields(fields)
         intact = manifest.fingerprint == fields["fingerprint"]
     except (KeyError, TypeError, AttributeError) as error:
-        raise _broken(path, f"a field is missing or wrong ({one_line(error)})") from error
+        raise _broken(root, f"a field is missing or wrong ({one_line(error)})") from error
     if not intact:
-        raise _broken(path, "its fingerprint does not fit what it lists")
+        raise _broken(root, "its fingerprint does not fit what it lists")
     return manifest
 
 
@@ -143,5 +150,7 @@ def _from_fields(fields: dict[str, Any]) -> Manifest:
     )
 
 
-def _broken(path: Path, reason: str) -> CorpusError:
-    return CorpusError(f"data.corpus={path.parent}: {path.name} cannot be used: {reason}; prepare the corpus again")
+def _broken(root: str, reason: str) -> CorpusError:
+    return CorpusError(
+        f"data.corpus={redacted(root)}: {MANIFEST_FILE} cannot be used: {reason}; prepare the corpus again"
+    )

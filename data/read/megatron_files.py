@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from data.config import UNIT_BYTES
 from data.errors import CorpusError, one_line
 from data.read.faults import BrokenUnit, Faults, retrying
 from data.read.readers import Reader, digest_of
 from data.read.units import Sizes, Unit, ended
 from data.text.tokenizer import Tokenizer
-
-UNIT_TOKENS = 2**22  # tokens after which a new unit begins: a window of memory-mapped documents
 
 
 def megatron_prefix(path: str) -> Path | None:
@@ -26,11 +25,14 @@ def megatron_prefix(path: str) -> Path | None:
 
 
 class MegatronReader(Reader):
-    """A unit is a run of documents of UNIT_TOKENS or more. The index holds all lengths, so nothing is ever scanned."""
+    """A unit is a run of documents of `unit_bytes` (4 a token) or more.
+
+    The index holds all lengths, so nothing is ever scanned.
+    """
 
     in_process = True
 
-    def __init__(self, path: str, prefix: Path, tokenizer: Tokenizer) -> None:
+    def __init__(self, path: str, prefix: Path, tokenizer: Tokenizer, unit_bytes: int = UNIT_BYTES) -> None:
         self.path, self.vocab_size = path, tokenizer.vocab_size
         self._prefix, self._eod_id, self._tokenizer = prefix, tokenizer.eod_id, tokenizer.sha256
         lengths = self._document_lengths
@@ -38,7 +40,7 @@ class MegatronReader(Reader):
         if not len(filled):
             raise CorpusError(f"data.corpus={path} holds no token")
         self._appends = self._tokens(int(filled[0]), int(filled[0]) + 1, Faults())[-1] != self._eod_id
-        number = (np.cumsum(lengths) - lengths) // UNIT_TOKENS
+        number = (np.cumsum(lengths) - lengths) // max(1, unit_bytes // 4)
         self._firsts = np.flatnonzero(np.diff(number, prepend=-1))
 
     @cached_property

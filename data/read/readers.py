@@ -11,6 +11,7 @@ import xxhash
 
 from data.read.corpus import Corpus
 from data.read.faults import Faults
+from data.read.remote import redacted
 from data.read.units import Sizes, Unit
 
 
@@ -21,11 +22,13 @@ class Reader(ABC):
         path: what the user calls the source, for messages.
         vocab_size: every token is below it.
         in_process: reading costs next to nothing (a memory map), so no worker process is asked for it.
+        left_out: what lies beside the units and is not read (another split, a cache, a broken file), for people.
     """
 
     path: str
     vocab_size: int
     in_process = False
+    left_out: tuple[str, ...] = ()
 
     @property
     @abstractmethod
@@ -67,7 +70,7 @@ class PreparedReader(Reader):
 
     def __init__(self, corpus: Corpus, split: str) -> None:
         self.corpus, self.split = corpus, split
-        self.path, self.vocab_size = f"the {split} split of {corpus.path}", corpus.vocab_size
+        self.path, self.vocab_size = f"the {split} split of {redacted(corpus.root)}", corpus.vocab_size
         self._shards = corpus.manifest.splits[split]
 
     @property
@@ -83,7 +86,7 @@ class PreparedReader(Reader):
         return ["prepared", self.corpus.fingerprint, self.split]
 
     def label(self, unit: int) -> str:
-        return str(self.corpus.path / self._shards[unit].file)
+        return redacted(self.corpus.file(self._shards[unit].file))
 
     def read(self, unit: int, faults: Faults) -> Unit:
         return self.corpus.shard(self.split, unit, faults)
@@ -100,6 +103,7 @@ class Wrapped(Reader):
     def __init__(self, base: Reader) -> None:
         self._base = base
         self.path, self.vocab_size, self.in_process = base.path, base.vocab_size, base.in_process
+        self.left_out = base.left_out
 
     @property
     def num_units(self) -> int:

@@ -4,6 +4,7 @@ import glob
 import io
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,35 +27,90 @@ class File:
     size: int
     version: str
 
+    @property
+    def shown(self) -> str:
+        """The path for messages."""
+        return redacted(self.path)
+
 
 def is_url(path: str) -> bool:
     """Whether fsspec, not the operating system, finds the path."""
     return "://" in path
 
 
-def list_files(path: str, endings: tuple[str, ...]) -> list[File]:
-    """The files of a path, directory, pattern or URL that end in one of `endings`, sorted by name.
+def is_http(path: str) -> bool:
+    """Whether a plain web server holds the file; it cannot list others."""
+    return path.startswith(("http://", "https://"))
+
+
+@dataclass(frozen=True)
+class Found:
+    """The files of a path; `root` is the directory or prefix they lie in, None for a file or a pattern."""
+
+    root: str | None
+    files: list[File]
+
+
+def find(path: str, setting: str) -> Found:
+    """Every file of a path, directory, pattern or URL, hidden ones left out.
 
     Raises:
-        CorpusError: there is none, or its file system is unknown or cannot be reached.
+        CorpusError: there is nothing, or its file system is unknown or cannot be reached.
     """
-    if path.startswith(("http://", "https://")):
-        found = [_http_file(path)]
-    elif is_url(path):
-        found = _url_files(path)
-    else:
-        found = _local_files(path)
-    files = sorted((f for f in found if f.path.endswith(endings) and f.size), key=lambda f: f.path)
-    if not files:
-        raise CorpusError(f"data.corpus={path} holds no file of {', '.join(endings)} with anything in it")
-    return files
+    if is_http(path):
+        return Found(None, [_http_file(path, setting)])
+    if is_url(path):
+        return _find_url(path, setting)
+    return _find_local(path, setting)
+
+
+def exists(path: str) -> bool:
+    """Whether there is such a file."""
+    if not is_url(path):
+        return Path(path).expanduser().is_file()
+
+    def ask() -> bool:
+        if is_http(path):
+            try:
+                with _http_answer(urllib.request.Request(path, method="HEAD")):
+                    return True
+            except FileNotFoundError:
+                return False
+        filesystem, name = _filesystem(path)
+        return bool(filesystem.isfile(name))
+
+    return retrying(redacted(path), ask, Faults())
+
+
+def read_file(path: str, faults: Faults) -> bytes:
+    """A whole file, tried again where that may help. BrokenUnit names it."""
+    if is_http(path):
+        return fetch(path, 0, _http_file(path, "").size, faults)
+    if is_url(path):
+        filesystem, name = _filesystem(path)
+        return retrying(redacted(path), lambda: filesystem.cat_file(name), faults)
+    return retrying(path, Path(path).expanduser().read_bytes, faults)
+
+
+def join(root: str, name: str) -> str:
+    """A file in a directory or below a URL."""
+    return f"{root.rstrip('/')}/{name}" if is_url(root) else str(Path(root) / name)
+
+
+def redacted(path: str) -> str:
+    """A path for messages: a URL without what may be secret in it, user, password and query."""
+    if not is_url(path):
+        return path
+    protocol, _, rest = path.partition("://")
+    host, slash, name = rest.partition("?")[0].partition("/")
+    return f"{protocol}://{host.rpartition('@')[2]}{slash}{name}"
 
 
 def fetch(path: str, start: int, stop: int, faults: Faults) -> bytes:
     """Bytes [start, stop) of a file, tried again where that may help. BrokenUnit names the file."""
 
     def read() -> bytes:
-        if path.startswith(("http://", "https://")):
+        if is_http(path):
             content = _http_range(path, start, stop)
         elif is_url(path):
             filesystem, name = _filesystem(path)
@@ -67,7 +123,7 @@ def fetch(path: str, start: int, stop: int, faults: Faults) -> bytes:
             raise EOFError(f"{len(content)} bytes came where {stop - start} were asked for from byte {start} on")
         return content
 
-    return retrying(path, read, faults)
+    return retrying(redacted(path), read, faults)
 
 
 class RangeFile(io.RawIOBase):
@@ -102,35 +158,52 @@ class RangeFile(io.RawIOBase):
         return content
 
 
-def _local_files(path: str) -> list[File]:
+def _find_local(path: str, setting: str) -> Found:
     root = Path(path).expanduser()
     if root.is_dir():
-        paths = [p for p in root.rglob("*") if not any(part.startswith(".") for part in p.relative_to(root).parts)]
+        paths = [p for p in root.rglob("*") if not _is_hidden(p.relative_to(root).parts)]
     elif root.exists():
         paths = [root]
     else:
         paths = [Path(name) for name in glob.glob(str(root), recursive=True)]
         if not paths:
-            raise CorpusError(
-                f"data.corpus={path} does not exist: give a corpus made by prepare, files or a URL of files"
-            )
+            raise CorpusError(f"{setting}={path} does not exist: give a directory, files or a URL of files")
     found = [(p, p.stat()) for p in paths if p.is_file()]
-    return [File(str(p.absolute()), stat.st_size, str(stat.st_mtime_ns)) for p, stat in found]
+    files = [File(str(p.absolute()), stat.st_size, str(stat.st_mtime_ns)) for p, stat in found]
+    return Found(str(root.absolute()) if root.is_dir() else None, files)
 
 
-def _url_files(path: str) -> list[File]:
-    def read() -> list[File]:
+def _find_url(path: str, setting: str) -> Found:
+    def read() -> Found:
         filesystem, root = _filesystem(path)
-        names = filesystem.glob(root) if glob.has_magic(root) else filesystem.find(root)
-        infos = [(name, filesystem.info(name)) for name in names]
-        return [File(filesystem.unstrip_protocol(n), info["size"], _version(info)) for n, info in infos]
+        if glob.has_magic(root):
+            found, top = filesystem.glob(root, detail=True), None
+        else:
+            found, top = filesystem.find(root, detail=True), filesystem.unstrip_protocol(root).rstrip("/")
+        infos = {filesystem.unstrip_protocol(name): info for name, info in found.items()}
+        if top in infos:
+            top = None
+        files = [
+            File(name, info["size"], _version(info))
+            for name, info in infos.items()
+            if top is None or not _is_hidden(name.removeprefix(top).strip("/").split("/"))
+        ]
+        return Found(top, files)
 
-    return retrying(f"data.corpus={path}", read, Faults())
+    found = retrying(f"{setting}={redacted(path)}", read, Faults())
+    if not found.files:
+        raise CorpusError(f"{setting}={redacted(path)} does not exist, or holds no file")
+    return found
+
+
+def _is_hidden(parts: Sequence[str]) -> bool:
+    """Files and folders that begin with a dot or two underscores are no data."""
+    return any(part.startswith((".", "__")) for part in parts)
 
 
 def _version(info: dict[str, Any]) -> str:
     """What a file system says of a file's last change, under the names that they use."""
-    known = ("ETag", "etag", "last_modified", "LastModified", "last_commit", "mtime", "created")
+    known = ("ETag", "etag", "last_modified", "LastModified", "blob_id", "last_commit", "mtime", "created")
     return next((str(info[name]) for name in known if info.get(name)), "")
 
 
@@ -139,7 +212,7 @@ def _filesystem_of(protocol: str) -> None:
     try:
         fsspec.get_filesystem_class(protocol)
     except (ImportError, ValueError) as error:
-        raise CorpusError(f"data.corpus={protocol}:// cannot be read here: {one_line(error)}") from error
+        raise CorpusError(f"{protocol}:// cannot be read here: {one_line(error)}") from error
 
 
 def _filesystem(path: str) -> tuple[Any, str]:
@@ -147,14 +220,14 @@ def _filesystem(path: str) -> tuple[Any, str]:
     return fsspec.core.url_to_fs(path)
 
 
-def _http_file(url: str) -> File:
+def _http_file(url: str, setting: str) -> File:
     def read() -> File:
         with _http_answer(urllib.request.Request(url, method="HEAD")) as answer:
             headers = answer.headers
         version = headers.get("ETag") or headers.get("Last-Modified") or ""
         return File(url, int(headers["Content-Length"]), version)
 
-    return retrying(f"data.corpus={url}", read, Faults())
+    return retrying(f"{setting}={redacted(url)}".lstrip("="), read, Faults())
 
 
 def _http_range(url: str, start: int, stop: int) -> bytes:

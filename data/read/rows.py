@@ -1,11 +1,13 @@
-"""Rows of parquet, arrow and JSON-lines files as documents: lists of token ids, or text that is tokenized here.
+"""Rows of a column of files as documents: lists of token ids, or text that is tokenized here.
 
 The type of the column decides. Whether token lists bring their end-of-document token is found out from the first
-documents and then demanded of all others; where they do not, it is appended.
+documents and then demanded of all others; where they do not, it is appended. A row without text is left out and
+counted. A row that cannot be used is named by file and place; `data.on_corrupt=skip` goes on without it.
 """
 
 import itertools
 from abc import abstractmethod
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from data.config import UNIT_BYTES
 from data.errors import CorpusError, one_line
 from data.read.faults import BrokenUnit, Faults
 from data.read.readers import Reader
@@ -20,16 +23,34 @@ from data.read.remote import File
 from data.read.units import Unit, ended
 from data.text.tokenizer import Tokenizer
 
-TEXT = (pa.types.is_string, pa.types.is_large_string)
+TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+BYTES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
 LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
 
 
 class RowReader(Reader):
-    """Rows of one column of files."""
+    """Rows of one column of files.
 
-    def __init__(self, path: str, files: list[File], column: str, tokenizer: Tokenizer) -> None:
+    Args:
+        column: its name; `a.b` is the field b of the column a where no column has that very name.
+        skips: go on without rows and files that cannot be used, and list them.
+        unit_bytes: how much is read together of files that have no parts of their own.
+        setting: the name of the column's setting, for messages.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        files: list[File],
+        column: str,
+        tokenizer: Tokenizer,
+        skips: bool = False,
+        unit_bytes: int = UNIT_BYTES,
+        setting: str = "data.column",
+    ) -> None:
         self.path, self.files, self.column = path, files, column
         self.tokenizer, self.vocab_size = tokenizer, tokenizer.vocab_size
+        self.skips, self.unit_bytes, self.setting = skips, unit_bytes, setting
 
     @property
     def num_bytes(self) -> int:
@@ -41,8 +62,27 @@ class RowReader(Reader):
         return ["rows", self.column, self.tokenizer.sha256, self.tokenizer.eod_id, files]
 
     @abstractmethod
+    def file_of(self, unit: int) -> int:
+        """The number of the file that a unit lies in."""
+
+    @abstractmethod
+    def row_name(self, unit: int, row: int) -> str:
+        """Where in its file a row of a unit lies, for messages and for people."""
+
+    @abstractmethod
+    def batches(self, unit: int, faults: Faults) -> Iterator[tuple[int, pa.Array]]:
+        """The column of one unit, in parts of bounded size where the unit is not: (first row of the part, rows)."""
+
     def rows(self, unit: int, faults: Faults) -> pa.Array:
-        """The column of one unit."""
+        """The column of one unit; dictionaries are spelled out."""
+        parts = [rows for _, rows in self.batches(unit, faults)]
+        if len(parts) == 1:
+            return parts[0]
+        return pa.concat_arrays(parts) if parts else pa.array([], pa.string())
+
+    def row_label(self, unit: int, row: int) -> str:
+        """A row's file and place."""
+        return f"{self.files[self.file_of(unit)].shown} ({self.row_name(unit, row)})"
 
     @cached_property
     def column_type(self) -> pa.DataType:
@@ -51,57 +91,175 @@ class RowReader(Reader):
         Raises:
             CorpusError: neither text nor lists of whole numbers.
         """
-        found = self._first.type
+        found = self._first[1].type
         is_tokens = any(test(found) for test in LISTS) and pa.types.is_integer(found.value_type)
-        if not is_tokens and not any(test(found) for test in TEXT):
-            raise CorpusError(
-                f"data.column={self.column} of {self.path} holds {found}: name a column of text, or of lists of "
-                f"token ids"
-            )
+        if not is_tokens and not any(test(found) for test in TEXT + BYTES):
+            raise self.unusable(str(found))
         return found
 
     @property
     def is_text(self) -> bool:
-        return any(test(self.column_type) for test in TEXT)
+        return is_text(self.column_type)
 
     @cached_property
     def appends_eod(self) -> bool:
         """Whether an end-of-document token is put behind each document."""
         if self.is_text:
             return True
-        tokens, lengths = flat(self._first, self.label(0))
-        last = tokens[np.cumsum(lengths[lengths > 0]) - 1]
-        return not len(last) or last[0] != self.tokenizer.eod_id
+        rows = self._first[1]
+        filled = rows.filter(pc.greater(pc.fill_null(pc.list_value_length(rows), 0), 0)).slice(0, 1)
+        return not len(filled) or filled.flatten()[-1].as_py() != self.tokenizer.eod_id
 
     @cached_property
-    def _first(self) -> pa.Array:
-        found = (self.rows(unit, Faults()) for unit in range(self.num_units))
-        return next((rows for rows in found if len(rows) > rows.null_count), pa.array([], pa.string()))
+    def _first(self) -> tuple[int, pa.Array]:
+        """The first unit with a row that is not null, and its rows."""
+        for unit in range(self.num_units):
+            try:
+                rows = self.rows(unit, Faults())
+            except BrokenUnit:
+                if not self.skips:
+                    raise
+                continue
+            if len(rows) > rows.null_count:
+                return unit, rows
+        return 0, pa.array([], pa.string())
 
     def read(self, unit: int, faults: Faults) -> Unit:
         appends, label = self.appends_eod, self.label(unit)
         rows = self.rows(unit, faults)
-        tokens, lengths = self._encode(rows, label) if self.is_text else flat(rows, label)
+        if self.is_text:
+            texts = [text for text in self.texts(rows, unit, 0, faults) if text and text.strip()]
+            tokens, lengths = self._encode(texts)
+        else:
+            tokens, lengths = self.tokens(rows, unit, 0, faults)
         lengths = lengths[lengths > 0]
         empty = len(rows) - len(lengths)
         return ended(tokens, lengths, appends, self.tokenizer.eod_id, self.vocab_size, label, empty)
 
-    def _encode(self, rows: pa.Array, label: str) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of every text, end to end, and the number of each; blank texts have none."""
+    def texts(self, rows: pa.Array, unit: int, first: int, faults: Faults) -> list[str | None]:
+        """The text of each row, None for one that is missing or skipped; `first` is the number of the first row.
+
+        Raises:
+            BrokenUnit: a row holds no UTF-8, and rows that cannot be used are not skipped.
+        """
+        if len(rows) and not is_text(rows.type):
+            raise BrokenUnit(f"{self.label(unit)} holds {rows.type}, and the files before hold text")
         try:
-            texts = [text for text in rows.to_pylist() if text and text.strip()]
+            values = rows.to_pylist()
+            return [value.decode() if isinstance(value, bytes) else value for value in values]
+        except UnicodeDecodeError:
+            return [self._text(rows[row], unit, first + row, faults) for row in range(len(rows))]
+
+    def _text(self, value: pa.Scalar, unit: int, row: int, faults: Faults) -> str | None:
+        try:
+            text = value.as_py()
+            return text.decode() if isinstance(text, bytes) else text
         except UnicodeDecodeError as error:
-            raise BrokenUnit(f"{label} holds text that is not UTF-8: {one_line(error)}") from error
+            self.refuse(f"{self.row_label(unit, row)} holds text that is not UTF-8: {one_line(error)}", faults)
+            return None
+
+    def tokens(self, rows: pa.Array, unit: int, first: int, faults: Faults) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of all rows end to end, and the number of each row's; rows that are missing or skipped have none.
+
+        Raises:
+            BrokenUnit: a row cannot be trained on, and such rows are not skipped.
+        """
+        if not len(rows):
+            return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+        if is_text(rows.type) or not pa.types.is_integer(rows.type.value_type):
+            raise BrokenUnit(f"{self.label(unit)} holds {rows.type}, and the files before hold lists of token ids")
+        values = rows.flatten()
+        lengths = pc.fill_null(pc.list_value_length(rows), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+        gaps = np.zeros(0, dtype=np.int64)
+        if values.null_count:
+            gaps = np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))
+            values = pc.fill_null(values, 0)
+        tokens = values.to_numpy(zero_copy_only=False)
+        wrong = self._wrong_rows(tokens, lengths, gaps)
+        if not wrong:
+            return tokens, lengths
+        for row, reason in sorted(wrong.items()):
+            self.refuse(f"{self.row_label(unit, first + row)} {reason}", faults)
+        dropped = np.isin(np.arange(len(lengths)), list(wrong))
+        return tokens[~np.repeat(dropped, lengths)], np.where(dropped, 0, lengths)
+
+    def _wrong_rows(self, tokens: np.ndarray, lengths: np.ndarray, gaps: np.ndarray) -> dict[int, str]:
+        """Row -> what is wrong with it."""
+        ends = np.cumsum(lengths)
+        filled = np.flatnonzero(lengths)
+        has_eod = tokens[ends[filled] - 1] == self.tokenizer.eod_id
+        mixed = filled[has_eod if self.appends_eod else ~has_eod]
+        reason = (
+            f"is one of documents with and without the end-of-document token {self.tokenizer.eod_id} as their last: "
+            f"all must have it, or none"
+        )
+        wrong = dict.fromkeys(mixed.tolist(), reason)
+        for place in np.flatnonzero((tokens >= self.vocab_size) | (tokens < 0)):
+            row = int(np.searchsorted(ends, place, side="right"))
+            wrong[row] = f"holds token {tokens[place]}, outside the vocabulary of {self.vocab_size}"
+        for place in gaps:
+            wrong[int(np.searchsorted(ends, place, side="right"))] = "holds lists with missing token ids"
+        return wrong
+
+    def _encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of every text, end to end, and the number of each."""
         encoded = self.tokenizer.encode_batch(texts)
         lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
         tokens = np.fromiter(itertools.chain.from_iterable(encoded), dtype=np.int32, count=int(lengths.sum()))
         return tokens, lengths
 
+    def refuse(self, message: str, faults: Faults) -> None:
+        """Lists what cannot be used, or raises it as BrokenUnit."""
+        if not self.skips:
+            raise BrokenUnit(message)
+        faults.skip(message)
 
-def flat(rows: pa.Array, label: str) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of all lists end to end, and the length of each list; a missing list is empty."""
-    values = rows.flatten()
-    if values.null_count:
-        raise BrokenUnit(f"{label} holds lists with missing token ids")
-    lengths = pc.fill_null(pc.list_value_length(rows), 0).to_numpy(zero_copy_only=False)
-    return values.to_numpy(), lengths.astype(np.int64)
+    def usable(self, files: list[File], opened: Iterator[Any]) -> Iterator[tuple[int, Any]]:
+        """What opening each of the files gives, with its number; files that are broken are listed and left out."""
+        for number in range(len(files)):
+            try:
+                yield number, next(opened)
+            except BrokenUnit as error:
+                if not self.skips:
+                    raise
+                self.left_out = (*self.left_out, str(error))
+
+    def unusable(self, found: str) -> CorpusError:
+        """The error of a column of a type that is neither text nor tokens."""
+        return CorpusError(
+            f"{self.setting}={self.column} of {self.path} holds {found}: name a column of text, or of lists of "
+            f"token ids"
+        )
+
+    def absent(self, where: str, names: Sequence[str]) -> CorpusError:
+        """The error of a column that is not there."""
+        return CorpusError(f"{self.setting}={self.column} is not in {where}: it has {', '.join(names)}")
+
+
+def is_text(found: pa.DataType) -> bool:
+    """Whether values of a type are text, or bytes that may be."""
+    return any(test(found) for test in TEXT + BYTES)
+
+
+def column_path(schema: pa.Schema, column: str) -> tuple[str, ...] | None:
+    """The names from a column of the schema down to the field that `column` means; None where there is none."""
+    if column in schema.names:
+        return (column,)
+    words = column.split(".")
+    for cut in range(len(words) - 1, 0, -1):
+        name = ".".join(words[:cut])
+        if name in schema.names and pa.types.is_struct(schema.field(name).type):
+            rest = column_path(pa.schema(list(schema.field(name).type)), ".".join(words[cut:]))
+            return None if rest is None else (name, *rest)
+    return None
+
+
+def take_column(table: pa.Table, path: tuple[str, ...]) -> pa.Array:
+    """A column, or a field of it, as one array; dictionaries spelled out."""
+    column = table.column(path[0])
+    for name in path[1:]:
+        column = pc.struct_field(column, name)
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    array = column.combine_chunks()
+    return array if isinstance(array, pa.Array) else pa.concat_arrays(array.chunks)

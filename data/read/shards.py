@@ -12,37 +12,38 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.errors import one_line
-from data.read.faults import BrokenUnit, Faults, retrying
+from data.read.faults import BrokenUnit, Faults
 from data.read.manifest import ShardInfo
+from data.read.remote import join, read_file, redacted
 from data.read.units import Unit, token_dtype
 
 
-def read_shard(directory: Path, info: ShardInfo, vocab_size: int, check_hash: bool, faults: Faults) -> Unit:
+def read_shard(root: str | Path, info: ShardInfo, vocab_size: int, check_hash: bool, faults: Faults) -> Unit:
     """Reads a shard whole. BrokenUnit naming its file when it is missing or not what `info` promises."""
-    path = directory / info.file
-    content = retrying(str(path), path.read_bytes, faults)
+    content = read_file(join(str(root), info.file), faults)
     if len(content) != info.size:
-        raise broken_file(path, f"has {len(content)} bytes, and the manifest says {info.size}")
+        raise broken_file(root, info.file, f"has {len(content)} bytes, and the manifest says {info.size}")
     if check_hash and hashlib.sha256(content).hexdigest() != info.sha256:
-        raise broken_file(path, "is corrupt: its hash differs from the manifest's")
+        raise broken_file(root, info.file, "is corrupt: its hash differs from the manifest's")
     try:
         column = pq.read_table(pa.BufferReader(content), columns=["tokens"]).column("tokens").combine_chunks()
     except (pa.ArrowException, OSError, KeyError) as error:
-        raise broken_file(path, f"is corrupt: {one_line(error)}") from error
+        raise broken_file(root, info.file, f"is corrupt: {one_line(error)}") from error
     dtype = token_dtype(vocab_size)
     if column.type != pa.list_(pa.from_numpy_dtype(dtype)):
-        raise broken_file(path, f"has tokens of type {column.type}, not list<{dtype}>")
+        raise broken_file(root, info.file, f"has tokens of type {column.type}, not list<{dtype}>")
     offsets = column.offsets.to_numpy().astype(np.int64)
     shard = Unit(column.values.to_numpy(), offsets[:-1], np.diff(offsets))
     if (shard.num_documents, len(shard.tokens)) != (info.documents, info.tokens):
-        raise broken_file(path, f"holds {shard.num_documents} documents, and the manifest says {info.documents}")
+        raise broken_file(
+            root, info.file, f"holds {shard.num_documents} documents, and the manifest says {info.documents}"
+        )
     if shard.tokens.max() >= vocab_size or shard.tokens.min() < 0:
-        raise broken_file(path, f"holds token {shard.tokens.max()}, outside the vocabulary of {vocab_size}")
+        raise broken_file(root, info.file, f"holds token {shard.tokens.max()}, outside the vocabulary of {vocab_size}")
     return shard
 
 
-def broken_file(path: Path, reason: str) -> BrokenUnit:
+def broken_file(root: str | Path, name: str, reason: str) -> BrokenUnit:
     """The error of a file of a prepared corpus."""
-    return BrokenUnit(
-        f"data.corpus={path.parent}: {path.name} {reason}; delete the directory and prepare the corpus again"
-    )
+    where = redacted(str(root))
+    return BrokenUnit(f"data.corpus={where}: {name} {reason}; make it again: ./launch.sh prepare --repair {where}")

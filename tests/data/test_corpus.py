@@ -71,9 +71,9 @@ def test_fingerprint_depends_on_the_tokens_and_not_on_the_place(make_corpus: Cal
 @pytest.mark.parametrize("position", [0, 300, -1])
 def test_flipped_byte_names_its_shard(corpus: Corpus, position: int) -> None:
     flip_byte(corpus.path / "train-00001.parquet", position)
-    with pytest.raises(CorpusError, match=r"train-00001\.parquet is corrupt.*prepare the corpus again"):
+    with pytest.raises(CorpusError, match=r"train-00001\.parquet is corrupt.*prepare --repair"):
         read_everything(corpus.path)
-    with pytest.raises(CorpusError, match=r"train-00001\.parquet is corrupt.*prepare the corpus again"):
+    with pytest.raises(CorpusError, match=r"train-00001\.parquet is corrupt.*prepare --repair"):
         Corpus.open(corpus.path).verify(progress=False)
 
 
@@ -93,7 +93,7 @@ def test_shard_truncated_after_opening_is_refused_when_read(corpus: Corpus) -> N
 @pytest.mark.parametrize("name", ["train-00000.parquet", "heldout-00000.parquet", "tokenizer.json", "token_bytes.npy"])
 def test_missing_file_is_named(corpus: Corpus, name: str) -> None:
     (corpus.path / name).unlink()
-    with pytest.raises(CorpusError, match=f"{name} is missing.*prepare the corpus again"):
+    with pytest.raises(CorpusError, match=f"{name} is missing.*prepare --repair"):
         Corpus.open(corpus.path)
 
 

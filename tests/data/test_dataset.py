@@ -29,9 +29,6 @@ TEXTS = [text_of(number) for number in range(90)]
 def small_pieces() -> Iterator[None]:
     """Units and windows so small that a few kilobytes hold many."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data.read.row_files.JSONL_UNIT_BYTES", 1500)
-        patch.setattr("data.read.row_files.ARROW_UNIT_ROWS", 11)
-        patch.setattr("data.read.megatron_files.UNIT_TOKENS", 400)
         patch.setattr("data.order.stream.WINDOW_SAMPLES", 24)
         patch.setattr("data.order.mixture.BLOCK_SAMPLES", 32)
         yield
@@ -46,7 +43,7 @@ def settings_of(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path) 
 
     def make(kind: str, **changes) -> DataConfig:
         path, column = written[kind]
-        common = {"seq_length": SEQ, "cache": str(root / "cache"), "tokenizer": str(tokenizer_file)}
+        common = {"seq_length": SEQ, "cache": str(root / "cache"), "tokenizer": str(tokenizer_file), "unit_bytes": 1600}
         return DataConfig(**({"corpus": str(path), "column": column} | common | changes))
 
     return make

@@ -263,10 +263,10 @@ def test_text_that_is_not_utf8_is_named(config: DataConfig, tmp_path: Path) -> N
     # Arrow trusts whoever says that bytes are text.
     bad = pa.Array.from_buffers(pa.string(), 2, pa.array([b"fine", b"caf\xe9"]).buffers())
     pq.write_table(pa.table({"text": bad}), tmp_path / "bytes.parquet")
-    with pytest.raises(BrokenUnit, match=r"bytes\.parquet \(row group 0\) holds text that is not UTF-8"):
+    with pytest.raises(BrokenUnit, match=r"bytes\.parquet \(row group 0, row 1\) holds text that is not UTF-8"):
         Dataset(replace(config, corpus=str(tmp_path / "bytes.parquet"), column="text", heldout_fraction=0.0))
     (tmp_path / "bytes.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
-    with pytest.raises(BrokenUnit, match=r"bytes\.jsonl \(from byte 0\)"):
+    with pytest.raises(BrokenUnit, match=r"bytes\.jsonl \(line 1\)"):
         Dataset(replace(config, corpus=str(tmp_path / "bytes.jsonl"), column="text", heldout_fraction=0.0))
 
 
@@ -274,7 +274,7 @@ def test_columns_that_cannot_be_used(config: DataConfig, tmp_path: Path) -> None
     with pytest.raises(CorpusError, match=r"data\.column=words is not in .*tokens\.parquet: it has tokens"):
         Dataset(replace(config, column="words"))
     path = write_jsonl(tmp_path / "numbers.jsonl", "text", [1.5, 2.5])
-    with pytest.raises(CorpusError, match=r"data\.column=text of .* holds double: name a column of text"):
+    with pytest.raises(CorpusError, match=r"data\.column=text of .* holds float: name a column of text"):
         Dataset(replace(config, corpus=str(path), column="text", heldout_fraction=0.0))
 
 

@@ -1,0 +1,114 @@
+"""Parquet files: a unit is a row group, fetched by itself."""
+
+import struct
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data.errors import one_line
+from data.progress import count_bar
+from data.read.faults import BrokenUnit, Faults
+from data.read.remote import File, RangeFile, fetch
+from data.read.rows import RowReader, column_path, take_column
+from data.read.units import Sizes
+
+FOOTER_BYTES = 2**16  # fetched at once from the end of a parquet file; longer footers take a second fetch
+FOOTER_THREADS = 16
+
+
+class ParquetReader(RowReader):
+    """Footers tell how many values each row group holds, so token lists are never read to be counted."""
+
+    def __init__(self, path: str, files: list[File], *arguments: Any, **settings: Any) -> None:
+        super().__init__(path, files, *arguments, **settings)
+        self._groups: list[tuple[int, int, int]] = []  # file, group within it, first row within the file
+        self._counts: list[tuple[int, int, int]] = []  # rows, values, lists without values (-1: not written down)
+        self._paths: dict[int, tuple[str, ...]] = {}  # file -> names down to the column
+        digest = sha256()
+        with ThreadPoolExecutor(FOOTER_THREADS) as pool, count_bar(f"footers of {path}", len(files)) as bar:
+            footers: list[Future[tuple[bytes, pq.FileMetaData]]] = [pool.submit(_footer, file) for file in files]
+            for number, (footer, metadata) in self.usable(files, map(Future.result, footers)):
+                digest.update(footer)
+                self._note(number, metadata)
+                bar.update()
+        self._digest = digest.hexdigest()
+
+    def _note(self, number: int, metadata: pq.FileMetaData) -> None:
+        schema = metadata.schema.to_arrow_schema()
+        path = column_path(schema, self.column)
+        if path is None:
+            raise self.absent(self.files[number].shown, sorted(schema.names))
+        self._paths[number] = path
+        dotted = ".".join(path)
+        leaves = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
+        leaf = next(i for i, leaf in enumerate(leaves) if leaf == dotted or leaf.startswith(f"{dotted}."))
+        first = 0
+        for group in range(metadata.num_row_groups):
+            chunk, rows = metadata.row_group(group).column(leaf), metadata.row_group(group).num_rows
+            nulls = chunk.statistics.null_count if chunk.statistics and chunk.statistics.has_null_count else -1
+            self._groups.append((number, group, first))
+            self._counts.append((rows, chunk.num_values, nulls))
+            first += rows
+
+    @property
+    def num_units(self) -> int:
+        return len(self._groups)
+
+    def file_of(self, unit: int) -> int:
+        return self._groups[unit][0]
+
+    def label(self, unit: int) -> str:
+        number, group, _ = self._groups[unit]
+        return f"{self.files[number].shown} (row group {group})"
+
+    def row_name(self, unit: int, row: int) -> str:
+        return f"row group {self._groups[unit][1]}, row {row}"
+
+    def batches(self, unit: int, faults: Faults) -> Iterator[tuple[int, pa.Array]]:
+        number, group, _ = self._groups[unit]
+        file, path = self.files[number], self._paths[number]
+        try:
+            parquet = pq.ParquetFile(RangeFile(file, faults), metadata=_metadata(file), page_checksum_verification=True)
+            table = parquet.read_row_group(group, columns=[".".join(path)], use_threads=False)
+            rows = take_column(table, path)
+        except (pa.ArrowException, OSError) as error:
+            raise BrokenUnit(f"{self.label(unit)} is corrupt: {one_line(error)}") from error
+        yield 0, rows
+
+    def known(self) -> Sizes | None:
+        rows, values, nulls = np.array(self._counts, dtype=np.int64).reshape(-1, 3).T
+        if self.is_text or (nulls < 0).any():
+            return None
+        # A list that is missing or empty counts as one value, which is null.
+        documents = rows - nulls
+        tokens = values - nulls + (documents if self.appends_eod else 0)
+        return Sizes(documents, tokens, nulls, self._digest)
+
+
+def _footer(file: File) -> tuple[bytes, pq.FileMetaData]:
+    """The footer of a parquet file and what it says. BrokenUnit names the file."""
+    faults = Faults()
+    tail = fetch(file.path, max(0, file.size - FOOTER_BYTES), file.size, faults)
+    if len(tail) < 12 or tail[-4:] != b"PAR1":
+        raise BrokenUnit(f"{file.shown} is not a parquet file, or is cut off")
+    length = struct.unpack("<I", tail[-8:-4])[0] + 8
+    if length > file.size:
+        raise BrokenUnit(f"{file.shown} is not a parquet file, or is cut off")
+    if length > len(tail):
+        tail = fetch(file.path, file.size - length, file.size, faults)
+    footer = tail[-length:]
+    try:
+        return footer, pq.read_metadata(pa.BufferReader(b"PAR1" + footer))
+    except (pa.ArrowException, OSError) as error:
+        raise BrokenUnit(f"{file.shown} has a corrupt footer: {one_line(error)}") from error
+
+
+@lru_cache(maxsize=64)
+def _metadata(file: File) -> pq.FileMetaData:
+    return _footer(file)[1]
