@@ -9,6 +9,25 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("train", "model", "data", "parallel")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).glob("**/*.py"))
 TESTS = sorted((ROOT / "tests").glob("**/*.py"))
+# The rooms of each package from top to bottom, folders and single files: what stands in one imports from those below
+# it alone. A new file or folder takes its place here.
+ROOMS = {
+    "train": (
+        *("__main__", "arguments", "usage", "loop", "routing", "use", "measure", "plan", "hub", "watch", "front"),
+        *("job", "settings"),
+    ),
+    "model": (
+        *("preflight", "decode", "reference", "init", "network", "stack", "layers", "kernels", "batch", "cost", "hf"),
+        *("documents", "config"),
+    ),
+    "data": (
+        *("dataset", "loader", "source", "prepare", "order", "read", "text", "files", "progress", "errors", "config"),
+    ),
+    "parallel": (
+        *("engine_megatron", "groups", "stages", "optimizer_state", "stored", "compat", "memory", "main_grads"),
+        *("collectives", "topology", "engine", "quiet"),
+    ),
+}
 BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.Match)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -50,6 +69,19 @@ def imports(source: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             found |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
     return found
+
+
+def imports_upward(path: Path, source: str) -> list[str]:
+    """Rooms of its own package that a source imports though they stand above its own, or in no order at all."""
+    package, *inside = path.relative_to(ROOT).with_suffix("").parts
+    rooms, own = ROOMS[package], inside[0]
+    if own == "__init__":
+        return []
+    if own not in rooms:
+        return [f"stands in {own}, which has no place in the order of the rooms (tests/layout.py)"]
+    ours = {name.split(".")[1] for name in imports(source) if name.startswith(f"{package}.")}
+    above = rooms[: rooms.index(own)]
+    return [f"imports {package}.{room}, which stands above {own}" for room in above if room in ours]
 
 
 def calls(source: str) -> list[ast.Call]:

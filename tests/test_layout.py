@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.layout import PACKAGES, ROOT, SOURCES, TESTS, calls, functions, imports
+from tests.layout import PACKAGES, ROOMS, ROOT, SOURCES, TESTS, calls, functions, imports, imports_upward
 
 FILE_LINES, TEST_FILE_LINES, FUNCTION_LINES, NESTING = 350, 500, 60, 4
 LOOKUPS = 1.0  # getattr in a thousand lines
 FOR_THE_MODEL = ("parallel.collectives", "parallel.main_grads")
 HYDRA = ROOT / "train" / "__main__.py"
+ASSEMBLY = ROOT / "train" / "job" / "build.py"  # the one place that knows which engines there are
 COLLECTIVES = {"all_reduce", "all_gather", "all_to_all_single", "all_to_all", "broadcast", "barrier", "reduce_scatter"}
 
 
@@ -19,6 +20,13 @@ def undocumented(tree: ast.Module) -> list[str]:
     """Public functions and classes of a module without a docstring."""
     named = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
     return [node.name for node in named if not node.name.startswith("_") and not ast.get_docstring(node)]
+
+
+def asks_for_the_engine(source: str) -> bool:
+    """Whether a source compares the setting ``engine`` with something."""
+    compared = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Compare)]
+    sides = [side for node in compared for side in (node.left, *node.comparators)]
+    return any(isinstance(side, ast.Attribute) and side.attr == "engine" for side in sides)
 
 
 def flaws(path: Path, source: str) -> list[str]:
@@ -30,6 +38,10 @@ def flaws(path: Path, source: str) -> list[str]:
         ours = {name for name in ours if not name.startswith(FOR_THE_MODEL) and name != "parallel"}
     if package != "train":
         found += [f"imports {name}" for name in sorted(ours)]
+    found += imports_upward(path, source)
+    if package == "train" and path != ASSEMBLY:
+        found += [f"imports {name}" for name in sorted(modules) if name.startswith("parallel.engine_")]
+        found += ["asks which engine"] * asks_for_the_engine(source)
     if path != HYDRA and any(name.split(".")[0] in ("hydra", "omegaconf") for name in modules):
         found.append("uses Hydra")
     if len(source.splitlines()) > FILE_LINES:
@@ -61,6 +73,16 @@ DEEP = "def f():\n" + "".join(f"{'    ' * depth}if x:\n" for depth in range(1, 6
     [
         ("model/x.py", '"""X."""\nimport parallel.groups\n', "imports parallel.groups"),
         ("data/x.py", '"""X."""\nfrom train import config\n', "imports train"),
+        ("train/watch/x.py", '"""X."""\nimport train.loop\n', "imports train.loop, which stands above watch"),
+        ("model/layers/x.py", '"""X."""\nfrom model import stack\n', "imports model.stack, which stands above layers"),
+        (
+            "data/read/x.py",
+            '"""X."""\nfrom data.order.mixture import y\n',
+            "imports data.order, which stands above read",
+        ),
+        ("parallel/x.py", '"""X."""\n', "stands in x, which has no place in the order of the rooms (tests/layout.py)"),
+        ("train/loop.py", '"""X."""\nimport parallel.engine_x\n', "imports parallel.engine_x"),
+        ("train/loop.py", '"""X."""\nif config.engine == "megatron":\n    pass\n', "asks which engine"),
         ("train/x.py", '"""X."""\nfrom omegaconf import OmegaConf\n', "uses Hydra"),
         ("train/x.py", '"""X."""\n' + "x = 1\n" * FILE_LINES, f"has {FILE_LINES + 1} lines"),
         ("train/x.py", "x = 1\n", "says nothing of itself"),
@@ -74,6 +96,14 @@ DEEP = "def f():\n" + "".join(f"{'    ' * depth}if x:\n" for depth in range(1, 6
 )
 def test_every_flaw_is_seen(where: str, source: str, flaw: str) -> None:
     assert flaw in flaws(ROOT / where, source)
+
+
+def test_every_room_has_one_place_in_the_order() -> None:
+    for package in PACKAGES:
+        there = {
+            path.relative_to(ROOT / package).parts[0].removesuffix(".py") for path in (ROOT / package).rglob("*.py")
+        }
+        assert sorted(ROOMS[package]) == sorted(there - {"__init__"})
 
 
 def test_an_elif_is_as_deep_as_its_if() -> None:
