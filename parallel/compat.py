@@ -66,10 +66,10 @@ def _torch_on_cpu() -> types.ModuleType:
 
 def replace_cuda_device() -> None:
     """Symbols: `torch` in CUDA_BOUND_MODULES, 0.19.x. Reason: `device="cuda"` and `torch.cuda.current_device()`."""
-    stand_in = _torch_on_cpu()
+    replacement = _torch_on_cpu()
     for name in CUDA_BOUND_MODULES:
         module: Any = importlib.import_module(name)
-        module.torch = stand_in
+        module.torch = replacement
 
 
 class cuda_type_names(TorchFunctionMode):

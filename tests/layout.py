@@ -13,7 +13,20 @@ TESTS = sorted((ROOT / "tests").glob("**/*.py"))
 # it alone. A new file or folder takes its place here.
 ROOMS = {
     "train": (
-        *("__main__", "arguments", "usage", "loop", "routing", "use", "measure", "plan", "hub", "watch", "front"),
+        *(
+            "__main__",
+            "commands",
+            "arguments",
+            "usage",
+            "loop",
+            "routing",
+            "use",
+            "measure",
+            "plan",
+            "hub",
+            "watch",
+            "front",
+        ),
         *("job", "settings"),
     ),
     "model": (
@@ -21,10 +34,23 @@ ROOMS = {
         *("documents", "config"),
     ),
     "data": (
-        *("dataset", "loader", "source", "prepare", "order", "read", "text", "files", "progress", "errors", "config"),
+        *(
+            "dataset",
+            "loader",
+            "source",
+            "prepare",
+            "order",
+            "read",
+            "text",
+            "files",
+            "progress",
+            "errors",
+            "secrets",
+            "config",
+        ),
     ),
     "parallel": (
-        *("engine_megatron", "groups", "stages", "optimizer_state", "stored", "compat", "memory", "main_grads"),
+        *("engine_megatron", "groups", "stages", "optimizer_state", "stored", "compat", "layout_cost", "main_grads"),
         *("collectives", "topology", "engine", "quiet"),
     ),
 }
