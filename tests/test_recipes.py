@@ -20,6 +20,10 @@ NEEDS = {
     "qwen3_30b_a3b": (CORPUS, 64, 64),
     "qwen3_32b": (CORPUS, 64, 1),
     "proxy": ([], 1, 1),
+    "small_1gpu": ([], 1, 1),
+    "medium_8gpu": ([], 8, 8),
+    "large_64gpu": ([], 64, 64),
+    "qwen3_next_80b_a3b_512gpu": ([], 512, 64),
 }
 RECIPE_FILES = sorted(usage.RECIPES.rglob("*.yaml"))
 
@@ -48,10 +52,10 @@ def test_a_recipe_builds_on_meta_as_its_estimate_says(recipe: str, capsys: pytes
     topology = resolve(config.parallel, config.model, processes)
     vocab_size = planned_vocab(config, topology)
     formula = footprint(config, topology, vocab_size, pipeline_rank=0).parameters
-    assert f"; {formula:,} parameters\n" in dry_run(config, topology, vocab_size)
+    assert f"; {formula:,} parameters\n" in dry_run(config, topology)
     arguments = [argument for argument in NEEDS.get(recipe, ([],))[0] if argument not in CORPUS]
     assert run(["estimate", "-cn", recipe, *arguments]) == 0
-    assert re.search(r"^  [\d,]+ GPU-hours; ", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^  [\d,.]+ GPU-hours; ", capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("path", RECIPE_FILES, ids=lambda path: path.relative_to(usage.RECIPES).as_posix())
@@ -98,6 +102,28 @@ def test_qwen3_next_80b_a3b_has_the_published_numbers():
     assert config.mtp.steps == 1
     assert config.parallel.expert == 64
     assert config.data.seq_length == 4096
+
+
+LADDER = {  # (GPU of the estimate, share of its peak): tokens, GPU-hours, memory that README of recipes/ states
+    "small_1gpu": "estimate.gpu=H100 estimate.mfu=0.2",
+    "medium_8gpu": "estimate.gpu=H100 estimate.mfu=0.3",
+    "large_64gpu": "estimate.gpu=H100 estimate.mfu=0.3",
+    "qwen3_next_80b_a3b_512gpu": "estimate.gpu=H200 estimate.mfu=0.3",
+}
+
+
+@pytest.mark.parametrize("recipe", LADDER)
+def test_the_ladder_of_machines_states_its_estimates(recipe: str, capsys: pytest.CaptureFixture[str]):
+    assert run(["estimate", "-cn", recipe, *LADDER[recipe].split()]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"^  fits: ", text, re.MULTILINE)
+    row = next(line for line in (usage.RECIPES / "README.md").read_text().splitlines() if f"| `{recipe}` |" in line)
+    tokens, hours = re.search(r"^([\d.e+]+) tokens on", text, re.MULTILINE), re.search(r"  ([\d,.]+) GPU-hours", text)
+    memory = re.search(r"recompute \w+\n(?:.*\n)+?  total +([\d.]+) GiB", text)
+    number, scale = re.search(r"([\d.]+) ([BT]) tokens", row).groups()
+    assert float(tokens[1]) == pytest.approx(float(number) * {"B": 1e9, "T": 1e12}[scale], rel=0.01)
+    assert f"{hours[1]} GPU-hours" in row and f"{float(memory[1]):.0f} GiB" in row
+    assert f"launch.sh train -cn {recipe}`" in row
 
 
 def test_qwen3_32b_has_the_published_numbers():

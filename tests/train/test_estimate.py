@@ -102,7 +102,7 @@ def test_recomputation_keeps_less_and_sends_more() -> None:
     ("budget", "complaint"),
     [
         (Budget(gpu="A100"), "estimate.gpu='A100' is not known: choose H100, H200, B200"),
-        (Budget(tokens=0.0), "estimate.tokens=0.0 must be a number above 0"),
+        (Budget(tokens=-1.0), "estimate.tokens=-1.0 must be a number of tokens, or 0 for those of the run"),
         (Budget(mfu=40.0), "estimate.mfu=40.0 must lie above 0 and not above 1"),
         (Budget(price=-1.0), "estimate.price=-1.0 must be at least 0, or null"),
     ],

@@ -10,7 +10,7 @@ from model.cost.cost import forward_flops, training_flops
 from parallel.topology import microbatches, resolve
 from train.__main__ import compose, run
 from train.plan.estimate import GPUS
-from train.plan.propose import BANDWIDTHS, FIT, Machine, candidates, cuts, predict, propose, table
+from train.plan.propose import BANDWIDTHS, FIT, Machine, candidates, cuts, predict, proposal_lines, propose
 from train.settings.run import BatchConfig, Config, DataConfig
 from train.settings.tree import ConfigError
 
@@ -132,7 +132,7 @@ def test_every_gpu_has_its_bandwidths() -> None:
 
 
 def test_the_table_names_time_memory_and_settings(proposals) -> None:
-    title, *lines = table(proposals, GPU)
+    title, *lines = proposal_lines(proposals, GPU)
     assert title.startswith("8 H200")
     assert len(lines) == len(proposals)
     assert all("tokens/s/GPU" in line and "parallel.expert=" in line for line in lines)

@@ -1,13 +1,13 @@
 """What a recipe would cost: parameters, operations, memory of a GPU, GPU-hours and money, from the settings alone."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from model.config import MtpConfig
 from model.cost import cost
 from parallel.topology import Topology
 from train.job.footprint import Footprint, exact_balance, footprint, planned_vocab
-from train.settings.run import Config
+from train.settings.run import Config, run_tokens
 from train.settings.tree import ConfigError, setting
 
 GIB = 2**30
@@ -46,7 +46,7 @@ LENGTHS = (4096, 32768)  # pretraining, and its long-context stage
 class Budget:
     """What is to be bought."""
 
-    tokens: float = setting(15e12, "tokens to train on")
+    tokens: float = setting(0.0, "tokens to train on; 0: as many as the recipe's run reads")
     gpu: str = setting("H200", "GPU to train on: H100, H200 or B200")
     mfu: float = setting(0.4, "share of the GPU's dense bfloat16 peak that training reaches")
     price: float | None = setting(None, "USD a GPU-hour; null: no money is shown")
@@ -65,8 +65,8 @@ def check_budget(budget: Budget) -> None:
     """Raises ConfigError for the first setting that cannot be used."""
     if budget.gpu not in GPUS:
         raise ConfigError(f"estimate.gpu={budget.gpu!r} is not known: choose {', '.join(GPUS)}")
-    if not 0 < budget.tokens < float("inf"):
-        raise ConfigError(f"estimate.tokens={budget.tokens} must be a number above 0")
+    if not 0 <= budget.tokens < float("inf"):
+        raise ConfigError(f"estimate.tokens={budget.tokens} must be a number of tokens, or 0 for those of the run")
     if not 0 < budget.mfu <= 1:
         raise ConfigError(f"estimate.mfu={budget.mfu} must lie above 0 and not above 1")
     if budget.propose < 0:
@@ -155,9 +155,10 @@ def cost_lines(config: Config, topology: Topology, vocab_size: int, budget: Budg
     """GPU-hours, days and money of the token budget."""
     hours = gpu_hours(cost.training_flops(config.model, config.mtp, vocab_size, config.data.seq_length), budget)
     money = "" if budget.price is None else f" = {hours * budget.price:,.0f} USD at {budget.price:g} a GPU-hour"
+    shown = f"{hours:,.0f}" if hours >= 100 else f"{hours:.2f}"
     return [
         f"{budget.tokens:.3g} tokens on {budget.gpu} at {budget.mfu:.0%} of {GPUS[budget.gpu].peak / 1e12:.0f} TFLOP/s",
-        f"  {hours:,.0f} GPU-hours{money}; {hours / topology.world / 24:,.1f} days on {topology.world} GPUs",
+        f"  {shown} GPU-hours{money}; {hours / topology.world / 24:,.1f} days on {topology.world} GPUs",
     ]
 
 
@@ -199,6 +200,7 @@ def comparison_lines(config: Config, vocab_size: int, budget: Budget, peers: dic
 def estimate_text(config: Config, topology: Topology, budget: Budget, peers: dict[str, Config]) -> str:
     """All of the above as text. ``peers``: configurations of `PUBLISHED`, or none."""
     vocab_size = planned_vocab(config, topology)
+    budget = replace(budget, tokens=budget.tokens or run_tokens(config))
     places = [footprint(config, topology, vocab_size, rank) for rank in range(topology.pipeline)]
     exact = exact_balance(config, topology, vocab_size)
     fullest = max(places, key=lambda place: sum(place.memory.values()))

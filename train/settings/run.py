@@ -164,6 +164,11 @@ def batch_schedule(config: Config) -> BatchSchedule:
     return BatchSchedule(sizes, tuple((-(-begin // length), cut) for begin, cut in config.batch.length_schedule))
 
 
+def run_tokens(config: Config) -> int:
+    """Tokens of the whole run."""
+    return batch_schedule(config).samples(config.run.steps).start * config.data.seq_length
+
+
 def describe(config: Config, topology: Topology) -> list[str]:
     """Lines for the start of a run: the settings that differ from their defaults, and what follows."""
     chosen = dict(leaves(hidden(to_dict(config))))
@@ -181,8 +186,7 @@ def describe(config: Config, topology: Topology) -> list[str]:
         lines.append(f"sequences from {behind * length:,} tokens on: {length // cut} of {cut} tokens in place of each")
     if config.balance.forced:
         lines.append("FORCED ROUTING: experts take tokens in turn; nothing learnt or measured here is a model's")
-    tokens = batches.samples(config.run.steps).start * length
-    lines.append(f"the run: {config.run.steps:,} steps = {tokens:,} tokens")
+    lines.append(f"the run: {config.run.steps:,} steps = {run_tokens(config):,} tokens")
     return lines
 
 
