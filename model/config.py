@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 LAYER_SYMBOLS = "G*E-"
-MTP_PATTERN = "*E"  # the layers of the multi-token-prediction layer
 HEAD_CHUNK = 1024  # tokens whose logits exist at once
 KERNEL_HEAD_CHUNK = 8192  # the same on GPU kernels: as few sums of the head's gradient as memory allows
 LAYER = "layer"  # to recompute: a whole layer
@@ -104,6 +103,7 @@ class ModelConfig:
     expert_size: int = _setting(64, "hidden width of a routed expert")
     shared_expert_size: int = _setting(64, "hidden width of the shared expert; 0: none")
     dense_size: int = _setting(256, "hidden width of a dense layer")
+    tied_embeddings: bool = _setting(False, "the output head is the embedding: one matrix, read at both ends")
     norm_eps: float = _setting(1e-6, "epsilon of every RMSNorm")
     init_std: float = _setting(0.02, "standard deviation of linear and embedding weights at the start")
     dtype: str = _setting("float32", "parameter and activation type: float32 or bfloat16")
@@ -113,6 +113,11 @@ class ModelConfig:
     def layers(self) -> str:
         """The whole trunk as one symbol a layer, without pipeline cuts."""
         return (self.pattern * self.repeats).replace("|", "")
+
+    @property
+    def mtp_layers(self) -> str:
+        """The layers of the multi-token-prediction layer: attention, and what the trunk has beside its mixers."""
+        return "*E" if "E" in self.layers else "*-"
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -127,7 +132,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class MtpConfig:
-    """Multi-token prediction: one shared layer (gated attention + experts) applied ``steps`` times.
+    """Multi-token prediction: one shared layer (gated attention + experts or dense) applied ``steps`` times.
 
     Whether the keys of a step are those that inference has: see `model.layers.mtp`.
     """

@@ -53,12 +53,16 @@ class LanguageModel(HybridModel):
             hybrid_layer_pattern=full_pattern(config.shape, config.mtp),
             pre_process=pre_process,
             post_process=post_process,
+            share_embeddings_and_output_weights=config.shape.tied_embeddings,
             position_embedding_type="none",
             pg_collection=pg_collection,
             vp_stage=vp_stage,
         )
         if post_process:
-            self.output_layer = Head(config, vocab_size, pg_collection.tp)
+            # A stage with the embedding (the first, and where the MTP layer is) has no second copy of a tied matrix.
+            holds = not config.shape.tied_embeddings or not (pre_process or self.mtp_process)
+            self.output_layer = Head(config, vocab_size, pg_collection.tp, holds)
+            self.setup_embeddings_and_output_layer()  # once more: it marked the output layer that stood here
         for place, balance in self.balances().items():
             if place == config.shape.layers.count("E"):
                 balance.set_uses(config.mtp.steps)
@@ -128,9 +132,16 @@ class LanguageModel(HybridModel):
         routed = [self.routed_tokens(batch, step) for step in steps]
         return [hidden, *self.mtp.layers[0].unroll(batch.documents, routed, *inputs)]
 
+    @property
+    def head_weight(self) -> Tensor:
+        """The output head's matrix [V, H] (this rank's rows): the embedding where they are tied."""
+        if self.config.shape.tied_embeddings:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
     def logits(self, hidden_T1H: Tensor) -> Tensor:
         """Output head over the whole vocabulary: [T, 1, H] -> [T, V]."""
-        return self.output_layer.logits(hidden_T1H)
+        return self.output_layer.logits(hidden_T1H, self.head_weight)
 
     def forward(self, batch: MicroBatch) -> Losses | Tensor:
         """The losses of a micro-batch on the last pipeline stage, the states to send on elsewhere."""
@@ -142,5 +153,5 @@ class LanguageModel(HybridModel):
             return Losses(none.sum(), none.sum(dim=1), none)
         if self.config.sequence_parallel:
             states = [gather_from_sequence_parallel_region(x, group=self.tp_group) for x in states]
-        total, tokens_KT = self.output_layer(states, batch)
+        total, tokens_KT = self.output_layer(states, batch, self.head_weight)
         return Losses(total, (tokens_KT * batch.weights_KT).sum(dim=1), tokens_KT)

@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
-from model.config import LAYER, MTP_PATTERN, BalanceConfig, Layout, ModelConfig, MtpConfig, OneProcess
+from model.config import LAYER, BalanceConfig, Layout, ModelConfig, MtpConfig, OneProcess
 from model.kernels.backends import ReplicatedLinear, column_linear, row_linear
 from model.layers.attention import GatedAttention, GatedAttentionSubmodules
 from model.layers.deltanet import GatedDeltaNet, GatedDeltaNetSubmodules
@@ -95,7 +95,7 @@ class Stack(HybridStack):
 
 def full_pattern(shape: ModelConfig, mtp: MtpConfig) -> str:
     """The pattern as megatron-core reads it: trunk stages cut by ``|``, then one ``/`` part for each MTP step."""
-    return "|".join(shape.stages) + f"/{MTP_PATTERN}" * mtp.steps
+    return "|".join(shape.stages) + f"/{shape.mtp_layers}" * mtp.steps
 
 
 def hybrid_config(

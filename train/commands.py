@@ -67,7 +67,7 @@ def export(arguments: list[str]) -> int:
     """Writes a run's weights as a Hugging Face checkpoint."""
     config = from_text(ExportConfig, run_by_name(arguments))
     run, checkpoint = check_export(config)
-    from train.hub.convert import export_run
+    from train.hub.exporting import export_run
 
     export_run(config, run, checkpoint)
     print(f"{checkpoint} is now in {config.out}, for transformers, vLLM and SGLang")
@@ -78,7 +78,7 @@ def import_(arguments: list[str]) -> int:
     """Makes a run of a Hugging Face checkpoint."""
     config = from_text(ImportConfig, run_by_name(arguments))
     run = check_import(config)
-    from train.hub.convert import import_run
+    from train.hub.importing import import_run
 
     path = import_run(config, run)
     print(f"{config.hf} is now {path}: ./launch.sh train run.init={config.run.name} run.name=... data.corpus=...")

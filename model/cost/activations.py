@@ -6,7 +6,7 @@ with what autograd really holds. They leave out what does not grow with a width 
 
 from functools import partial
 
-from model.config import DELTA_CHUNK, INFERENCE, LAYER, MTP_PATTERN, ModelConfig, MtpConfig
+from model.config import DELTA_CHUNK, INFERENCE, LAYER, ModelConfig, MtpConfig
 
 FLOAT32_BYTES = 4
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
@@ -105,7 +105,9 @@ def mtp_bytes(
     chained = mtp.keys == INFERENCE
     if chained and LAYER in recompute:
         return mtp.steps * element * hidden / tensor
-    each = (layer_bytes(symbol, shape, seq_length, tensor, recompute, expert_tensor, sent) for symbol in MTP_PATTERN)
+    each = (
+        layer_bytes(symbol, shape, seq_length, tensor, recompute, expert_tensor, sent) for symbol in shape.mtp_layers
+    )
     step = sum(each)
     step += (3 * _norm(hidden, element, recompute) + 2 * element * hidden) / tensor
     if not chained or mtp.steps < 2:

@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from model.config import DELTA_CHUNK, INFERENCE, MTP_PATTERN, ModelConfig, MtpConfig
+from model.config import DELTA_CHUNK, INFERENCE, ModelConfig, MtpConfig
 
 TRAINING_FACTOR = 3  # forward + backward over forward alone
 TENSOR, EXPERT, WHOLE = "tensor", "expert", "whole"  # the processes that a weight is cut over, if any
@@ -93,11 +93,12 @@ def stage_weights(
         yield from layer_weights(symbol, shape)
     if last:
         yield _norm("norms", hidden)
-        yield ParameterSize(HEAD, vocab_size * hidden, TENSOR)
+        if not shape.tied_embeddings or not (first or mtp.steps):  # else the embedding of this stage is the head too
+            yield ParameterSize(HEAD, vocab_size * hidden, TENSOR)
     if last and mtp.steps:
         yield ParameterSize(MTP, 2 * hidden * hidden, WHOLE)
         yield _norm(MTP, 3 * hidden)
-        for symbol in MTP_PATTERN:
+        for symbol in shape.mtp_layers:
             yield from (ParameterSize(MTP, x.numel, x.cut, x.float32) for x in layer_weights(symbol, shape))
 
 
@@ -183,7 +184,7 @@ def stage_flops(
         for part, each in layer_flops(symbol, shape, seq_length).items():
             flops[part] += number * each
     if last:
-        layers = sum(sum(layer_flops(symbol, shape, seq_length).values()) for symbol in MTP_PATTERN)
+        layers = sum(sum(layer_flops(symbol, shape, seq_length).values()) for symbol in shape.mtp_layers)
         flops[MTP] = mtp.steps * (2 * 2 * shape.hidden_size**2 + layers) + chain_flops(shape, mtp)
         flops[HEAD] = (1 + mtp.steps) * 2 * shape.hidden_size * vocab_size
     return {part: count for part, count in flops.items() if count}

@@ -131,7 +131,7 @@ class Decoder:
         self.parallel = network.config.sequence_parallel
         # Sequence parallelism cuts the tokens of all rows evenly, so blocks are filled up behind their ends.
         self.multiple = network.tp_group.size() if self.parallel else 1
-        device = network.output_layer.weight.device
+        device = network.head_weight.device
         self.trunk, self.mtp = (DecodeCache(rows, room + self.multiple, device) for _ in range(2))
 
     def _filled(self, x_RL: Tensor) -> Tensor:
@@ -180,5 +180,5 @@ class Decoder:
     @torch.no_grad()
     def logits(self, states_RH: Tensor) -> Tensor:
         """Of the token after each state, over the whole vocabulary: [..., H] -> [..., V]."""
-        own = F.linear(states_RH, self.network.output_layer.weight)
+        own = F.linear(states_RH, self.network.head_weight)
         return gather_parts(own, self.network.tp_group).movedim(0, -2).flatten(-2)

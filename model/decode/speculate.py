@@ -44,7 +44,7 @@ class Speculator:
         pick: Callable[[Tensor], Tensor] = greedy,
     ):
         self.draft, self.vocab_size, self.pick = draft, vocab_size, pick
-        self.device = network.output_layer.weight.device
+        self.device = network.head_weight.device
         count_R = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
         longest = int(count_R.max())
         padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]

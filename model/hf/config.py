@@ -1,46 +1,22 @@
-"""Our settings and the ``config.json`` of a Hugging Face Qwen3-Next checkpoint, in both directions.
+"""Our settings and the ``config.json`` of a Hugging Face checkpoint (`model.hf.families`), in both directions.
 
 What one side cannot say is an error of its own: nothing is rounded to the nearest thing that it can.
 """
 
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
 from model.config import ModelConfig, ModelError
+from model.hf.families import FAMILIES, QWEN3_NEXT, TEXT_CONFIG, WRAPPERS, Family
 
-MODEL_TYPE = "qwen3_next"
-ARCHITECTURE = "Qwen3NextForCausalLM"
-# Ours, theirs, and what theirs is where config.json leaves it out (the defaults of transformers' Qwen3NextConfig).
-FIELDS = (
-    ("vocab_size", "vocab_size", 151936),
-    ("hidden_size", "hidden_size", 2048),
-    ("attention_heads", "num_attention_heads", 16),
-    ("key_value_heads", "num_key_value_heads", 2),
-    ("head_dim", "head_dim", 256),
-    ("linear_key_heads", "linear_num_key_heads", 16),
-    ("linear_value_heads", "linear_num_value_heads", 32),
-    ("linear_key_dim", "linear_key_head_dim", 128),
-    ("linear_value_dim", "linear_value_head_dim", 128),
-    ("conv_kernel", "linear_conv_kernel_dim", 4),
-    ("experts", "num_experts", 512),
-    ("experts_per_token", "num_experts_per_tok", 10),
-    ("expert_size", "moe_intermediate_size", 512),
-    ("shared_expert_size", "shared_expert_intermediate_size", 512),
-    ("norm_eps", "rms_norm_eps", 1e-6),
-    ("init_std", "initializer_range", 0.02),
-)
-# What their architecture leaves open and ours does not.
-ALWAYS = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "tie_word_embeddings": False,
-    "norm_topk_prob": True,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-}
 LAYER_TYPES = {"G": "linear_attention", "*": "full_attention"}
 YARN_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings"}
-DEFAULTS = {"num_hidden_layers": 48, "full_attention_interval": 4, "router_aux_loss_coef": 0.001}
+YARN_USUAL = {"beta_fast": 32, "beta_slow": 1}  # the constants of YaRN's paper, which some files spell out
+MROPE = {"mrope_section", "mrope_interleaved"}  # places of three axes; all are equal where there is text alone
+INTERVAL, BALANCE = 4, 0.001  # full_attention_interval and router_aux_loss_coef where they are left out
 ROPE_DEFAULTS = {"rope_theta": 1e4, "partial_rotary_factor": 0.25}
+FP8_FORMAT = {"quant_method": "fp8", "fmt": "e4m3"}
+SUPERSEDED = ("quantization_config", "torch_dtype", "rope_scaling")  # keys of an import that an export may contradict
 
 
 @dataclass(frozen=True)
@@ -50,24 +26,33 @@ class Imported:
     Attributes:
         balance_weight: the coefficient of the load-balancing loss.
         mtp: whether it promises a multi-token-prediction layer.
+        wrapped: whether the model is part of one that also sees.
+        fp8_block: rows and columns of a weight that share a scale, where weights are stored in FP8.
+        half: whether they are stored in float16, in which nothing is trained here.
     """
 
     model: ModelConfig
     balance_weight: float
     mtp: bool
+    family: Family = QWEN3_NEXT
+    wrapped: bool = False
+    fp8_block: tuple[int, int] | None = None
+    half: bool = False
 
 
-def check_exportable(model: ModelConfig) -> None:
-    """Raises ModelError for a model that Qwen3-Next's architecture cannot be."""
+def check_exportable(model: ModelConfig, family: Family = QWEN3_NEXT) -> None:
+    """Raises ModelError for a model that an architecture cannot be."""
 
-    def refuse(what: str, mend: str) -> None:
-        raise ModelError(f"{what} has no counterpart in a Hugging Face {MODEL_TYPE} checkpoint: {mend}")
+    def refuse(what: str, mend: str) -> NoReturn:
+        raise ModelError(f"{what} has no counterpart in a Hugging Face {family.model_type} checkpoint: {mend}")
 
-    if set(model.layers[::2]) - set(LAYER_TYPES) or set(model.layers[1::2]) != {"E"} or len(model.layers) % 2:
-        refuse(f"model.pattern={model.pattern!r}", "each of its blocks is a G or a *, and then an E, as in GEGEGE*E")
+    second = family.feed_forward
+    if set(model.layers[::2]) - set(LAYER_TYPES) or set(model.layers[1::2]) != {second} or len(model.layers) % 2:
+        example = f"G{second}" * 3 + f"*{second}"
+        refuse(f"model.pattern={model.pattern!r}", f"each of its blocks is a G or a *, and then {second}, as {example}")
     if not model.attention_gate:
         refuse("model.attention_gate=false", "its attention always has an output gate")
-    if not model.shared_expert_size:
+    if second == "E" and not model.shared_expert_size:
         refuse("model.shared_expert_size=0", "its experts always have a shared one beside them")
 
 
@@ -80,15 +65,67 @@ def interval(kinds: list[str]) -> int | None:
 
 
 def to_hf(
-    model: ModelConfig, mtp: bool, balance_weight: float, max_length: int, dtype: str, eod_id: int | None
-) -> dict:
+    model: ModelConfig,
+    mtp: bool,
+    balance_weight: float,
+    max_length: int,
+    dtype: str,
+    eod_id: int | None,
+    family: Family = QWEN3_NEXT,
+    carried: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """The config.json of a checked model whose ``vocab_size`` is set (padding rows of the vocabulary included).
 
-    RoPE stands in it twice: as ``rope_parameters`` for transformers and vLLM, and as the older single keys that
-    SGLang reads. Where blocks follow an interval SGLang needs it too; the others go by ``layer_types``.
+    Where blocks follow an interval SGLang needs it too; the others go by ``layer_types``.
+
+    Args:
+        carried: the config.json that the model was imported with, whose other keys go on; with a ``text_config``, the
+            model becomes part of the one that also sees again.
     """
     kinds = [LAYER_TYPES[symbol] for symbol in model.layers[::2]]
-    rope = {"rope_theta": model.rope_base, "partial_rotary_factor": model.rotary_fraction}
+    old = dict(carried or {})
+    wrapped = TEXT_CONFIG in old
+    old_text = dict(old[TEXT_CONFIG]) if wrapped else old
+    values = {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        "dtype": dtype,
+        **{theirs: getattr(model, ours) for ours, theirs, _ in family.fields},
+        **family.always,
+        "num_hidden_layers": len(kinds),
+        "layer_types": kinds,
+        "max_position_embeddings": max_length,
+        **_rope_to_hf(model, family, old_text.get("rope_parameters") or {}),
+        family.mtp_key: int(mtp),
+        "bos_token_id": None,
+        "eos_token_id": eod_id,
+        "pad_token_id": eod_id,
+        "use_cache": True,
+        "full_attention_interval": interval(kinds),
+    }
+    if family.feed_forward == "E":
+        values["router_aux_loss_coef"] = balance_weight
+        values.setdefault("intermediate_size", model.expert_size)  # of dense blocks, of which there are none
+    values = {key: value for key, value in values.items() if value is not None}
+    text = {key: value for key, value in old_text.items() if key not in SUPERSEDED} | values
+    if not wrapped:
+        return text
+    assert family.wrapper is not None  # only such a family is imported with a text_config
+    model_type, architecture = family.wrapper
+    text.pop("architectures", None)
+    whole = {key: value for key, value in old.items() if key not in SUPERSEDED}
+    return whole | {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "dtype": dtype,
+        "tie_word_embeddings": model.tied_embeddings,
+        TEXT_CONFIG: text,
+    }
+
+
+def _rope_to_hf(model: ModelConfig, family: Family, old: dict[str, Any]) -> dict[str, Any]:
+    """RoPE, for Qwen3-Next twice: as ``rope_parameters``, and as the older single keys that SGLang reads."""
+    rope: dict[str, Any] = {"rope_theta": model.rope_base, "partial_rotary_factor": model.rotary_fraction}
     scaling = None
     if model.yarn_factor > 1:
         scaling = {
@@ -96,70 +133,93 @@ def to_hf(
             "factor": model.yarn_factor,
             "original_max_position_embeddings": model.yarn_original_length,
         }
-    values = {
-        "architectures": [ARCHITECTURE],
-        "model_type": MODEL_TYPE,
-        "dtype": dtype,
-        **{theirs: getattr(model, ours) for ours, theirs, _ in FIELDS},
-        **ALWAYS,
-        "num_hidden_layers": len(kinds),
-        "layer_types": kinds,
-        "intermediate_size": model.expert_size,  # of dense blocks, of which there are none
-        "max_position_embeddings": max_length,
-        "rope_parameters": (scaling or {"rope_type": "default"}) | rope,
-        "rope_scaling": scaling and scaling | rope,
-        **rope,
-        "router_aux_loss_coef": balance_weight,
-        "num_nextn_predict_layers": int(mtp),
-        "bos_token_id": None,
-        "eos_token_id": eod_id,
-        "pad_token_id": eod_id,
-        "use_cache": True,
-    }
-    if (every := interval(kinds)) is not None:
-        values["full_attention_interval"] = every
-    return {key: value for key, value in values.items() if value is not None}
+    parameters = (scaling or {"rope_type": "default"}) | rope
+    if family is QWEN3_NEXT:
+        return {"rope_parameters": parameters, "rope_scaling": scaling and scaling | rope, **rope}
+    pairs = model.rotary_dim // 2
+    sections = old.get("mrope_section")
+    if sections is None or sum(sections) != pairs:
+        sections = [(pairs + 2 - axis) // 3 for axis in range(3)]
+    return {"rope_parameters": parameters | {"mrope_section": sections, "mrope_interleaved": True}}
 
 
-def from_hf(config: dict) -> Imported:
+def _refuse(key: str, value: object, why: str) -> NoReturn:
+    raise ModelError(f"config.json's {key}={value!r} cannot be imported: {why}")
+
+
+def from_hf(config: dict[str, Any], dtype: str | None = None) -> Imported:
     """Our settings for a config.json.
 
+    Args:
+        dtype: the type to train in; None: the file's own.
     Raises:
         ModelError: what the model is told to be, and ours cannot be.
     """
-
-    def refuse(key: str, value, why: str) -> None:
-        raise ModelError(f"config.json's {key}={value!r} cannot be imported: {why}")
-
-    if config.get("model_type") != MODEL_TYPE:
-        refuse("model_type", config.get("model_type"), f"only {MODEL_TYPE} has these layers")
-    for key, value in ALWAYS.items():
-        if (config.get(key, value) or type(value)()) != value:
-            refuse(key, config[key], f"this model's layers have {value!r}")
-    if config.get("quantization_config") is not None:
-        refuse("quantization_config", "...", "import the weights that it was made from")
-    if (depth := config.get("num_nextn_predict_layers") or 0) > 1:
-        refuse("num_nextn_predict_layers", depth, "one layer predicts all further tokens")
-    blocks = config.get("num_hidden_layers", DEFAULTS["num_hidden_layers"])
-    every = config.get("full_attention_interval", DEFAULTS["full_attention_interval"])
-    kinds = config.get("layer_types") or [LAYER_TYPES["G" if (i + 1) % every else "*"] for i in range(blocks)]
-    if len(kinds) != blocks or set(kinds) - set(LAYER_TYPES.values()):
-        refuse("layer_types", kinds, f"it must name linear_attention or full_attention for {blocks} blocks")
-    pattern, repeats = _shortest_period("".join("GE" if kind == LAYER_TYPES["G"] else "*E" for kind in kinds))
-    fields = {ours: config.get(theirs, default) for ours, theirs, default in FIELDS}
+    wrapped = config.get("model_type") in WRAPPERS
+    family = WRAPPERS[config["model_type"]] if wrapped else FAMILIES.get(config.get("model_type", ""))
+    if family is None:
+        known = ", ".join([*FAMILIES, *WRAPPERS])
+        _refuse("model_type", config.get("model_type"), f"only {known} have these layers")
+    text = config.get(TEXT_CONFIG) if wrapped else config
+    if not isinstance(text, dict):
+        _refuse(TEXT_CONFIG, text, "it must be the settings of the text model")
+    for key, value in family.always.items():
+        given = text.get(key, value)
+        if (type(value)() if given is None else given) != value:
+            _refuse(key, text[key], f"this model's layers have {value!r}")
+    if (depth := text.get(family.mtp_key) or 0) > 1:
+        _refuse(family.mtp_key, depth, "one layer predicts all further tokens")
+    pattern, repeats = _pattern(text, family)
+    fields: dict[str, Any] = {ours: text.get(theirs, default) for ours, theirs, default in family.fields}
     if fields["head_dim"] is None:
         fields["head_dim"] = fields["hidden_size"] // fields["attention_heads"]
-    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
-    if dtype not in ("bfloat16", "float32"):
-        refuse("dtype", dtype, "weights are trained in bfloat16 or float32")
+    if wrapped and "tie_word_embeddings" in config:
+        fields["tied_embeddings"] = config["tie_word_embeddings"]
+    stored = next((x[key] for x in (text, config) for key in ("dtype", "torch_dtype") if x.get(key)), "float32")
+    if stored == "float16" and dtype is None:
+        _refuse("dtype", stored, "weights are trained in bfloat16 or float32: say dtype=bfloat16 or dtype=float32")
+    if stored not in ("bfloat16", "float32", "float16"):
+        _refuse("dtype", stored, "weights are trained in bfloat16 or float32")
+    weight = text.get("router_aux_loss_coef", BALANCE) if family.feed_forward == "E" else BALANCE
     return Imported(
-        ModelConfig(pattern=pattern, repeats=repeats, dtype=dtype, **fields, **_rope(config, refuse)),
-        config.get("router_aux_loss_coef", DEFAULTS["router_aux_loss_coef"]),
+        ModelConfig(pattern=pattern, repeats=repeats, dtype=dtype or stored, **fields, **_rope(text)),
+        float(weight or 0.0),
         depth == 1,
+        family,
+        wrapped,
+        _fp8_block(config.get("quantization_config", text.get("quantization_config"))),
+        stored == "float16",
     )
 
 
-def _rope(config: dict, refuse) -> dict:
+def _pattern(text: dict[str, Any], family: Family) -> tuple[str, int]:
+    """The layers, as a pattern and how often it is repeated."""
+    blocks = text.get("num_hidden_layers", family.layers)
+    every = text.get("full_attention_interval") or INTERVAL
+    kinds = text.get("layer_types") or [LAYER_TYPES["G" if (i + 1) % every else "*"] for i in range(blocks)]
+    if len(kinds) != blocks or set(kinds) - set(LAYER_TYPES.values()):
+        _refuse("layer_types", kinds, f"it must name linear_attention or full_attention for {blocks} blocks")
+    mixers = {name: symbol for symbol, name in LAYER_TYPES.items()}
+    return _shortest_period("".join(mixers[kind] + family.feed_forward for kind in kinds))
+
+
+def _fp8_block(quantization: dict[str, Any] | None) -> tuple[int, int] | None:
+    """Rows and columns that share a scale, of the only kind of quantized weights that is read."""
+    if quantization is None:
+        return None
+    block = quantization.get("weight_block_size")
+    known = all(quantization.get(key, value) == value for key, value in FP8_FORMAT.items())
+    if "quant_method" not in quantization or not known or not isinstance(block, list) or len(block) != 2:
+        kind = quantization.get("quant_method")
+        _refuse(
+            "quantization_config",
+            kind,
+            "FP8 (e4m3) in blocks of weight_block_size is read; of others, import the weights that they were made from",
+        )
+    return int(block[0]), int(block[1])
+
+
+def _rope(config: dict[str, Any]) -> dict[str, Any]:
     """Our settings of RoPE; ``rope_scaling``, an older name, counts before ``rope_parameters``, as in transformers."""
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     base, fraction = (rope.get(key, config.get(key, default)) for key, default in ROPE_DEFAULTS.items())
@@ -167,8 +227,11 @@ def _rope(config: dict, refuse) -> dict:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return plain
-    if kind != "yarn" or set(rope) - YARN_KEYS:
-        refuse("rope_scaling", rope, "RoPE is plain, or YaRN with its usual constants (factor and original length)")
+    others = {key: value for key, value in rope.items() if value is not None and YARN_USUAL.get(key) != value}
+    if kind != "yarn" or set(others) - YARN_KEYS - MROPE:
+        _refuse("rope_scaling", rope, "RoPE is plain, or YaRN with its usual constants (factor and original length)")
+    if not isinstance(rope.get("factor"), int | float):
+        _refuse("rope_scaling", rope, "YaRN needs its factor, by how much it stretches the context")
     length = rope.get("original_max_position_embeddings", config.get("max_position_embeddings"))
     return plain | {"yarn_factor": float(rope["factor"]), "yarn_original_length": length}
 

@@ -1,16 +1,19 @@
-"""One table between our parameters and those of a Hugging Face Qwen3-Next checkpoint, read in both directions.
+"""One table between our parameters and those of a Hugging Face checkpoint, read in both directions.
 
-One of their blocks is two layers of ours (token mixer, experts). A rule of the table says what one of our parameters
-is over there: another name; its rows in another order, perhaps in several tensors (where ours lie head by head or
-unit by unit, so that tensor parallelism is a plain cut); or experts one by one. Values never change, but for the
-output norm of Gated DeltaNet, whose gain they store and we its distance from one.
+One of their blocks is two layers of ours (token mixer; experts or dense SwiGLU). A rule of the table says what one of
+our parameters is over there: another name; its rows in another order, perhaps in several tensors (where ours lie head
+by head or unit by unit, so that tensor parallelism is a plain cut); or experts one by one. Values never change, but for
+the output norm of Gated DeltaNet, whose gain they store and we its distance from one.
+
+Qwen3-Next and its successors Qwen3.5 and 3.6 differ in the input projection of Gated DeltaNet, in what stands before
+the names of the trunk, and in whether the experts are one tensor: `model.hf.families` says which has what.
 
 The multi-token-prediction layer has the names under which vLLM and SGLang look for it (``mtp.*``); transformers
 itself ignores it.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -67,11 +70,26 @@ def _in_proj_size(shape: ModelConfig) -> tuple[int, int]:
     return shape.linear_key_heads * (2 * key + 2 * value + 2 * ratio), shape.hidden_size
 
 
-def _in_proj_rows(shape: ModelConfig) -> tuple[Tensor, ...]:
-    """[q | k | v | z | b | a] of each key head: [q | k | v | z] and [b | a] of each."""
+def _in_proj_heads(shape: ModelConfig) -> Tensor:
+    """Our rows, [q | k | v | z | b | a] of each key head: one row a head."""
+    return torch.arange(_in_proj_size(shape)[0]).view(shape.linear_key_heads, -1)
+
+
+def _fused_in_proj_rows(shape: ModelConfig) -> tuple[Tensor, ...]:
+    """Qwen3-Next: [q | k | v | z] of each key head, and [b | a] of each."""
     key, value = _delta_sections(shape)
-    heads = torch.arange(_in_proj_size(shape)[0]).view(shape.linear_key_heads, -1)
+    heads = _in_proj_heads(shape)
     return heads[:, : 2 * key + 2 * value].flatten(), heads[:, 2 * key + 2 * value :].flatten()
+
+
+def _flat_in_proj_rows(shape: ModelConfig) -> tuple[Tensor, ...]:
+    """Qwen3.5: all q, all k, all v as one; all z; all b; all a."""
+    key, value = _delta_sections(shape)
+    ratio = shape.linear_value_heads // shape.linear_key_heads
+    q, k, v, z, b, a = (
+        part.flatten() for part in _in_proj_heads(shape).split([key, key, value, value, ratio, ratio], dim=1)
+    )
+    return torch.cat([q, k, v]), z, b, a
 
 
 def _conv_size(shape: ModelConfig) -> tuple[int, int]:
@@ -98,19 +116,44 @@ def _qkv_rows(shape: ModelConfig) -> tuple[Tensor, ...]:
     return query_and_gate.flatten(), groups[:, -2].flatten(), groups[:, -1].flatten()
 
 
-def _gate_up_rows(shape: ModelConfig) -> tuple[Tensor, ...]:
+def _gate_up(width: int) -> tuple[Tensor, ...]:
     """(gate, up) of each unit: all gates, all ups."""
-    return tuple(torch.arange(2 * shape.shared_expert_size).view(-1, 2).unbind(1))
+    return tuple(torch.arange(2 * width).view(-1, 2).unbind(1))
 
 
+def _swiglu(ours: str, theirs: str, width: Callable[[ModelConfig], int]) -> tuple[Rule, Rule]:
+    """The projections of a SwiGLU under the starts of their names."""
+    return (
+        Rule(
+            f"{ours}linear_fc1.weight",
+            (f"{theirs}gate_proj.weight", f"{theirs}up_proj.weight"),
+            lambda shape: (2 * width(shape), shape.hidden_size),
+            lambda shape: _gate_up(width(shape)),
+        ),
+        Rule(
+            f"{ours}linear_fc2.weight",
+            (f"{theirs}down_proj.weight",),
+            lambda shape: (shape.hidden_size, width(shape)),
+        ),
+    )
+
+
+IN_PROJ = "self_attention.in_proj.weight"
+FUSED_IN_PROJ = Rule(
+    IN_PROJ,
+    ("linear_attn.in_proj_qkvz.weight", "linear_attn.in_proj_ba.weight"),
+    _in_proj_size,
+    _fused_in_proj_rows,
+)
+FLAT_IN_PROJ = Rule(
+    IN_PROJ,
+    tuple(f"linear_attn.in_proj_{part}.weight" for part in ("qkv", "z", "b", "a")),
+    _in_proj_size,
+    _flat_in_proj_rows,
+)
 DELTA_NET = (
     _norm("input_layernorm.weight", "input_layernorm.weight", _hidden),
-    Rule(
-        "self_attention.in_proj.weight",
-        ("linear_attn.in_proj_qkvz.weight", "linear_attn.in_proj_ba.weight"),
-        _in_proj_size,
-        _in_proj_rows,
-    ),
+    FUSED_IN_PROJ,
     Rule("self_attention.conv_weight", ("linear_attn.conv1d.weight",), _conv_size, _conv_rows, inner=1),
     Rule("self_attention.A_log", ("linear_attn.A_log",), lambda s: (s.linear_value_heads,), float32=True),
     Rule("self_attention.dt_bias", ("linear_attn.dt_bias",), lambda s: (s.linear_value_heads,), float32=True),
@@ -141,17 +184,7 @@ MIXTURE = (
     _norm("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", _hidden),
     Rule("mlp.router.weight", ("mlp.gate.weight",), lambda s: (s.experts, s.hidden_size), float32=True),
     Rule("mlp.shared_expert.gate_weight", ("mlp.shared_expert_gate.weight",), lambda s: (1, s.hidden_size)),
-    Rule(
-        "mlp.shared_expert.linear_fc1.weight",
-        ("mlp.shared_expert.gate_proj.weight", "mlp.shared_expert.up_proj.weight"),
-        lambda s: (2 * s.shared_expert_size, s.hidden_size),
-        _gate_up_rows,
-    ),
-    Rule(
-        "mlp.shared_expert.linear_fc2.weight",
-        ("mlp.shared_expert.down_proj.weight",),
-        lambda s: (s.hidden_size, s.shared_expert_size),
-    ),
+    *_swiglu("mlp.shared_expert.", "mlp.shared_expert.", lambda s: s.shared_expert_size),
     # Stacked, theirs; one by one, the names of an expert's tensors. Ours have gate and up as a dimension of their own.
     Rule(
         "mlp.experts.weight1",
@@ -164,139 +197,18 @@ MIXTURE = (
         lambda s: (s.experts, s.hidden_size, s.expert_size),
     ),
 )
-MIXERS = {"G": DELTA_NET, "*": ATTENTION}
-ENDS = (
-    Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), _vocabulary),
-    _norm("decoder.final_norm.weight", "model.norm.weight", _hidden),
-    Rule("output_layer.weight", ("lm_head.weight",), _vocabulary),
+DENSE = (
+    _norm("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", _hidden),
+    *_swiglu("mlp.", "mlp.", lambda s: s.dense_size),
 )
+MIXERS = {"G": DELTA_NET, "*": ATTENTION}
+FEED_FORWARD = {"E": MIXTURE, "-": DENSE}
+EMBEDDING = Rule("embedding.word_embeddings.weight", ("embed_tokens.weight",), _vocabulary)
+FINAL_NORM = _norm("decoder.final_norm.weight", "norm.weight", _hidden)
+HEAD = Rule("output_layer.weight", ("lm_head.weight",), _vocabulary)
 MTP_ENDS = (
     _norm("enorm.weight", "pre_fc_norm_embedding.weight", _hidden),
     _norm("hnorm.weight", "pre_fc_norm_hidden.weight", _hidden),
     Rule("eh_proj.weight", ("fc.weight",), lambda s: (s.hidden_size, 2 * s.hidden_size)),
     _norm("final_layernorm.weight", "norm.weight", _hidden),
 )
-
-
-@dataclass(frozen=True)
-class Part:
-    """One of their tensors: its whole shape, and the rows of it that a piece is about (None: all)."""
-
-    name: str
-    shape: tuple[int, ...]
-    span: slice | None = None
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One of our parameters (or some experts of one), and the tensors that it is over there.
-
-    Attributes:
-        ours: name. whole: shape of the whole parameter. shape: of this piece, whose first row is ``first``.
-        parts: theirs. rows: see `Rule.rows`.
-    """
-
-    ours: str
-    whole: tuple[int, ...]
-    shape: tuple[int, ...]
-    parts: tuple[Part, ...]
-    first: int = 0
-    rows: tuple[Tensor, ...] | None = field(default=None, compare=False)
-    shift: float = 0.0
-    float32: bool = False
-
-    def to_theirs(self, ours: Tensor) -> list[Tensor]:
-        """Our numbers as their tensors (or those rows of them), in the order of ``parts``; mostly views."""
-        if self.rows is not None:
-            tensors = [ours[rows] for rows in self.rows]
-        elif len(self.parts) > 1:  # experts: gate and up of each, or each
-            tensors = list(ours.flatten(0, len(self.shape) - len(self.parts[0].shape) - 1))
-        else:
-            tensors = [ours + self.shift if self.shift else ours]
-        shapes = [part.shape if part.span is None else (-1, *part.shape[1:]) for part in self.parts]
-        return [tensor.reshape(shape) for tensor, shape in zip(tensors, shapes, strict=True)]
-
-    def to_ours(self, theirs: list[Tensor], exact: Tensor | None = None) -> Tensor:
-        """Their tensors (those rows of them that ``parts`` say) as our numbers.
-
-        Args:
-            exact: what ours was before it was shifted, if that was noted; taken if it leads to what is there.
-        """
-        if self.shift:
-            (stored,) = theirs
-            if exact is not None and torch.equal((exact + self.shift).to(stored.dtype), stored):
-                return exact
-            return stored.float() - self.shift
-        flat = torch.cat([tensor.reshape(-1, self.shape[-1]) for tensor in theirs]) if len(theirs) > 1 else theirs[0]
-        if self.rows is None:
-            return flat.reshape(self.shape)
-        flat = flat.reshape(self.shape)
-        ours = torch.empty_like(flat)
-        ours[torch.cat(self.rows)] = flat
-        return ours
-
-
-def _plain(rule: Rule, shape: ModelConfig, ours: str, theirs: str) -> Piece:
-    size = rule.size(shape)
-    rows = rule.rows(shape) if rule.rows else None
-    counts = [len(part) for part in rows] if rows else [size[0]]
-    parts = tuple(
-        Part(theirs + name, (count, *[1] * rule.inner, *size[1:]))
-        for name, count in zip(rule.theirs, counts, strict=True)
-    )
-    return Piece(ours + rule.ours, size, size, parts, 0, rows, rule.shift, rule.float32)
-
-
-def _experts(rule: Rule, shape: ModelConfig, ours: str, theirs: str, stacked: bool, at_once: int) -> Iterator[Piece]:
-    """Pieces of ``at_once`` experts each."""
-    size, names = rule.size(shape), rule.theirs
-    for first in range(0, shape.experts, at_once):
-        count = min(at_once, shape.experts - first)
-        if stacked:
-            whole = (size[0], size[1] * size[2], size[3]) if len(size) == 4 else size
-            span = None if count == shape.experts else slice(first, first + count)
-            parts: tuple[Part, ...] = (Part(f"{theirs}{EXPERTS}{names[0]}", whole, span),)
-        else:
-            each = range(first, first + count)
-            parts = tuple(Part(f"{theirs}{EXPERTS}{i}.{name}", size[-2:]) for i in each for name in names[1:])
-        yield Piece(ours + rule.ours, size, (count, *size[1:]), parts, first)
-
-
-def layer_pieces(
-    rules: tuple[Rule, ...],
-    shape: ModelConfig,
-    ours: str = "",
-    theirs: str = "",
-    stacked: bool = False,
-    experts_at_once: int | None = None,
-) -> Iterator[Piece]:
-    """The parameters that some rules are about, under the starts of their names on either side."""
-    for rule in rules:
-        if ".experts." in rule.ours:
-            yield from _experts(rule, shape, ours, theirs, stacked, experts_at_once or shape.experts)
-        else:
-            yield _plain(rule, shape, ours, theirs)
-
-
-def pieces(
-    shape: ModelConfig, mtp: bool, stacked: Callable[[str], bool], experts_at_once: int | None = None
-) -> Iterator[Piece]:
-    """Every parameter of a model, in the order of its layers; ``shape.vocab_size`` is set.
-
-    Args:
-        mtp: with the multi-token-prediction layer.
-        stacked: whether the experts of a layer of theirs, given the start of its names, are one tensor each.
-        experts_at_once: experts of one piece; None: all.
-    """
-
-    def block(mixer: str, number: int, ours: str, theirs: str) -> Iterator[Piece]:
-        yield from layer_pieces(MIXERS[mixer], shape, f"{ours}{number}.", theirs)
-        yield from layer_pieces(MIXTURE, shape, f"{ours}{number + 1}.", theirs, stacked(theirs), experts_at_once)
-
-    yield from layer_pieces(ENDS[:1], shape)
-    for index, mixer in enumerate(shape.layers[::2]):
-        yield from block(mixer, 2 * index, "decoder.layers.", f"model.layers.{index}.")
-    yield from layer_pieces(ENDS[1:], shape)
-    if mtp:
-        yield from layer_pieces(MTP_ENDS, shape, "mtp.layers.0.", "mtp.")
-        yield from block("*", 0, "mtp.layers.0.mtp_model_layer.layers.", "mtp.layers.0.")

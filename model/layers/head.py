@@ -16,7 +16,7 @@ class Head(ColumnParallelLinear):
     ranks.
     """
 
-    def __init__(self, config, vocab_size: int, tp_group):
+    def __init__(self, config, vocab_size: int, tp_group, holds_weight: bool = True):
         super().__init__(
             config.hidden_size,
             vocab_size,
@@ -24,29 +24,34 @@ class Head(ColumnParallelLinear):
             init_method=config.init_method,
             bias=False,
             gather_output=False,
+            skip_weight_param_allocation=not holds_weight,
             tp_group=tp_group,
         )
-        with_main_grad(self.weight)
+        self.tied = config.shape.tied_embeddings
+        if not self.tied:
+            with_main_grad(self.weight)
 
-    def forward(self, states_T1H: list[Tensor], batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    def forward(self, states_T1H: list[Tensor], batch: MicroBatch, weight_VH: Tensor) -> tuple[Tensor, Tensor]:
         """The loss to differentiate, and the cross-entropy of every position at every prediction step: [1 + K, T].
 
         Args:
             states_T1H: what the head reads, for the next token and for each MTP step.
+            weight_VH: its matrix; a tied one gets its gradient from autograd, which adds the embedding's.
         """
-        mtp, dtype = self.config.mtp, torch.promote_types(self.weight.dtype, torch.float32)
+        mtp, dtype = self.config.mtp, torch.promote_types(weight_VH.dtype, torch.float32)
         # Its gradient is worked out on the way forward: it is told there what a step's loss counts for.
         factors = [1.0, *mtp.loss_weights(batch.tokens_before)]
-        heads = [self.weight, *[self.weight.detach() if mtp.detach else self.weight] * mtp.steps]
+        heads = [weight_VH, *[weight_VH.detach() if mtp.detach else weight_VH] * mtp.steps]
+        main_grad = None if self.tied else self.weight.main_grad
         results = [
-            linear_cross_entropy(hidden[:, 0], head, target, factor * weight, self.tp_group, self.weight.main_grad)
+            linear_cross_entropy(hidden[:, 0], head, target, factor * weight, self.tp_group, main_grad)
             for hidden, head, target, weight, factor in zip(
                 states_T1H, heads, batch.targets_KT, batch.weights_KT.to(dtype), factors, strict=True
             )
         ]
         return torch.stack([mean for mean, _ in results]).sum(), torch.stack([losses for _, losses in results])
 
-    def logits(self, hidden_T1H: Tensor) -> Tensor:
+    def logits(self, hidden_T1H: Tensor, weight_VH: Tensor) -> Tensor:
         """Over the whole vocabulary: [T, 1, H] -> [T, V]."""
-        logits, _ = super().forward(hidden_T1H, runtime_gather_output=True)
+        logits, _ = super().forward(hidden_T1H, weight_VH, runtime_gather_output=True)
         return logits[:, 0]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from model.batch import MicroBatch
 from model.config import INFERENCE, ModelConfig, MtpConfig
-from model.reference.layers import Weights, cross_entropies, layers, moe, rms_norm, rotate, under
+from model.reference.layers import Weights, cross_entropies, dense, layers, moe, rms_norm, rotate, under
 
 Keys = tuple[Tensor, Tensor]  # keys and values of one step, [T, M, D]
 
@@ -85,8 +85,11 @@ def multi_token_prediction(
         attention_weights = under(attending, "self_attention.")
         mixed = mixed + attention(normed, attention_weights, shape, rows_apart(ids_RL), table, keys)
         normed = rms_norm(mixed, mixing["pre_mlp_layernorm.weight"], eps)
-        out, loss = moe(normed, under(mixing, "mlp."), shape, token_weight)
-        balance = balance + loss
+        if "E" in shape.mtp_layers:
+            out, loss = moe(normed, under(mixing, "mlp."), shape, token_weight)
+            balance = balance + loss
+        else:
+            out = dense(normed, under(mixing, "mlp."))
         states.append(rms_norm(mixed + out, weights["final_layernorm.weight"], eps))
     return states[1:], balance
 
@@ -127,7 +130,7 @@ def loss(
 ) -> Tensor:
     """What training minimises: next token + sum_k weight_k MTP step k + balance_weight * balance."""
     states, balance = language_model(weights, batch, shape, mtp, tables)
-    head = weights["output_layer.weight"]
+    head = weights["embedding.word_embeddings.weight" if shape.tied_embeddings else "output_layer.weight"]
     heads = [head, *[head.detach() if mtp.detach else head] * mtp.steps]
     means = [
         (cross_entropies(state, own, target) * weight).sum()

@@ -7,7 +7,7 @@ from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
 from model.config import ModelConfig
 from model.hf import config as hf_config
-from model.hf import names as hf
+from model.hf import names, pieces
 
 Weights = dict[str, Tensor]
 
@@ -28,20 +28,20 @@ def theirs(own: Weights, pieces) -> Weights:
 
 
 def layer_weights(
-    module: nn.Module, rules: tuple[hf.Rule, ...], shape: ModelConfig, name: str, their_name: str
+    module: nn.Module, rules: tuple[names.Rule, ...], shape: ModelConfig, name: str, their_name: str
 ) -> Weights:
     """The weights of one of our modules, known inside a layer by a name, as those of one of theirs."""
     inside = tuple(rule for rule in rules if rule.ours.startswith(name))
     own = {name + key: weight for key, weight in module.named_parameters()}
     return {
         key.removeprefix(their_name): weight
-        for key, weight in theirs(own, hf.layer_pieces(inside, shape, stacked=True)).items()
+        for key, weight in theirs(own, pieces.layer_pieces(inside, shape, stacked=True)).items()
     }
 
 
 def trunk_weights(network: nn.Module, shape: ModelConfig, vocab_size: int) -> Weights:
     """The whole trunk of a network."""
-    every = hf.pieces(replace(shape, vocab_size=vocab_size), mtp=False, stacked=lambda layer: True)
+    every = pieces.pieces(replace(shape, vocab_size=vocab_size), mtp=False, stacked=lambda layer: True)
     return theirs(dict(network.named_parameters()), every)
 
 

@@ -71,12 +71,20 @@ def on_meta(groups) -> Callable[..., LanguageModel]:
 
 
 @pytest.mark.parametrize("gate", [True, False])
-@pytest.mark.parametrize(("pattern", "steps"), [("GEGEGE*E", 2), ("*-", 0), ("G-*E", 1), ("*EE", 0)])
+@pytest.mark.parametrize(("pattern", "steps"), [("GEGEGE*E", 2), ("G-G-*-", 2), ("*-", 0), ("G-*E", 1), ("*EE", 0)])
 @pytest.mark.parametrize("shared", [0, 6])
 def test_every_parameter_of_a_built_model_is_counted_in_its_part(
     on_meta: Callable, pattern: str, steps: int, gate: bool, shared: int
 ) -> None:
-    shape = replace(SMALL, pattern=pattern, attention_gate=gate, shared_expert_size=shared, dtype="bfloat16")
+    tied = pattern == "G-G-*-"
+    shape = replace(
+        SMALL,
+        pattern=pattern,
+        attention_gate=gate,
+        shared_expert_size=shared,
+        dtype="bfloat16",
+        tied_embeddings=tied,
+    )
     mtp = MtpConfig(steps=steps)
     built, wide = Counter(), Counter()
     for name, parameter in on_meta(shape, mtp, VOCAB).named_parameters():

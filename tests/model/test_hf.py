@@ -8,7 +8,8 @@ import torch
 from transformers import Qwen3NextForCausalLM
 
 from model.config import ModelConfig, MtpConfig
-from model.hf import names as hf
+from model.hf import names
+from model.hf import pieces as hf
 from tests.model import hf as as_theirs
 
 # Widths that are all different, so that no two can be mistaken for each other.
@@ -88,7 +89,7 @@ def test_every_number_comes_back(changes: dict, stacked: Callable) -> None:
 
 
 def test_a_noted_norm_counts_only_for_what_it_led_to() -> None:
-    (piece,) = (x for x in hf.layer_pieces(hf.DELTA_NET, SHAPE) if x.shift)
+    (piece,) = (x for x in hf.layer_pieces(names.DELTA_NET, SHAPE) if x.shift)
     exact = torch.full(piece.shape, 1e-9)
     (stored,) = piece.to_theirs(exact)
     assert torch.equal(piece.to_ours([stored], exact), exact)

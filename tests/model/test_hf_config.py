@@ -4,11 +4,14 @@ import json
 from dataclasses import replace
 
 import pytest
-from transformers import Qwen3NextConfig
+from transformers import Qwen3_5MoeTextConfig, Qwen3_5TextConfig, Qwen3NextConfig
 
 from model.config import ModelConfig, ModelError
 from model.hf import config as hf_config
+from model.hf.families import QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT, Family
 
+# Keys of published files that transformers' configurations have no field for.
+UNREAD = ("attn_output_gate", "mtp_use_dedicated_embeddings")
 SHAPE = ModelConfig(vocab_size=96, rope_base=5e5, rotary_fraction=0.5, norm_eps=1e-5, init_std=0.01, dtype="bfloat16")
 MODELS = {
     "3:1": SHAPE,
@@ -50,14 +53,21 @@ def test_transformers_reads_and_writes_the_same(model: ModelConfig, tmp_path) ->
     assert (imported.balance_weight, imported.mtp) == (0.002, True)
 
 
-def test_what_is_left_out_is_what_transformers_takes() -> None:
-    theirs = Qwen3NextConfig()
-    imported = hf_config.from_hf({"model_type": "qwen3_next"})
-    for ours, name, default in hf_config.FIELDS:
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [(QWEN3_NEXT, Qwen3NextConfig), (QWEN3_5, Qwen3_5TextConfig), (QWEN3_5_MOE, Qwen3_5MoeTextConfig)],
+)
+def test_what_is_left_out_is_what_transformers_takes(family: Family, config: type) -> None:
+    theirs = config()
+    imported = hf_config.from_hf({"model_type": family.model_type})
+    for ours, name, default in family.fields:
         assert getattr(theirs, name) == default == getattr(imported.model, ours)
-    assert {name: getattr(theirs, name) for name in hf_config.ALWAYS} == hf_config.ALWAYS
-    assert imported.model.layers == "GEGEGE*E" * (theirs.num_hidden_layers // 4)
-    assert imported.balance_weight == theirs.router_aux_loss_coef
+    plain = {name: value for name, value in family.always.items() if name not in UNREAD}
+    assert {name: getattr(theirs, name) for name in plain} == plain
+    block = f"G{family.feed_forward}" * 3 + f"*{family.feed_forward}"
+    assert imported.model.layers == block * (theirs.num_hidden_layers // 4)
+    if family.feed_forward == "E":
+        assert imported.balance_weight == theirs.router_aux_loss_coef
     rope = theirs.rope_parameters
     assert (imported.model.rope_base, imported.model.rotary_fraction) == (
         rope["rope_theta"],
@@ -74,15 +84,65 @@ def test_the_older_spelling_of_rope() -> None:
     assert (model.yarn_factor, model.yarn_original_length) == (4.0, 262144)
 
 
+def test_usual_constants_of_yarn_may_be_spelled_out() -> None:
+    scaling = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 512, "beta_fast": 32}
+    model = hf_config.from_hf({"model_type": "qwen3_next", "rope_scaling": scaling | {"beta_slow": 1}}).model
+    assert (model.yarn_factor, model.yarn_original_length) == (2.0, 512)
+
+
+def test_no_balance_loss_is_a_weight_of_zero() -> None:
+    assert hf_config.from_hf({"model_type": "qwen3_next", "router_aux_loss_coef": None}).balance_weight == 0
+
+
+def test_half_precision_is_imported_as_what_is_asked_for() -> None:
+    half = {"model_type": "qwen3_next", "dtype": "float16"}
+    imported = hf_config.from_hf(half, "float32")
+    assert imported.half and imported.model.dtype == "float32"
+
+
+DENSE = replace(SHAPE, pattern="G-G-G-*-", dense_size=80, tied_embeddings=True)
+FAMILY_MODELS = {"dense": (QWEN3_5, DENSE), "experts": (QWEN3_5_MOE, replace(SHAPE, repeats=2))}
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize(("family", "model"), FAMILY_MODELS.values(), ids=FAMILY_MODELS)
+def test_what_is_not_known_goes_on_and_the_text_model_returns_to_its_place(
+    family: Family, model: ModelConfig, wrapped: bool
+) -> None:
+    text = hf_config.to_hf(model, True, 0.002, 1024, model.dtype, 7, family) | {"mamba_ssm_dtype": "float32"}
+    old = text
+    if wrapped:
+        assert family.wrapper
+        old = {"model_type": family.wrapper[0], "vision_config": {"depth": 3}, "text_config": text, "image_token_id": 9}
+    imported = hf_config.from_hf(json.loads(json.dumps(old)))
+    assert (imported.family, imported.wrapped, imported.mtp) == (family, wrapped, True)
+    assert same(imported.model, model)
+    longer = replace(model, yarn_factor=2.0, yarn_original_length=1024)
+    new = hf_config.to_hf(longer, False, 0.002, 2048, "float32", None, family, old)
+    inner = new["text_config"] if wrapped else new
+    assert inner["mamba_ssm_dtype"] == "float32" and inner["max_position_embeddings"] == 2048
+    assert inner["mtp_num_hidden_layers"] == 0 and inner["rope_parameters"]["rope_type"] == "yarn"
+    if wrapped:
+        assert (new["vision_config"], new["image_token_id"]) == ({"depth": 3}, 9)
+        assert new["tie_word_embeddings"] == model.tied_embeddings
+    assert same(hf_config.from_hf(new).model, replace(longer, dtype="float32"))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "llama"}, "config.json's model_type='llama' cannot be imported: only qwen3_next"),
+        ({"model_type": "llama"}, "config.json's model_type='llama' cannot be imported: only qwen3_next, qwen3_5_text"),
         ({"hidden_act": "gelu"}, "config.json's hidden_act='gelu' cannot be imported"),
-        ({"tie_word_embeddings": True}, "config.json's tie_word_embeddings=True cannot"),
         ({"mlp_only_layers": [0]}, "config.json's mlp_only_layers=[0] cannot"),
         ({"norm_topk_prob": False}, "config.json's norm_topk_prob=False cannot"),
-        ({"quantization_config": {}}, "config.json's quantization_config='...' cannot be imported: import the weights"),
+        (
+            {"quantization_config": {"quant_method": "gptq"}},
+            "config.json's quantization_config='gptq' cannot be imported",
+        ),
+        (
+            {"quantization_config": {}},
+            "config.json's quantization_config=None cannot be imported: FP8 (e4m3) in blocks",
+        ),
         ({"num_nextn_predict_layers": 2}, "config.json's num_nextn_predict_layers=2 cannot"),
         (
             {"layer_types": ["full_attention"]},
@@ -90,6 +150,10 @@ def test_the_older_spelling_of_rope() -> None:
         ),
         ({"dtype": "float16"}, "config.json's dtype='float16' cannot"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "config.json's rope_scaling={'rope_type': 'linear'"),
+        (
+            {"rope_scaling": {"rope_type": "yarn"}},
+            "config.json's rope_scaling={'rope_type': 'yarn'} cannot be imported: Y",
+        ),
         (
             {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 64}},
             "config.json's rope_scaling={'rope_type': 'yarn', 'factor': 2.0, 'beta_fast': 64} cannot",

@@ -9,9 +9,10 @@ from torch import Tensor
 from data.config import DataConfig, PrepareConfig
 from data.prepare.prepare import prepare
 from model.config import ModelConfig, MtpConfig
-from model.hf import names as hf
+from model.hf import pieces as hf
 from parallel import stored
-from train.hub.convert import export, import_run
+from train.hub.exporting import export_run as write_export
+from train.hub.importing import import_run
 from train.hub.settings import ExportConfig, ImportConfig, check_export, check_import
 from train.job.directory import checkpoint_path, write_state
 from train.settings.run import Config, RunConfig, RunReference, save_config
@@ -88,7 +89,7 @@ def make_run(runs: Path, name: str, shape: ModelConfig, corpus: Path, mtp: int =
 def export_run(run: Config, out: Path, **settings) -> Path:
     """What the export command does."""
     config = ExportConfig(str(out), run=RunReference(run.run.name, run.run.dir), **settings)
-    export(config, *check_export(config))
+    write_export(config, *check_export(config))
     return out
 
 

@@ -144,7 +144,7 @@ BROKEN_SETS = {
     "not finite": (lambda x: x | {EXPERT: x[EXPERT] / 0}, "1 tensors in "),
     "of a strange type": (
         lambda x: x | {EXPERT: x[EXPERT].to(torch.int8)},
-        f"F32, BF16, F16: {EXPERT} (I8)",
+        f"F32, BF16, F16, F8_E4M3: {EXPERT} (I8)",
     ),
 }
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from model.config import ModelConfig
-from model.hf import names as hf
+from model.hf import pieces as hf
 from parallel import stored
 from tests.train.hf_runs import make_corpus, make_run
 from train.job.directory import checkpoint_path, write_state

@@ -21,7 +21,7 @@ from train.settings.tree import ConfigError
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 MAX_HEADER = 100 * 2**20  # bytes; the limit of the safetensors library
-TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F8_E4M3": torch.float8_e4m3fn}
 NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 

@@ -6,14 +6,15 @@ runs/NAME/config.yaml  runs/NAME/checkpoints/step_00000000/  runs/NAME/tokenizer
 """
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data.config import DataConfig
 from data.errors import one_line
 from model.config import BalanceConfig, MtpConfig, check_model
-from model.hf.config import check_exportable, from_hf
+from model.hf.config import from_hf
+from model.hf.families import FAMILIES
 from train.job.directory import checkpoint_path, require_checkpoint
 from train.settings.run import Config, RunConfig, RunReference, check_choice, load_config
 from train.settings.tree import ConfigError, setting
@@ -35,9 +36,18 @@ class ExportConfig:
         None,
         "bfloat16 or float32; null takes the model's. Norms, routers, A_log and dt_bias stay float32, as in training",
     )
-    experts: str = setting(
-        "separate",
-        "routed experts one by one (separate: vLLM, SGLang, transformers), or stacked, all of a layer as one",
+    model_type: str | None = setting(
+        None,
+        "qwen3_next, qwen3_5_text or qwen3_5_moe_text; null takes the one that the weights were imported as, else "
+        "qwen3_next with experts and qwen3_5_text without",
+    )
+    experts: str | None = setting(
+        None,
+        "routed experts one by one (separate), or stacked, all of a layer as one; null: as they were imported, else as "
+        "published files of the model type are",
+    )
+    visual: bool = setting(
+        True, "with what an import carried along, the tower that sees included; false: the text model alone"
     )
     shard_size: float = setting(4.0, "GB of a file, at most (but a tensor is never cut)")
     max_length: int | None = setting(
@@ -57,7 +67,9 @@ class NewRun:
 class ImportConfig:
     """A Hugging Face checkpoint as a run."""
 
-    hf: str = field(metadata={"help": "directory of a qwen3_next checkpoint: config.json and safetensors files"})
+    hf: str = field(
+        metadata={"help": "directory of a qwen3_next, qwen3_5 or qwen3_5_moe checkpoint: config.json and safetensors"}
+    )
     run: NewRun = field(default_factory=NewRun)
     dtype: str | None = setting(None, "type to train in, bfloat16 or float32; null takes config.json's")
     mtp: bool = setting(True, "takes the multi-token-prediction layer, if there is one; false leaves it out")
@@ -72,7 +84,10 @@ def check_export(config: ExportConfig) -> tuple[Config, Path]:
         ConfigError: a setting that cannot be used. ModelError: a model that the format cannot hold.
     """
     run = load_config(config.run)
-    check_choice("experts", config.experts, EXPERT_LAYOUTS)
+    if config.experts is not None:
+        check_choice("experts", config.experts, EXPERT_LAYOUTS)
+    if config.model_type is not None:
+        check_choice("model_type", config.model_type, tuple(FAMILIES))
     if config.dtype is not None:
         check_choice("dtype", config.dtype, EXPORT_DTYPES)
     for name in ("shard_size", "max_length"):
@@ -82,7 +97,6 @@ def check_export(config: ExportConfig) -> tuple[Config, Path]:
     if not config.out or Path(config.out).exists():
         why = "exists already" if config.out else "names no directory"
         raise ConfigError(f"out={config.out} {why}: choose a new directory, which appears once the export is complete")
-    check_exportable(run.model)
     path = require_checkpoint(config.run)
     if config.step is not None:
         path = checkpoint_path(config.run.path, config.step)
@@ -114,9 +128,8 @@ def check_import(config: ImportConfig) -> Config:
         raise ConfigError(f"run.name={config.run.name} exists in {config.run.dir}: choose another name for the import")
     if config.dtype is not None:
         check_choice("dtype", config.dtype, EXPORT_DTYPES)
-    imported = from_hf(read_json(directory / HF_CONFIG))
-    model = replace(imported.model, dtype=config.dtype or imported.model.dtype)
-    mtp = MtpConfig(steps=int(imported.mtp and config.mtp))
+    imported = from_hf(read_json(directory / HF_CONFIG), config.dtype)
+    model, mtp = imported.model, MtpConfig(steps=int(imported.mtp and config.mtp))
     check_model(model, mtp)
     return Config(
         run=RunConfig(name=config.run.name, dir=config.run.dir),

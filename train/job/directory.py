@@ -40,6 +40,7 @@ SHAPES = (
     "expert_size",
     "shared_expert_size",
     "dense_size",
+    "tied_embeddings",
 )
 # What a resumed run may not change: the checkpoint or the meaning of its step depends on it.
 FIXED = (

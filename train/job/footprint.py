@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from model.config import HEAD_CHUNK, INFERENCE, LAYER, MTP_PATTERN, ModelConfig
+from model.config import HEAD_CHUNK, INFERENCE, LAYER, ModelConfig
 from model.cost import activations, cost
 from model.cost.activations import ELEMENT_BYTES
 from parallel import layout_cost
@@ -186,7 +186,7 @@ def _layer_traffic(config: Config, topology: Topology, pipeline_rank: int, steps
     numbers = stage_numbers(topology, pipeline_rank)
     symbols = "".join(model.stages[number] for number in numbers)
     last = numbers[-1] == len(model.stages) - 1
-    symbols += MTP_PATTERN * (mtp.steps * last)
+    symbols += model.mtp_layers * (mtp.steps * last)
     cut = sum(symbol != "E" or model.shared_expert_size > 0 for symbol in symbols)
     edges = (1 if numbers[0] == 0 else 0) + (1 + 2 * mtp.steps if last else 0)
     rows = tokens / topology.tensor * model.experts_per_token

@@ -76,7 +76,7 @@ class Stopwatch:
 
 def head_milliseconds(network: LanguageModel, tokens: int, device: torch.device) -> float:
     """The head and its loss alone, forwards and backwards, at this number of tokens."""
-    weight = network.output_layer.weight
+    weight = network.head_weight
     hidden = torch.randn(tokens, weight.shape[1], device=device).to(weight.dtype).requires_grad_()
     target = torch.randint(0, weight.shape[0], (tokens,), device=device)
     share = torch.full((tokens,), 1 / tokens, device=device)

@@ -1,0 +1,87 @@
+"""Weights stored in FP8 (e4m3) with a scale for each block, as published ``-FP8`` checkpoints hold them.
+
+    w[i, j] = q[i, j] * scale[i // rows, j // columns]        name of the scales: the weight's, and then _scale_inv
+
+A weight without its scales would load as noise of the wrong size, so a checkpoint that lacks one is refused.
+"""
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from train.hub.safetensors_files import Entry, SafetensorsReader
+from train.settings.tree import ConfigError
+
+FP8, SCALE = "F8_E4M3", "_scale_inv"
+LISTED = 5
+
+
+def dequantize(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
+    """[..., R, C] in FP8 and its scales [..., ceil(R / rows), ceil(C / columns)] -> float32."""
+    rows, columns = weight.shape[-2:]
+    whole = scale.float().repeat_interleave(block[0], dim=-2).repeat_interleave(block[1], dim=-1)
+    return weight.float() * whole[..., :rows, :columns]
+
+
+class Fp8Reader(SafetensorsReader):
+    """A checkpoint's reader whose FP8 weights come out in float32; their scales are no tensors of their own.
+
+    Raises:
+        ConfigError: FP8 weights without scales, scales of another shape, or no block size to read them by.
+    """
+
+    def __init__(self, reader: SafetensorsReader, block: tuple[int, int] | None) -> None:
+        weights = {name: entry for name, entry in reader.entries.items() if entry.dtype == FP8}
+        self._block, self._scales = block, {}
+        if weights and block is None:
+            raise ConfigError(
+                f"{len(weights)} tensors are stored in FP8 ({_listed(weights)}), and config.json has no "
+                "quantization_config that says how: without weight_block_size they cannot be read"
+            )
+        for name, entry in weights.items():
+            assert block is not None
+            scale = reader.entries.get(name + SCALE)
+            *others, rows, columns = entry.shape
+            wanted = (*others, math.ceil(rows / block[0]), math.ceil(columns / block[1]))
+            if scale is not None and scale.shape != wanted:
+                raise ConfigError(f"{name + SCALE} has shape {list(scale.shape)}, and {name} needs {list(wanted)}")
+            if scale is not None:
+                self._scales[name] = scale
+        if missing := [name for name in weights if name not in self._scales]:
+            raise ConfigError(
+                f"{len(missing)} FP8 tensors have no scales ({_listed(missing)} with {SCALE} after the name): "
+                "they would load as noise; copy the checkpoint again, whole"
+            )
+        taken = {name + SCALE for name in self._scales}
+        self._reader = reader
+        self.entries: dict[str, Entry] = {
+            name: replace(entry, dtype="F32") if name in weights else entry
+            for name, entry in reader.entries.items()
+            if name not in taken
+        }
+
+    def read(self, name: str, span: slice | None = None) -> Tensor:
+        """A tensor, or some of its rows (of a stack of weights: some of the weights)."""
+        tensor = self._reader.read(name, span)
+        if name not in self._scales:
+            return tensor
+        assert self._block is not None
+        return dequantize(tensor, self._reader.read(name + SCALE, span if tensor.ndim > 2 else None), self._block)
+
+
+def _listed(names: object) -> str:
+    every = list(names)  # type: ignore[call-overload]  # a dict's names or a list
+    return ", ".join(every[:LISTED]) + (", ..." if len(every) > LISTED else "")
+
+
+def block_scales(weight: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The opposite: [R, C] -> FP8 [R, C], and the float32 scales that spread each block over all of FP8's range."""
+    rows, columns = weight.shape
+    padded = torch.nn.functional.pad(weight.float(), (0, -columns % block[1], 0, -rows % block[0]))
+    blocks = padded.unflatten(1, (-1, block[1])).unflatten(0, (-1, block[0]))
+    largest = blocks.abs().amax(dim=(1, 3)).clamp(min=torch.finfo(torch.float32).tiny)
+    scale = largest / torch.finfo(torch.float8_e4m3fn).max
+    quantized = (blocks / scale[:, None, :, None]).flatten(2).flatten(0, 1)[:rows, :columns]
+    return quantized.to(torch.float8_e4m3fn), scale
