@@ -20,11 +20,6 @@ def setting[T](default: T, text: str) -> T:
     return field(default=default, metadata={"help": text})
 
 
-def source_paths(config: "DataConfig") -> tuple[tuple[str, float], ...]:
-    """(path, weight) of each source."""
-    return config.sources or ((config.corpus, 1.0),)
-
-
 @dataclass(frozen=True)
 class DataConfig:
     """What a run trains on."""
@@ -38,11 +33,17 @@ class DataConfig:
     sources: tuple[tuple[str, float], ...] = setting(
         (), "[[path, weight], ...]: several sources mixed, in place of data.corpus"
     )
+    sources_file: str = setting(
+        "", "file of YAML or JSON, {path: weight, ...}, in place of data.sources: for mixtures that a program writes"
+    )
+    max_repeats: float | None = setting(
+        None, "times that a run may read a source, at most; null lets it start over as often as it must"
+    )
     stages: tuple[tuple[int, tuple[float, ...]], ...] = setting(
         (), "[[tokens, [weight, ...]], ...]: from so many tokens on, other weights of the sources"
     )
-    subset: float = setting(1.0, "share of the documents to train on, chosen by a seeded hash of each")
-    subset_seed: int = setting(0, "chooses which documents data.subset keeps")
+    subset: float = setting(1.0, "share of the tokens to train on, in whole units from all over each source")
+    subset_seed: int = setting(0, "chooses what data.subset keeps")
     packing: str = setting(
         SPLIT, "documents to samples: split (end to end, then cut) or best_fit (whole where they fit)"
     )
@@ -55,6 +56,12 @@ class DataConfig:
     heldout_fraction: float = setting(0.01, "share of files read as they are (by row groups) kept for evaluation")
     unit_bytes: int = setting(
         UNIT_BYTES, "how much of JSON lines, arrow and Megatron files, read as they are, is read together"
+    )
+    shuffle_bytes: int = setting(
+        2**33, "bytes of tokens in open units, over all processes, that samples are drawn from at once"
+    )
+    node_cache: str = setting(
+        "", "directory where the processes of a machine share units, on its own disk; empty: a temporary one"
     )
     workers: int = setting(0, "processes that read ahead, for each training process; 0 reads in a thread")
     on_corrupt: str = setting(STOP, "a damaged part of a corpus ends the run (stop), or is left out and counted (skip)")

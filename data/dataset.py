@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from data.config import BEST_FIT, ON_CHANGE, ON_CORRUPT, PACKINGS, SKIP, SPLIT, DataConfig, source_paths
+from data.config import BEST_FIT, ON_CHANGE, ON_CORRUPT, PACKINGS, SKIP, SPLIT, DataConfig
 from data.errors import CorpusError, check_choice
 from data.order.counting import count_units
-from data.order.mixture import MixedStream, Mixture, check_mixture
+from data.order.mixture import MixedStream, Mixture, check_mixture, source_weights
 from data.order.packing import num_samples
 from data.order.stream import ORDER_VERSION, TokenStream
 from data.read.corpus import Corpus
+from data.read.node_cache import Shared, node_directory
 from data.read.readers import Joined, Reader, Subset, digest_of
 from data.read.unit_cache import UnitCache
 from data.read.units import Sizes
@@ -40,13 +41,16 @@ def check_data(config: DataConfig, mtp_steps: int) -> None:
         raise CorpusError(f"data.subset={config.subset} is out of range: use more than 0, up to 1")
     if not 0 <= config.heldout_fraction < 1:
         raise CorpusError(f"data.heldout_fraction={config.heldout_fraction} is out of range: use 0 or more, below 1")
-    for setting, value in (("data.subset_seed", config.subset_seed), ("data.workers", config.workers)):
-        if value < 0:
-            raise CorpusError(f"{setting}={value} is negative: use 0 or more")
-    if config.unit_bytes < 1:
-        raise CorpusError(f"data.unit_bytes={config.unit_bytes} leaves nothing to read: use 1 or more")
+    for setting, value, least in (
+        ("data.subset_seed", config.subset_seed, 0),
+        ("data.workers", config.workers, 0),
+        ("data.shuffle_bytes", config.shuffle_bytes, 1),
+        ("data.unit_bytes", config.unit_bytes, 1),
+    ):
+        if value < least:
+            raise CorpusError(f"{setting}={value} is too low: use {least} or more")
     check_mixture(config)
-    for path, _ in source_paths(config):
+    for path, _ in source_weights(config):
         check_source(path, config)
 
 
@@ -70,7 +74,7 @@ class Dataset:
 
     def __init__(self, config: DataConfig) -> None:
         self.config = config
-        paths = [path for path, _ in source_paths(config)]
+        paths = [path for path, _ in source_weights(config)]
         if "" in paths:
             raise CorpusError("data.corpus is empty: set it to a directory made by prepare, or to embedded")
         prepared = {path: prepared_directory(path, config) for path in paths}
@@ -97,14 +101,22 @@ class Dataset:
         """int32 [vocab_size]: UTF-8 bytes that each token stands for, 0 for special tokens."""
         return self.corpora[0].token_bytes if self.corpora else self.tokenizer.token_bytes
 
-    def train_stream(self, seed: int) -> TokenStream | MixedStream:
-        """The samples of training, with `data.workers` processes behind them. Close it when done."""
+    def train_stream(self, seed: int, shared: bool = False) -> TokenStream | MixedStream:
+        """The samples of training, with `data.workers` processes behind them. Close it when done.
+
+        Args:
+            shared: other processes of this machine read the same samples, or samples of the same units.
+        """
         config = self.config
-        pairs = [(source.train, source.sizes) for source in self.sources]
-        cache = UnitCache(pairs, config.workers, config.on_corrupt)
+        readers = [source.train for source in self.sources]
+        if shared:
+            place, num_bytes = node_directory(config.node_cache), config.shuffle_bytes
+            readers = [reader if reader.in_process else Shared(reader, place, num_bytes) for reader in readers]
+        pairs = [(reader, source.sizes) for reader, source in zip(readers, self.sources, strict=True)]
+        cache = UnitCache(pairs, config.workers, config.on_corrupt, config.shuffle_bytes)
         streams = [
-            TokenStream(reader, sizes, config.seq_length, seed, True, config.packing, cache, number)
-            for number, (reader, sizes) in enumerate(pairs)
+            TokenStream(reader, sizes, config.seq_length, seed, num_bytes, config.packing, cache, number)
+            for number, ((reader, sizes), num_bytes) in enumerate(zip(pairs, self._shuffle_bytes(), strict=True))
         ]
         if len(streams) == 1:
             return streams[0]
@@ -120,18 +132,18 @@ class Dataset:
                 f"needed): lower it, or hold out more (data.heldout_fraction={self.config.heldout_fraction} of files "
                 f"as they are, heldout_fraction of prepare)"
             )
-        return TokenStream(reader, sizes, length, seed=0, shuffle=False)
+        return TokenStream(reader, sizes, length, seed=0, shuffle_bytes=0)
 
     def check(self) -> None:
         """Raises CorpusError where a source, or what is held out, does not fill one sample."""
         self.heldout_stream().close()
         for source in self.sources:
-            TokenStream(source.train, source.sizes, self.config.seq_length, seed=0, packing=self.config.packing).close()
+            TokenStream(source.train, source.sizes, self.config.seq_length, 0, 0, self.config.packing).close()
 
     @property
     def stages(self) -> list[tuple[int, Sequence[float]]]:
         """(first sample, weights) of each stage."""
-        weights = [weight for _, weight in source_paths(self.config)]
+        weights = [weight for _, weight in source_weights(self.config)]
         length = self.config.seq_length
         return [(0, weights), *((-(-begin // length), own) for begin, own in self.config.stages)]
 
@@ -148,30 +160,62 @@ class Dataset:
             "data.seq_length": config.seq_length,
             "data.packing": config.packing,
             "data.subset": config.subset,
+            "data.eod_token": self.eod_id,
+            "data.shuffle_bytes": config.shuffle_bytes,
             "seed": seed,
             "order of this version": ORDER_VERSION,
         }
+        if len(self.corpora) < len(corpus):
+            found["data.column"] = config.column
         if config.subset < 1:
             found["data.subset_seed"] = config.subset_seed
         if len(corpus) > 1:
             found["data.sources (weights)"] = str([list(weights) for _, weights in self.stages])
         return found
 
-    def cursors(self, samples: int, stream: TokenStream | MixedStream) -> dict[str, dict[str, int]]:
+    def _counts(self, samples: int) -> list[int]:
+        """Of so many samples of a run, how many come from each source."""
+        return Mixture(self.stages, seed=0).counts(samples)
+
+    def cursors(self, samples: int) -> dict[str, dict[str, int]]:
         """How far each source has been read after so many samples of the run."""
-        if isinstance(stream, MixedStream):
-            counts, streams = stream.mixture.counts(samples), stream.streams
-        else:
-            counts, streams = [samples], [stream]
         return {
-            source.path: {"samples": count, "epoch": count // own.samples_per_epoch}
-            for source, count, own in zip(self.sources, counts, streams, strict=True)
+            source.path: {"samples": count, "epoch": count // self._samples_per_epoch(source)}
+            for source, count in zip(self.sources, self._counts(samples), strict=True)
         }
 
-    def describe(self) -> list[str]:
-        """Lines for the start of a run: what each source really holds."""
+    def progress(self, samples: int) -> dict[str, float]:
+        """Metrics of each source after so many samples of the run: times read, and tokens."""
+        found: dict[str, float] = {}
+        for source, count in zip(self.sources, self._counts(samples), strict=True):
+            found[f"epoch/{source.path}"] = count / self._samples_per_epoch(source)
+            found[f"tokens/{source.path}"] = count * self.config.seq_length
+        return found
+
+    def check_repeats(self, samples: int) -> None:
+        """Refuses a run of so many samples that reads a source more often than data.max_repeats.
+
+        Raises:
+            CorpusError: the source, and how often it would be read.
+        """
+        limit = self.config.max_repeats
+        for source, count in zip(self.sources, self._counts(samples), strict=True):
+            times = count / self._samples_per_epoch(source)
+            if limit is not None and times > limit:
+                raise CorpusError(
+                    f"data.max_repeats={limit:g}, but {source.path} would be read {times:.2f} times in "
+                    f"{samples * self.config.seq_length:,} tokens: lower run.steps or its weight, or raise the limit"
+                )
+
+    def _samples_per_epoch(self, source: Source) -> int:
+        if self.config.packing == BEST_FIT:
+            return int(source.sizes.packed.sum())
+        return num_samples(source.sizes.num_tokens, self.config.seq_length)
+
+    def describe(self, samples: int = 0) -> list[str]:
+        """Lines for the start of a run of so many samples: what each source holds, and how much of it is read."""
         lines = []
-        for source in self.sources:
+        for source, count in zip(self.sources, self._counts(samples), strict=True):
             sizes = source.sizes
             line = (
                 f"corpus: {source.path}, {sizes.num_tokens:,} tokens to train on in {sizes.num_documents:,} documents"
@@ -185,8 +229,16 @@ class Dataset:
             if sizes.empty.any():
                 line += f"; {sizes.empty.sum():,} empty documents left out"
             lines.append(line)
+            if samples:
+                times, tokens = count / self._samples_per_epoch(source), count * self.config.seq_length
+                lines.append(f"of the run: {count / samples:.2%}, {tokens:,} tokens, read {times:.2f} times")
             lines += [f"left out: {reason}" for reason in (*source.train.left_out, *sizes.broken)]
         return lines
+
+    def _shuffle_bytes(self) -> list[int]:
+        """Of each source, its share of data.shuffle_bytes: that of its samples, where it is largest."""
+        shares = np.array([np.array(weights) / sum(weights) for _, weights in self.stages]).max(axis=0)
+        return [max(1, int(share * self.config.shuffle_bytes)) for share in shares]
 
     def _open(self, path: str, corpus: Corpus | None) -> Source:
         config = self.config

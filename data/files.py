@@ -1,7 +1,11 @@
 """Files of this machine: written whole or not at all, and whether a directory can be written."""
 
+import errno
+import fcntl
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -34,3 +38,21 @@ def why_unwritable(directory: Path) -> str:
     except OSError as error:
         return f"{directory}: {error.strerror}"
     return ""
+
+
+@contextmanager
+def locked(path: Path, wait: bool) -> Iterator[None]:
+    """Holds the lock of a file, alone of all processes.
+
+    Raises:
+        BlockingIOError: another process holds it, and `wait` is false.
+    """
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:
+            # Some cluster disks know no locks. Processes that make the same thing write the same bytes, each file
+            # whole, and the first to end wins.
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+        yield

@@ -2,6 +2,7 @@
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,7 +15,8 @@ from data.order.packing import PADDING, Sample
 from data.order.stream import TokenStream
 from data.read.faults import Faults
 
-PREFETCH_STEPS = 2
+PREFETCH_STEPS = 2  # whole steps that wait to be trained on
+AHEAD_STEPS = 32
 
 type Stream = TokenStream | MixedStream
 
@@ -30,10 +32,13 @@ def collate(samples: list[Sample]) -> Batch:
 class Loader:
     """Steps of training: each a list of this rank's microbatches, read ahead by one thread.
 
-    Step n holds the samples `schedule.samples(n)` in every layout; microbatch m of a rank has `micro_batch` of
-    them, from the first + (m * world + rank) * micro_batch on. `rank` and `world` count
+    Step n holds the samples `schedule.samples(n)` in every layout, put in the order of their lanes, and each rank has
+    an equal run of these: so a unit is read by the one or two ranks whose samples it holds. `rank` and `world` count
     data-parallel ranks. The state is `step`, the number of the next step. Close it when done (it is a context
     manager); the stream belongs to it until then. A reading error is raised where its step is asked for.
+
+    Args:
+        ahead: steps whose units are asked for before they are needed.
     """
 
     def __init__(
@@ -44,6 +49,7 @@ class Loader:
         rank: int,
         world: int,
         start_step: int = 0,
+        ahead: int = AHEAD_STEPS,
     ) -> None:
         for _, size in schedule.sizes:
             if size <= 0 or micro_batch <= 0 or size % (micro_batch * world):
@@ -57,6 +63,7 @@ class Loader:
         self._micro_batch = micro_batch
         self._rank = rank
         self._world = world
+        self._ahead = ahead
         self._queue: queue.Queue[list[Batch] | Exception] = queue.Queue(maxsize=PREFETCH_STEPS)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -96,10 +103,14 @@ class Loader:
         self.close()
 
     def _read_ahead(self, step: int) -> None:
+        asked: deque[list[int]] = deque()  # this rank's samples of the steps from `step` on
         try:
             while not self._stop.is_set():
-                self._put(self._read(step))
+                while len(asked) <= self._ahead:
+                    asked.append(self._ask(step + len(asked)))
+                self._put(self._read(step, asked.popleft()))
                 step += 1
+                self._stream.release(self._schedule.samples(step).start)
         except Exception as error:  # whatever it is, it belongs to the thread that waits for the step
             self._put(error)
 
@@ -111,11 +122,19 @@ class Loader:
             except queue.Full:
                 continue
 
-    def _read(self, step: int) -> list[Batch]:
-        microbatches, numbers = [], self._schedule.samples(step)
-        length = self._schedule.length(step)
-        for first in numbers[self._rank * self._micro_batch :: self._world * self._micro_batch]:
-            batch = collate([self._stream.sample(index) for index in range(first, first + self._micro_batch)])
+    def _ask(self, step: int) -> list[int]:
+        """This rank's samples of a step, whose units begin to be read."""
+        ordered = self._stream.in_lanes(self._schedule.samples(step))
+        each = len(ordered) // self._world
+        own = ordered[self._rank * each : (self._rank + 1) * each]
+        for index in own:
+            self._stream.ask(index)
+        return own
+
+    def _read(self, step: int, numbers: list[int]) -> list[Batch]:
+        length, microbatches = self._schedule.length(step), []
+        for first in range(0, len(numbers), self._micro_batch):
+            batch = collate([self._stream.sample(index) for index in numbers[first : first + self._micro_batch]])
             microbatches.append(batch if length is None else batch.cut(length))
         return microbatches
 

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from data.config import EMBEDDED, SKIP, DataConfig, source_paths
+from data.config import EMBEDDED, SKIP, DataConfig
 from data.errors import CorpusError
 from data.files import why_unwritable
+from data.order.mixture import source_weights
 from data.order.stream import permutation
 from data.prepare.embedded import library_root
 from data.prepare.prepare import embedded_corpus
@@ -53,7 +54,7 @@ def common_tokenizer(config: DataConfig, corpora: dict[str, Corpus]) -> Tokenize
         given["data.tokenizer"] = Tokenizer.from_path(config.tokenizer, config.eod_token)
     if not given:
         raise CorpusError(
-            f"data.tokenizer must be given: {source_paths(config)[0][0]} is no corpus made by prepare, so name the "
+            f"data.tokenizer must be given: {source_weights(config)[0][0]} is no corpus made by prepare, so name the "
             f"tokenizer.json that its tokens are of, or that its text is to be tokenized with"
         )
     (first, tokenizer), *others = given.items()

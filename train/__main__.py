@@ -35,6 +35,7 @@ from train.settings.run import (
     Config,
     RunConfig,
     RunReference,
+    batch_schedule,
     check,
     check_plan,
     load_config,
@@ -165,10 +166,16 @@ def train(arguments: list[str]) -> int:
 
         return run_training(config)
     check_login(config.wandb)
+    _check_corpus(config)
+    return front.launch(["-m", "train", "train", *arguments], processes)
+
+
+def _check_corpus(config: Config) -> None:
+    """Makes, counts and proves the corpus of a run, and lets go of it: this process only waits from then on."""
     dataset = front.ensure_corpus(config.data)
+    dataset.check_repeats(batch_schedule(config).samples(config.run.steps).start)
     if before := last_checkpoint(config.run.path):
         require_same_data(before, dataset.identity(config.seed), config.data.on_change)
-    return front.launch(["-m", "train", "train", *arguments], processes)
 
 
 def estimate(arguments: list[str]) -> int:

@@ -9,6 +9,7 @@ import torch
 
 from data.loader import Loader
 from data.order.batches import Batch
+from data.secrets import hide
 from model.batch import MicroBatch, count_targets
 from model.network import Losses
 from parallel.collectives import max_over_all, sum_over, sum_over_all
@@ -130,6 +131,8 @@ def fit(
             values = {metrics.TOKENS: schedule.samples(step).start * seq_length}
             values |= step_metrics(job, outputs, behind)
             values |= {metrics.GRAD_NORM: grad_norm, metrics.LR: lr, **speed.take(), **data_metrics(job, loader)}
+            progress = job.dataset.progress(schedule.samples(step).start)
+            values |= {hide(name): value for name, value in progress.items()}
         if due(step, run.eval_every, run.steps):
             engine.gather_weights()
             values |= heldout_metrics(job, run.eval_samples) | draft_metrics(job, run.eval_prompts)
@@ -161,7 +164,8 @@ def run_training(config: Config) -> int:
     else:
         draw_weights(job)
     engine = build_engine(job)
-    stream, identity = job.dataset.train_stream(config.seed), job.dataset.identity(config.seed)
+    stream = job.dataset.train_stream(config.seed, shared=torch.distributed.get_world_size() > 1)
+    identity = job.dataset.identity(config.seed)
     if start >= config.run.steps:
         name, steps = config.run.name, config.run.steps
         raise ConfigError(f"run.steps={steps} but run.name={name} has done {start}: raise run.steps")
@@ -175,7 +179,7 @@ def run_training(config: Config) -> int:
 
     def save(step: int) -> None:
         samples = batch_schedule(config).samples(step).start
-        data = {"identity": identity, "samples": samples, "sources": job.dataset.cursors(samples, stream)}
+        data = {"identity": identity, "samples": samples, "sources": job.dataset.cursors(samples)}
         path = checkpoint.save(job, engine, step, data)
         if job.is_first:
             print(f"saved {path}", flush=True)

@@ -3,17 +3,16 @@
 Which document a sample begins with depends on the number of tokens in everything before it. So that sample 10^9 is
 found at once and alike on every rank, these numbers must be there before the first step. Mostly they are: a prepared
 corpus has them in its manifest, Megatron files in their index, and parquet in its footers (a list column's chunk says
-how many values it holds). Where they are not - text that is tokenized here, JSON lines, a subset of the documents,
-best-fit packing, which asks for the length of each document - every unit is read once, by several processes, and the
-result is kept in `data.cache`: one line a unit, so that a killed pass goes on where it was. The alternative, to count
-while training, would make every rank read what all ranks read since the start, or tie a run to its number of ranks.
+how many values it holds). Where they are not - text that is tokenized here, JSON lines, best-fit
+packing, which asks for the length of each document - every unit is read once, by several processes; what they have
+counted stands in a journal, one line a unit, so that a killed pass goes on where it was. Either way the numbers end in
+an index in `data.cache` that all processes map (`data.read.index`). The alternative, to count while training, would
+make every rank read what all ranks read since the start, or tie a run to its number of ranks.
 """
 
 import json
-import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from hashlib import sha256
 from multiprocessing import get_context
 from pathlib import Path
@@ -27,62 +26,79 @@ from data.errors import CorpusError
 from data.order.packing import best_fit
 from data.progress import count_bar
 from data.read.faults import BrokenUnit, Faults
+from data.read.index import Index, built_once
 from data.read.readers import Reader, digest_of
 from data.read.units import Sizes
-from data.read.workers import reader_of, start_worker
+from data.read.workers import reader_of, start_worker, usable_cores
 
-COUNTS_VERSION = 1
+COUNTS_VERSION = 2
 MIN_PARALLEL_BYTES = 2**26  # below, starting processes takes longer than reading
 
 
 def count_units(reader: Reader, packing: str, seq_length: int, cache: Path, skips: bool = False) -> Sizes:
     """The sizes of a reader's units, with their numbers of samples for best-fit packing.
 
+    Counted by the first process that asks, and mapped from an index by all others, in this run and later ones.
+
     Args:
-        cache: directory that keeps what had to be counted.
+        cache: directory that keeps the index.
         skips: leave broken units out (they hold nothing then) rather than stop at the first.
     Raises:
         BrokenUnit: a unit cannot be read.
     """
-    sizes = reader.known()
-    if sizes is not None and packing != BEST_FIT:
-        return sizes
-    key = digest_of([COUNTS_VERSION, reader.identity, seq_length if packing == BEST_FIT else 0])
-    journal = cache / "sizes" / f"{key[:32]}.jsonl"
+    length = seq_length if packing == BEST_FIT else 0
+    key = digest_of([COUNTS_VERSION, reader.identity, length, skips])
+    path = cache / "index" / key[:32]
+    arrays, notes = built_once(path, lambda: _count(reader, length, cache / "sizes" / f"{key[:32]}.jsonl", skips))
+    broken = [f"{reason} (to try it again, delete {path})" for reason in notes["broken"]]
+    samples = arrays["samples"] if length else None
+    return Sizes(arrays["documents"], arrays["tokens"], arrays["empty"], notes["digest"], samples, tuple(broken))
+
+
+def _count(reader: Reader, length: int, journal: Path, skips: bool) -> Index:
+    known = reader.known()
+    if known is not None and not length:
+        arrays = {"documents": known.documents, "tokens": known.tokens, "empty": known.empty}
+        return Index(arrays, {"digest": known.digest, "broken": list(known.broken)})
     entries = _read_journal(journal)
     missing = [unit for unit in range(reader.num_units) if unit not in entries]
     broken: list[str] = []
-    if missing:
-        _open_journal(journal)
-        with journal.open("a", encoding="utf-8") as file, count_bar(f"counting {reader.path}", len(missing)) as bar:
-            for unit, entry in _scan_all(reader, missing, seq_length if packing == BEST_FIT else None):
-                bar.update()
-                if isinstance(entry, BrokenUnit) and not skips:
-                    raise entry
-                if isinstance(entry, BrokenUnit):
-                    broken.append(str(entry))
-                    continue
-                entries[unit] = entry
-                file.write(json.dumps([unit, *entry]) + "\n")
-                file.flush()
-    return _sizes(reader, entries, packing, broken)
+    _open_journal(journal)
+    digest = None if known is None else known.digest
+    with journal.open("a", encoding="utf-8") as file, count_bar(f"counting {reader.path}", len(missing)) as bar:
+        for unit, entry in _scan_all(reader, missing, length, digest):
+            bar.update()
+            if isinstance(entry, BrokenUnit) and not skips:
+                raise entry
+            if isinstance(entry, BrokenUnit):
+                broken.append(str(entry))
+                continue
+            entries[unit] = entry
+            file.write(json.dumps([unit, *entry]) + "\n")
+            file.flush()
+    index = _index(reader, entries, broken)
+    journal.unlink()
+    return index
 
 
-def _sizes(reader: Reader, entries: dict[int, list[Any]], packing: str, broken: list[str]) -> Sizes:
+def _index(reader: Reader, entries: dict[int, list[Any]], broken: list[str]) -> Index:
     nothing = [0, 0, 0, 0, ""]
     columns = list(zip(*(entries.get(unit, nothing) for unit in range(reader.num_units)), strict=True))
-    documents, tokens, samples, empty = (np.array(column, dtype=np.int64) for column in columns[:4])
-    digest = sha256("".join(columns[4]).encode()).hexdigest()
-    sizes = Sizes(documents, tokens, empty, digest, broken=tuple(broken))
-    return replace(sizes, samples=samples) if packing == BEST_FIT else sizes
+    names = ("documents", "tokens", "samples", "empty")
+    arrays = {name: np.array(column, dtype=np.int64) for name, column in zip(names, columns, strict=False)}
+    return Index(arrays, {"digest": sha256("".join(columns[4]).encode()).hexdigest(), "broken": broken})
 
 
-def _scan(reader: Reader, unit: int, seq_length: int | None) -> list[Any] | BrokenUnit:
-    """[documents, tokens, samples, empty documents, hash of all tokens] of a unit."""
+def _scan(reader: Reader, unit: int, length: int, digest: str | None) -> list[Any] | BrokenUnit:
+    """[documents, tokens, samples, empty documents, hash of all tokens] of a unit.
+
+    Args:
+        length: tokens of a sample of best-fit packing; 0: there are no samples to count.
+        digest: of the source, where it is known: then lengths will do.
+    """
     try:
-        known = reader.known()
-        if known is not None:  # only samples are missing: lengths will do
-            lengths, empty, digest = reader.lengths(unit, Faults()), 0, known.digest
+        if digest is not None:
+            lengths, empty = reader.lengths(unit, Faults()), 0
         else:
             documents = reader.read(unit, Faults())
             lengths, empty = documents.lengths, documents.empty
@@ -92,25 +108,27 @@ def _scan(reader: Reader, unit: int, seq_length: int | None) -> list[Any] | Brok
             digest = hashed.hexdigest()
     except BrokenUnit as error:
         return error
-    samples = 0 if seq_length is None else len(best_fit(lengths, seq_length).ends)
+    samples = len(best_fit(lengths, length).ends) if length else 0
     return [len(lengths), int(lengths.sum()), samples, empty, digest]
 
 
-def _scan_here(task: tuple[int, int | None]) -> list[Any] | BrokenUnit:
-    unit, seq_length = task
-    return _scan(reader_of(0), unit, seq_length)
+def _scan_here(task: tuple[int, int, str | None]) -> list[Any] | BrokenUnit:
+    return _scan(reader_of(0), *task)
 
 
-def _scan_all(reader: Reader, units: list[int], seq_length: int | None) -> Iterator[tuple[int, list[Any] | BrokenUnit]]:
-    processes = min(os.cpu_count() or 1, len(units))
+def _scan_all(
+    reader: Reader, units: list[int], length: int, digest: str | None
+) -> Iterator[tuple[int, list[Any] | BrokenUnit]]:
+    processes = min(usable_cores(), len(units))
     if reader.num_bytes < MIN_PARALLEL_BYTES or processes < 2 or reader.in_process:
         for unit in units:
-            yield unit, _scan(reader, unit, seq_length)
+            yield unit, _scan(reader, unit, length, digest)
         return
     with ProcessPoolExecutor(
         processes, mp_context=get_context("spawn"), initializer=start_worker, initargs=([reader],)
     ) as workers:
-        yield from zip(units, workers.map(_scan_here, [(unit, seq_length) for unit in units]), strict=True)
+        tasks = [(unit, length, digest) for unit in units]
+        yield from zip(units, workers.map(_scan_here, tasks), strict=True)
 
 
 def _read_journal(journal: Path) -> dict[int, list[Any]]:

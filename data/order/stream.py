@@ -4,14 +4,14 @@ The order is a pure function of (seed, epoch, sample number). Rank and world siz
 read, so the whole state of a run's data is its step, and a run goes on with any number of processes.
 """
 
-from collections.abc import Iterator
 from functools import lru_cache
-from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 
 from data.config import BEST_FIT, SPLIT
 from data.errors import CorpusError
+from data.order.lanes import Lanes
 from data.order.packing import (
     PADDING,
     Bins,
@@ -25,26 +25,36 @@ from data.order.packing import (
 )
 from data.read.readers import Reader
 from data.read.unit_cache import UnitCache
-from data.read.units import Sizes, Unit
+from data.read.units import Sizes, Unit, token_dtype
 
-# Samples are dealt out at random within windows of this many samples, or of fewer that hold so many tokens, so that a
-# batch is not a few long documents in a row; a window spans few units, so that reading stays local and memory bounded.
-WINDOW_SAMPLES = 4096
-WINDOW_TOKENS = 2**24
-# How many units' orders of documents are kept, for windows over many small units.
-KEPT_LAYOUTS = 128
+KEPT_LAYOUTS = 16  # orders of documents within units, beside those that the lanes have open
 # Part of what a run remembers: raise it when the order of samples changes, so that no run resumes in another one.
-ORDER_VERSION = 2
+ORDER_VERSION = 3
+
+
+class Place(NamedTuple):
+    """Where a sample lies: its position in the epoch, its lane, and the spans of units that it is cut from.
+
+    A span is (item in the epoch's order of units, first, after its last), in tokens of the unit; with best-fit
+    packing it is one sample of the unit.
+    """
+
+    epoch: int
+    position: int
+    lane: int
+    spans: list[tuple[int, int, int]]
 
 
 class TokenStream:
     """The endless stream of samples of one source, epoch after epoch.
 
-    With `shuffle` each epoch has an order of its own: of the units, of the documents within each unit (with best-fit
-    packing, which must not depend on the epoch: of the samples within each unit), and of the samples within each
-    window. Not for two threads at a time. CorpusError where the source does not fill a single sample.
+    With `shuffle_bytes` each epoch has an order of its own: of the units within stretches of the source, of the
+    documents within each unit (with best-fit packing, which must not depend on the epoch: of the samples within each
+    unit), and of the samples, which are dealt out from many places at once (`data.order.lanes`). Not for two threads
+    at a time. CorpusError where the source does not fill a single sample.
 
     Args:
+        shuffle_bytes: of open units; 0 leaves everything as it lies.
         cache: where units come from; `source` is this stream's number in it. By default one of its own.
     """
 
@@ -54,7 +64,7 @@ class TokenStream:
         sizes: Sizes,
         seq_length: int,
         seed: int,
-        shuffle: bool = True,
+        shuffle_bytes: int,
         packing: str = SPLIT,
         cache: UnitCache | None = None,
         source: int = 0,
@@ -71,45 +81,79 @@ class TokenStream:
         if seed < 0:
             raise CorpusError(f"seed={seed} is negative: use 0 or more")
         self.reader, self.sizes = reader, sizes
-        self.seq_length, self.seed = seq_length, seed
-        self.shuffle, self.packing = shuffle, packing
+        self.seq_length, self.seed, self.packing = seq_length, seed, packing
+        self.shuffle = shuffle_bytes > 0
         self.cache = cache or UnitCache([(reader, sizes)])
         self._source = source
         self._unit_sizes = sizes.packed if packing == BEST_FIT else sizes.tokens
-        self._window: tuple[int, int] | None = None  # the epoch and window that the last sample was taken from
-        self._document_layout = lru_cache(KEPT_LAYOUTS)(self._lay_out_documents)
-        self._bins = lru_cache(KEPT_LAYOUTS)(self._pack_unit)
-        self._bin_order = lru_cache(KEPT_LAYOUTS)(self._order_bins)
+        self.lanes = Lanes(self.samples_per_epoch)
+        if self.shuffle:
+            itemsize = token_dtype(reader.vocab_size).itemsize
+            open_bytes = sizes.tokens * itemsize
+            self.lanes = Lanes.within(shuffle_bytes, open_bytes, self.samples_per_epoch, seq_length * itemsize)
+        self._places: dict[int, Place] = {}  # of samples that were asked for
+        layouts = KEPT_LAYOUTS + 2 * self.lanes.count
+        self._document_layout = lru_cache(layouts)(self._lay_out_documents)
+        self._bins = lru_cache(layouts)(self._pack_unit)
+        self._bin_order = lru_cache(layouts)(self._order_bins)
         self._unit_layout = lru_cache(2)(self._lay_out_units)
-        self._window_order = lru_cache(2)(self._order_window)
+        self._window_order = lru_cache(2 * self.lanes.count)(self._order_window)
+
+    def lane_of(self, numbers: np.ndarray) -> np.ndarray:
+        """int64: which lane each sample comes from."""
+        return self.lanes.lane(numbers % self.samples_per_epoch)
+
+    def in_lanes(self, numbers: range) -> list[int]:
+        """The samples of a step by lane: neighbours come from the same units."""
+        own = np.arange(numbers.start, numbers.stop)
+        return own[np.argsort(self.lane_of(own), kind="stable")].tolist()
+
+    def ask(self, index: int) -> None:
+        """Begins to read what sample `index` needs."""
+        place = self._places[index] = self._find(index)
+        units, ends = self._unit_layout(place.epoch)
+        for item, _, _ in place.spans:
+            # The last sample that begins in the unit; with best-fit packing, its own last sample.
+            last = int(ends[item]) - 1 if self.packing == BEST_FIT else (int(ends[item]) - 1) // self.seq_length
+            last_use = place.epoch * self.samples_per_epoch + self.lanes.last_place(place.lane, last)
+            self.cache.ask((self._source, int(units[item])), last_use)
+
+    def release(self, index: int) -> None:
+        """Lets go of what no sample from `index` on was said to need."""
+        self.cache.release(self._source, index)
 
     def sample(self, index: int) -> Sample:
         """Sample `index` >= 0 counted over all epochs; opens at most the units that it overlaps."""
-        epoch, position = divmod(index, self.samples_per_epoch)
-        if self.shuffle:
-            window, place = divmod(position, self._window_size)
-            self._read_ahead(epoch, window)
-            position = window * self._window_size + int(self._window_order(epoch, window)[place])
-        units, ends = self._unit_layout(epoch)
+        place = self._places.pop(index, None) or self._find(index)
+        units, _ = self._unit_layout(place.epoch)
         if self.packing == BEST_FIT:
-            item = int(np.searchsorted(ends, position, side="right"))
-            number = position - (int(ends[item - 1]) if item else 0)
-            return self._packed(epoch, int(units[item]), number)
+            ((item, number, _),) = place.spans
+            return self._packed(place.epoch, int(units[item]), number)
         pieces: list[np.ndarray] = []
         broken = []  # pieces that stand for tokens of a broken unit
-        for item, start, stop in overlaps(ends, *sample_span(position, self.seq_length)):
-            found = self._pieces(epoch, int(units[item]), start, stop)
+        for item, start, stop in place.spans:
+            found = self._pieces(place.epoch, int(units[item]), start, stop)
             broken += [found is None] * (1 if found is None else len(found))
             pieces += [np.zeros(stop - start, dtype=np.int64)] if found is None else found
         sample = pack(pieces)
         return self._without(sample, np.flatnonzero(broken)) if any(broken) else sample
 
     def close(self) -> None:
+        """Ends the cache."""
         self.cache.close()
 
-    @property
-    def _window_size(self) -> int:
-        return max(1, min(WINDOW_SAMPLES, WINDOW_TOKENS // self.seq_length))
+    def _find(self, index: int) -> Place:
+        epoch, place = divmod(index, self.samples_per_epoch)
+        lane, window, number = self.lanes.find(place)
+        if self.shuffle:
+            number = int(self._window_order(epoch, lane, window)[number])
+        position = self.lanes.start(lane) + window * self.lanes.window + number
+        _, ends = self._unit_layout(epoch)
+        if self.packing == BEST_FIT:
+            span = position, position + 1
+        else:
+            span = sample_span(position, self.seq_length)
+        return Place(epoch, position, lane, list(overlaps(ends, *span)))
 
     def _pieces(self, epoch: int, unit_index: int, start: int, stop: int) -> list[np.ndarray] | None:
         """Tokens [start, stop) of a unit in this epoch's order, cut at the ends of documents; None if it is broken."""
@@ -143,44 +187,37 @@ class TokenStream:
         assert unit is not None  # a broken unit's documents are not laid out
         return unit
 
-    def _read_ahead(self, epoch: int, window: int) -> None:
-        """Tells the cache what this window needs, and the next."""
-        if self._window == (epoch, window):
-            return
-        self._window = epoch, window
-        following = window + 1
-        is_last = following * self._window_size >= self.samples_per_epoch
-        places = ((epoch, window), (epoch + 1, 0) if is_last else (epoch, following))
-        self.cache.expect(self._source, chain.from_iterable(self._units_of_window(*place) for place in places))
-
-    def _units_of_window(self, epoch: int, window: int) -> Iterator[int]:
-        first = window * self._window_size
-        last = min(first + self._window_size, self.samples_per_epoch)
-        units, ends = self._unit_layout(epoch)
-        if self.packing != BEST_FIT:
-            first, last = sample_span(first, self.seq_length)[0], sample_span(last - 1, self.seq_length)[1]
-        return (int(units[item]) for item, _, _ in overlaps(ends, first, last))
-
-    def _order_window(self, epoch: int, window: int) -> np.ndarray:
-        size = min(self._window_size, self.samples_per_epoch - window * self._window_size)
-        return permutation(size, self.seed, epoch, 0, 1 + window)
+    def _order_window(self, epoch: int, lane: int, window: int) -> np.ndarray:
+        return permutation(self.lanes.window_size(lane, window), self.seed, epoch, 0, 1 + lane, window)
 
     def _lay_out_units(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        return self._lay_out(self._unit_sizes, epoch, 0)
+        """Units in the order of an epoch: stretches of the source one after the other, each in a random order.
+
+        There is a stretch for each lane. Where the first begins is random too, so that the borders move.
+        """
+        order = np.arange(len(self._unit_sizes))
+        if self.shuffle:
+            total = int(self._unit_sizes.sum())
+            shift, *_ = np.random.PCG64(np.random.SeedSequence((self.seed, epoch, 0))).random_raw(1) % np.uint64(total)
+            middle = np.cumsum(self._unit_sizes) - self._unit_sizes // 2
+            stretch = (middle + int(shift)) % total * self.lanes.count // total
+            order = permutation(len(order), self.seed, epoch, 0)
+            order = order[np.argsort(stretch[order], kind="stable")]
+        return order, np.cumsum(self._unit_sizes[order])
 
     def _lay_out_documents(self, epoch: int, unit_index: int) -> tuple[np.ndarray, np.ndarray]:
-        return self._lay_out(self._whole_unit(unit_index).lengths, epoch, 1 + unit_index)
+        """Documents of a unit in the order of an epoch, and where each ends when they are laid end to end."""
+        lengths = self._whole_unit(unit_index).lengths
+        order = np.arange(len(lengths))
+        if self.shuffle:
+            order = permutation(len(lengths), self.seed, epoch, 1 + unit_index)
+        return order.astype(np.int32), np.cumsum(lengths[order])
 
     def _pack_unit(self, unit_index: int) -> Bins:
         return best_fit(self._whole_unit(unit_index).lengths, self.seq_length)
 
     def _order_bins(self, epoch: int, unit_index: int) -> np.ndarray:
         return permutation(int(self.sizes.packed[unit_index]), self.seed, epoch, 1 + unit_index)
-
-    def _lay_out(self, lengths: np.ndarray, *key: int) -> tuple[np.ndarray, np.ndarray]:
-        """Items in the order of this `key`, and where each ends when they are laid end to end."""
-        order = permutation(len(lengths), self.seed, *key) if self.shuffle else np.arange(len(lengths))
-        return order, np.cumsum(lengths[order])
 
 
 def permutation(length: int, *key: int) -> np.ndarray:

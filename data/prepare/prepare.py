@@ -13,13 +13,14 @@ import tokenizers
 
 from data.config import EMBEDDED, TRAIN_TOKENIZER, DataConfig, PrepareConfig
 from data.errors import CorpusError, one_line
+from data.files import locked
 from data.prepare.check import check_prepare
 from data.prepare.documents import Source, is_held_out
 from data.prepare.embedded import embedded_source
 from data.prepare.encoding import Encoder, encode_all
 from data.prepare.shard_writer import ShardWriter
 from data.prepare.sources import dataset_source
-from data.prepare.staging import Staging, check_free, locked, staged
+from data.prepare.staging import Staging, check_free, staged
 from data.progress import byte_bar
 from data.read.manifest import HELDOUT, MANIFEST_VERSION, SPLITS, TRAIN, Manifest, file_info, is_corpus, write_manifest
 from data.read.readers import digest_of

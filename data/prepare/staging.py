@@ -5,8 +5,6 @@ OUTPUT.partial/finished.jsonl  a line for each finished shard, written after the
 OUTPUT.partial/corpus/         the files, which become OUTPUT all at once
 """
 
-import errno
-import fcntl
 import json
 import os
 import shutil
@@ -18,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import CorpusError, changes, one_line
-from data.files import write_whole
+from data.files import locked, write_whole
 from data.prepare.documents import START, Place
 from data.read.manifest import SPLITS, ShardInfo
 
@@ -170,21 +168,3 @@ def check_free(output: Path) -> None:
     """Refuses a directory that holds something."""
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise CorpusError(f"output={output} exists already: name a new directory, or delete it first")
-
-
-@contextmanager
-def locked(path: Path, wait: bool) -> Iterator[None]:
-    """Holds the lock of a file, alone of all processes.
-
-    Raises:
-        BlockingIOError: another process holds it, and `wait` is false.
-    """
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError as error:
-            # Some cluster disks know no locks. Processes that make the same corpus write the same bytes, each file
-            # whole, and the first to end wins.
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-        yield

@@ -1,7 +1,7 @@
 """Megatron's `.bin` and `.idx` files, through megatron-core's own reader: the only file of `data` that imports it."""
 
 from functools import cached_property
-from hashlib import sha256
+from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,11 @@ class MegatronReader(Reader):
         borders = self._dataset.document_indices
         return np.diff(np.concatenate([[0], self._sequence_ends])[borders])
 
+    @cached_property
+    def _index_hash(self) -> str:
+        with Path(f"{self._prefix}.idx").open("rb") as file:
+            return file_digest(file, "sha256").hexdigest()
+
     @property
     def num_units(self) -> int:
         return len(self._firsts)
@@ -97,8 +102,7 @@ class MegatronReader(Reader):
         documents = np.add.reduceat(self._document_lengths > 0, firsts, dtype=np.int64)
         empty = np.add.reduceat(self._document_lengths == 0, firsts, dtype=np.int64)
         tokens = np.add.reduceat(self._document_lengths, firsts) + (documents if self._appends else 0)
-        digest = digest_of([sha256(Path(f"{self._prefix}.idx").read_bytes()).hexdigest(), self.num_bytes])
-        return Sizes(documents, tokens, empty, digest)
+        return Sizes(documents, tokens, empty, digest_of([self._index_hash, self.num_bytes]))
 
     def _documents(self, unit: int) -> tuple[int, int]:
         last = self._firsts[unit + 1] if unit + 1 < self.num_units else len(self._document_lengths)

@@ -23,12 +23,14 @@ class Reader(ABC):
         vocab_size: every token is below it.
         in_process: reading costs next to nothing (a memory map), so no worker process is asked for it.
         left_out: what lies beside the units and is not read (another split, a cache, a broken file), for people.
+        mapped: units are memory maps of files, so what a worker process has read is mapped, not sent.
     """
 
     path: str
     vocab_size: int
     in_process = False
     left_out: tuple[str, ...] = ()
+    mapped = False
 
     @property
     @abstractmethod
@@ -153,27 +155,72 @@ class ChosenUnits(Wrapped):
         return Sizes(documents, tokens, empty, digest_of([sizes.digest, self._units]))
 
 
-class Subset(Wrapped):
-    """A uniform sample of another reader's documents.
+class Subset(ChosenUnits):
+    """A share of another reader's units, spread evenly over it: whole ones, and of one more a share of its documents.
 
-    A document stays if the seeded hash of its tokens lies below `fraction` of all hashes. So a smaller fraction is
-    part of a larger one, copies of a document stay or go together, and neither its place nor the format it is
-    stored in matters.
+    Units are taken in a seeded order whose every beginning is spread evenly, until they hold `fraction` of the tokens
+    (or of the units, where nobody knows their tokens without reading them). Of the last unit a document stays if the
+    seeded hash of its tokens lies below its share of all hashes. So a smaller fraction is part of a larger one, and
+    what is not trained on is not read.
     """
 
     def __init__(self, base: Reader, fraction: float, seed: int) -> None:
-        super().__init__(base)
-        self._limit, self._seed = int(fraction * 2**64), seed
+        order, known = spread_order(base.num_units, seed), base.known()
+        weights = np.ones(base.num_units, dtype=np.int64) if known is None else known.tokens
+        ends = np.cumsum(weights[order])
+        wanted = fraction * int(ends[-1])
+        whole = int(np.searchsorted(ends, wanted, side="right"))
+        units, self._limit, self._seed = sorted(order[:whole].tolist()), 0, seed
+        last = int(order[min(whole, len(order) - 1)])
+        if whole < len(order):
+            begin = int(ends[whole - 1]) if whole else 0
+            self._limit = int((wanted - begin) / int(weights[last]) * 2**64)
+            if self._limit:
+                units = sorted([*units, last])
+        super().__init__(base, units)
+        self._cut = units.index(last) if self._limit else None
 
     @property
     def identity(self) -> list[Any]:
-        return [*self._base.identity, "subset", self._limit, self._seed]
+        return [*super().identity, "subset", self._limit, self._seed]
 
     def read(self, unit: int, faults: Faults) -> Unit:
-        documents = self._base.read(unit, faults)
+        documents = super().read(unit, faults)
+        if unit != self._cut:
+            return documents
         numbers = range(documents.num_documents)
         kept = [document_hash(documents.document(number), self._seed) < self._limit for number in numbers]
         return documents.keep(np.array(kept, dtype=bool))
+
+    def lengths(self, unit: int, faults: Faults) -> np.ndarray:
+        return super().lengths(unit, faults) if unit != self._cut else self.read(unit, faults).lengths
+
+    def known(self) -> Sizes | None:
+        sizes = super().known()
+        if sizes is None or self._cut is None:
+            return sizes
+        unit = self.read(self._cut, Faults())  # the only one that has to be read
+        documents, tokens = sizes.documents.copy(), sizes.tokens.copy()
+        documents[self._cut], tokens[self._cut] = unit.num_documents, unit.num_tokens
+        return Sizes(documents, tokens, sizes.empty, digest_of([sizes.digest, self._limit, self._seed]))
+
+
+def spread_order(count: int, seed: int) -> np.ndarray:
+    """int64 [count]: numbers below `count` in a seeded order, of which the first n lie spread evenly for any n.
+
+    The bits of 0, 1, 2, ... reversed, each flipped at random depending on the higher ones (Owen, "Randomly permuted
+    (t,m,s)-nets and (t,s)-sequences", 1995), so that no rhythm in a corpus can meet one in the order.
+    """
+    bits = (count - 1).bit_length()
+    numbers = np.arange(1 << bits)
+    order = np.zeros_like(numbers)
+    for bit in range(bits):
+        order |= (numbers >> bit & 1) << (bits - 1 - bit)
+    flipped = order.copy()
+    for bit in range(bits):
+        flips = np.random.PCG64(np.random.SeedSequence((seed, bit))).random_raw(1 << bit) >> np.uint64(63)
+        flipped ^= flips.astype(np.int64)[order >> (bits - bit)] << (bits - 1 - bit)
+    return flipped[flipped < count]
 
 
 class Joined(Reader):

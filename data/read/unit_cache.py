@@ -1,11 +1,13 @@
-"""Units in memory: read ahead by worker processes, kept while they are needed, and never more than a budget of them.
+"""Units in memory: read ahead of their use, kept until their last, and never more than a budget of bytes.
 
-A worker is asked for a unit by number and remembers nothing, so one that dies takes nothing along: its units are asked
-for again. The order of samples is made by those who ask, in one place, whatever the number of workers.
+Whoever asks for a unit says the number of the last sample that may need it; once the samples have passed that number,
+the unit is let go, read or still on its way. A worker is asked for a unit by number and remembers nothing, so one that
+dies takes nothing along: its units are asked for again. The order of samples is made by those who ask, in one place,
+whatever the number of workers.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -16,32 +18,60 @@ from data.read.readers import Reader
 from data.read.units import Sizes, Unit
 from data.read.workers import Key, Workers
 
-# Where nobody says what will be asked for: three windows of samples (stream.WINDOW_TOKENS).
-KEPT_TOKENS = 3 * 2**24
-KEPT_UNITS = 4  # at least, however large they are
+DEFAULT_BYTES = 2**28
+KEPT_UNITS = 2  # at least, however large they are: a sample may lie at the border of two
 
 
 class UnitCache:
-    """The units of several sources by (source, unit). For one thread at a time. Close it when done."""
+    """The units of several sources by (source, unit). For one thread at a time. Close it when done.
 
-    def __init__(self, sources: Sequence[tuple[Reader, Sizes]], workers: int = 0, on_corrupt: str = STOP) -> None:
+    Args:
+        workers: processes that read ahead; 0 reads ahead in a thread.
+        num_bytes: of tokens that are kept at most, but for KEPT_UNITS units; more is read again when it is needed.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[tuple[Reader, Sizes]],
+        workers: int = 0,
+        on_corrupt: str = STOP,
+        num_bytes: int = DEFAULT_BYTES,
+    ) -> None:
         self.faults = Faults()
         self._sources = list(sources)
         self._skips = on_corrupt == SKIP
+        self._num_bytes = num_bytes
         self._kept: OrderedDict[Key, Unit | None] = OrderedDict()
-        self._kept_tokens = 0
+        self._kept_bytes = 0
         self._coming: dict[Key, Future[tuple[Any, Faults]]] = {}
+        self._last_use: dict[Key, int] = {}
         # Workers are spared what is read in this process: it would only be copied and imported there.
-        readers = [None if reader.in_process else reader for reader, _ in sources]
-        self._workers = Workers(readers, workers) if workers and any(readers) else None
+        self._readers = [None if reader.in_process else reader for reader, _ in sources]
+        self._num_workers = workers
+        self._workers: Workers | None = None  # started when something is asked for
 
-    def expect(self, source: int, units: Iterable[int]) -> None:
-        """The units of a source that will be asked for soon: workers begin to read them, and others are let go."""
-        keys = dict.fromkeys((source, unit) for unit in units)
-        for key in [key for key in self._kept if key[0] == source and key not in keys]:
-            self._drop(key)
-        for key in keys:
-            self._ask(key)
+    @property
+    def held(self) -> int:
+        """Units that are kept or on their way."""
+        return len(self._kept) + len(self._coming)
+
+    def ask(self, key: Key, last_use: int) -> None:
+        """Begins to read a unit that will be needed, for the last time by sample `last_use` of its source."""
+        self._last_use[key] = max(last_use, self._last_use.get(key, last_use))
+        known = key in self._kept or key in self._coming
+        if not known and self._readers[key[0]] is not None:
+            if self._workers is None:
+                self._workers = Workers(self._readers, self._num_workers)
+            self._coming[key] = self._workers.submit(key)
+
+    def release(self, source: int, sample: int) -> None:
+        """Lets go of what no sample of a source from `sample` on was said to need."""
+        for key in [key for key, last in self._last_use.items() if key[0] == source and last < sample]:
+            del self._last_use[key]
+            if key in self._kept:
+                self._drop(key)
+            if (future := self._coming.pop(key, None)) is not None:
+                future.cancel()
 
     def get(self, key: Key) -> Unit | None:
         """A unit, or None for a broken one that is skipped.
@@ -63,24 +93,20 @@ class UnitCache:
         return unit
 
     def close(self) -> None:
+        """Ends the workers and lets go of everything."""
         if self._workers is not None:
             self._workers.close()
+            self._workers = None
         self._coming.clear()
+        self._last_use.clear()
         self._kept.clear()
-        self._kept_tokens = 0
-
-    def _ask(self, key: Key) -> None:
-        """Lets a worker read a unit, unless it is there, on its way, or read in this process."""
-        known = key in self._kept or key in self._coming
-        if self._workers is not None and not known and not self._sources[key[0]][0].in_process:
-            self._coming[key] = self._workers.submit(key)
+        self._kept_bytes = 0
 
     def _read(self, key: Key) -> Unit:
         source, number = key
         reader = self._sources[source][0]
-        if self._workers is None or reader.in_process:
+        if self._workers is None or key not in self._coming:
             return reader.read(number, self.faults)
-        self._ask(key)
         while True:
             try:
                 unit, faults = self._coming[key].result()
@@ -94,7 +120,7 @@ class UnitCache:
             self.faults.add(faults)
             if isinstance(unit, BrokenUnit):
                 raise unit
-            return unit
+            return reader.read(number, self.faults) if unit is None else unit
 
     def _checked(self, key: Key, unit: Unit) -> Unit:
         reader, sizes = self._sources[key[0]]
@@ -108,13 +134,13 @@ class UnitCache:
 
     def _keep(self, key: Key, unit: Unit | None) -> None:
         self._kept[key] = unit
-        self._kept_tokens += _tokens(unit)
-        while len(self._kept) > KEPT_UNITS and self._kept_tokens > KEPT_TOKENS * len(self._sources):
+        self._kept_bytes += _bytes(unit)
+        while len(self._kept) > KEPT_UNITS and self._kept_bytes > self._num_bytes:
             self._drop(next(iter(self._kept)))
 
     def _drop(self, key: Key) -> None:
-        self._kept_tokens -= _tokens(self._kept.pop(key))
+        self._kept_bytes -= _bytes(self._kept.pop(key))
 
 
-def _tokens(unit: Unit | None) -> int:
-    return 0 if unit is None else len(unit.tokens)
+def _bytes(unit: Unit | None) -> int:
+    return 0 if unit is None else unit.tokens.nbytes

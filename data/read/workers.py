@@ -1,35 +1,42 @@
-"""Worker processes: those that read units for a training process, and what every worker does first."""
+"""Workers: the processes, or the thread, that read units for a training process; what every worker does first."""
 
 import os
 import signal
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 from data.errors import CorpusError
 from data.read.faults import BrokenUnit, Faults
 from data.read.readers import Reader
 
-MAX_RESTARTS = 5  # without a unit read in between
+MAX_RESTARTS = 5  # by default, without a unit read in between
 
 type Key = tuple[int, int]  # source, unit
 
 
 class Workers:
-    """Processes that read units. They end with the process that started them, even if that is killed."""
+    """Reads units elsewhere: `count` processes, or with 0 a thread of this one.
 
-    def __init__(self, readers: Sequence[Reader | None], count: int) -> None:
-        self._readers, self._count = list(readers), count
+    Processes end with the one that started them, even if that is killed.
+    """
+
+    def __init__(self, readers: Sequence[Reader | None], count: int, max_restarts: int = MAX_RESTARTS) -> None:
+        self._readers, self._count, self._max_restarts = list(readers), count, max_restarts
         self._restarts = 0
         self._pool = self._start()
 
     def submit(self, key: Key) -> Future[tuple[Any, Faults]]:
+        """A unit or what is wrong with it, and the faults met on the way; no unit where it is mapped from a file."""
         try:
-            return self._pool.submit(_read_unit, key)
+            if not self._count:
+                return self._pool.submit(_read_unit, self._readers[key[0]], key[1])
+            return self._pool.submit(_read_in_worker, key)
         except BrokenProcessPool as error:
             broken: Future[tuple[Any, Faults]] = Future()
             broken.set_exception(error)
@@ -42,7 +49,7 @@ class Workers:
             CorpusError: they keep dying.
         """
         self._restarts += 1
-        if self._restarts > MAX_RESTARTS:
+        if self._restarts > self._max_restarts:
             raise CorpusError(
                 f"data.workers={self._count}: the workers were killed {self._restarts} times while {label} was read: "
                 f"give them more memory, or choose fewer"
@@ -56,7 +63,9 @@ class Workers:
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _start(self) -> ProcessPoolExecutor:
+    def _start(self) -> Executor:
+        if not self._count:
+            return ThreadPoolExecutor(1, "reader")
         # A fork would copy threads and devices of a training process.
         return ProcessPoolExecutor(
             self._count, mp_context=get_context("spawn"), initializer=start_worker, initargs=(self._readers,)
@@ -79,13 +88,30 @@ def reader_of(source: int) -> Reader:
     return found
 
 
-def _read_unit(key: Key) -> tuple[Any, Faults]:
-    """A unit or what is wrong with it, and the faults met on the way."""
+def _read_unit(reader: Reader | None, number: int) -> tuple[Any, Faults]:
     faults = Faults()
+    assert reader is not None  # one that costs nothing to read stays where it is asked for
     try:
-        return reader_of(key[0]).read(key[1], faults), faults
+        return reader.read(number, faults), faults
     except BrokenUnit as error:
         return error, faults
+
+
+def _read_in_worker(key: Key) -> tuple[Any, Faults]:
+    reader = reader_of(key[0])
+    found, faults = _read_unit(reader, key[1])
+    mapped = reader.mapped and not isinstance(found, BrokenUnit)
+    return None if mapped else found, faults
+
+
+def usable_cores() -> int:
+    """Processor cores that this process may use: of the machine, of its affinity and of its control group."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, round(int(quota) / int(period))))
 
 
 def serve_parent() -> None:

@@ -6,32 +6,25 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data.config import DataConfig, PrepareConfig
-from data.dataset import Dataset
+from data.dataset import Dataset, check_data
 from data.errors import CorpusError
 from data.loader import Loader
 from data.order.batches import BatchSchedule
 from data.prepare.prepare import prepare
 from data.read.faults import Faults
+from data.read.readers import spread_order
 from data.text.tokenizer import Tokenizer, train_bpe
 from tests.data.conftest import text_of
 from tests.data.kinds import WRITERS, encoded, write_jsonl
 
 SEQ, GLOBAL = 16, 8
 TEXTS = [text_of(number) for number in range(90)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def small_pieces() -> Iterator[None]:
-    """Units and windows so small that a few kilobytes hold many."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("data.order.stream.WINDOW_SAMPLES", 24)
-        patch.setattr("data.order.mixture.BLOCK_SAMPLES", 32)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +37,7 @@ def settings_of(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path) 
     def make(kind: str, **changes) -> DataConfig:
         path, column = written[kind]
         common = {"seq_length": SEQ, "cache": str(root / "cache"), "tokenizer": str(tokenizer_file), "unit_bytes": 1600}
+        common["shuffle_bytes"] = 2**14
         return DataConfig(**({"corpus": str(path), "column": column} | common | changes))
 
     return make
@@ -89,7 +83,7 @@ def step_hashes(dataset: Dataset, world: int, first: int, steps: int, micro: int
                 for number, batch in enumerate(next(loader)):
                     for row in range(micro):
                         content = batch.tokens[row].numpy().tobytes() + batch.documents[row].numpy().tobytes()
-                        rows[step][(number * world + rank) * micro + row] = content
+                        rows[step][rank * (GLOBAL // world) + number * micro + row] = content
     assert all(sorted(step) == list(range(GLOBAL)) for step in rows)
     return [hashlib.sha256(b"".join(step[row] for row in range(GLOBAL))).hexdigest() for step in rows]
 
@@ -166,22 +160,35 @@ def test_workers_change_nothing(mixed, straight, workers: int) -> None:
     assert step_hashes(dataset, world=1, first=5, steps=20) == straight("mixture", "best_fit", 1.0)[5:25]
 
 
-def test_formats_of_the_same_text_keep_the_same_subset(settings_of) -> None:
-    kinds = ("parquet tokens", "parquet text", "jsonl text", "megatron")
-    kept = {kind: {} for kind in kinds}
-    for kind in kinds:
-        for subset in (0.2, 0.5, 1.0):
-            # Held-out units are chosen before, and differ between formats: they are left out of the comparison.
-            dataset = Dataset(settings_of(kind, subset=subset, heldout_fraction=0.0))
-            kept[kind][subset] = set(documents_of(dataset))
-            assert dataset.sources[0].sizes.num_documents == len(kept[kind][subset])
-    assert all(kept[kind] == kept[kinds[0]] for kind in kinds)
-    few, half, all_ = (kept[kinds[0]][subset] for subset in (0.2, 0.5, 1.0))
-    assert few < half < all_
-    # A binomial of 90 documents: three standard deviations.
-    assert abs(len(half) - 45) < 15 and abs(len(few) - 18) < 12
-    other = set(documents_of(Dataset(settings_of("megatron", subset=0.5, subset_seed=1, heldout_fraction=0.0))))
-    assert other != half
+@pytest.mark.parametrize("kind", ["parquet tokens", "jsonl text", "megatron"])
+def test_a_subset_is_part_of_a_larger_one_and_reads_no_more_than_its_units(settings_of, kind: str) -> None:
+    kept: dict[float, set] = {}
+    for subset in (0.1, 0.2, 0.5, 1.0):
+        # Held-out units are chosen before: they are left out of the comparison.
+        dataset = Dataset(settings_of(kind, subset=subset, heldout_fraction=0.0))
+        (source,) = dataset.sources
+        kept[subset] = set(documents_of(dataset))
+        assert source.sizes.num_documents == len(kept[subset])
+        whole = Dataset(settings_of(kind, heldout_fraction=0.0)).sources[0]
+        assert source.train.num_units <= subset * whole.train.num_units + 2
+        # Within a document of the share, or a unit where nobody knows the tokens before they are read.
+        within = 0.15 if kind == "jsonl text" else 0.06
+        assert abs(source.sizes.num_tokens / whole.sizes.num_tokens - subset) < within
+    assert kept[0.1] < kept[0.2] < kept[0.5] < kept[1.0]
+    other = set(documents_of(Dataset(settings_of(kind, subset=0.5, subset_seed=1, heldout_fraction=0.0))))
+    assert other != kept[0.5]
+
+
+@pytest.mark.parametrize("count", [1, 2, 13, 64, 1000])
+def test_the_units_of_a_subset_are_spread_evenly(count: int) -> None:
+    order = spread_order(count, seed=4)
+    assert sorted(order) == list(range(count))
+    for kept in (count // 8, count // 3, count // 2):
+        # No stretch of the corpus has two units more or less than its share, but for the rounding of powers of two.
+        found = np.histogram(order[:kept], bins=4, range=(0, count))[0]
+        assert (np.abs(found - kept / 4) <= 2 + 0.02 * count).all()
+    if count > 2:
+        assert order.tolist() != spread_order(count, seed=5).tolist()
 
 
 def test_a_run_says_what_it_really_reads(settings_of) -> None:
@@ -190,7 +197,7 @@ def test_a_run_says_what_it_really_reads(settings_of) -> None:
     (line,) = dataset.describe()
     assert f"{source.sizes.num_tokens:,} tokens to train on in {source.sizes.num_documents:,} documents" in line
     assert f"of {source.whole.num_tokens:,} (data.subset=0.5)" in line
-    assert "best-fit packing fills 86.43% of all places" in line
+    assert "best-fit packing fills 89.82% of all places" in line
 
 
 def test_identity_names_what_changed(settings_of, mixed) -> None:
@@ -201,6 +208,7 @@ def test_identity_names_what_changed(settings_of, mixed) -> None:
         "data.packing": replace(config, packing="best_fit"),
         "data.subset": replace(config, subset=0.5),
         "data.corpus": settings_of("megatron"),
+        "data.shuffle_bytes": replace(config, shuffle_bytes=2**13),
     }
     for name, changed in changes.items():
         after = Dataset(changed).identity(seed=1)
@@ -213,13 +221,43 @@ def test_identity_names_what_changed(settings_of, mixed) -> None:
 
 def test_cursors_count_what_each_source_has_given(mixed) -> None:
     dataset = Dataset(mixed())
-    stream = dataset.train_stream(seed=3)
-    cursors = dataset.cursors(25, stream)
+    cursors = dataset.cursors(25)
     # 25 samples of 0.5, 0.3 and 0.2: the exact shares, rounded one after the other.
     assert [cursor["samples"] for cursor in cursors.values()] == [12, 7, 6]
-    assert sum(cursor["samples"] for cursor in dataset.cursors(1000, stream).values()) == 1000
-    assert [c["epoch"] for c in dataset.cursors(10**9, stream).values()][1] == 0  # weight 0 after 25 samples
-    stream.close()
+    assert sum(cursor["samples"] for cursor in dataset.cursors(1000).values()) == 1000
+    assert [c["epoch"] for c in dataset.cursors(10**9).values()][1] == 0  # weight 0 after 25 samples
+    progress = dataset.progress(1000)
+    assert sum(value for name, value in progress.items() if name.startswith("tokens/")) == 1000 * SEQ
+    epochs = [value for name, value in progress.items() if name.startswith("epoch/")]
+    assert [int(epoch) for epoch in epochs] == [cursor["epoch"] for cursor in dataset.cursors(1000).values()]
+    assert max(epochs) > 3
+
+
+def test_a_source_that_would_be_read_too_often_is_refused(mixed) -> None:
+    dataset = Dataset(mixed(max_repeats=1.5))
+    dataset.check_repeats(100)
+    with pytest.raises(CorpusError, match=r"data\.max_repeats=1\.5, but .* read \d\.\d\d times in 16,000 tokens"):
+        dataset.check_repeats(1000)
+    Dataset(mixed()).check_repeats(10**9)
+    lines = dataset.describe(1000)
+    assert sum(line.startswith("of the run: ") for line in lines) == 3
+    assert any(" tokens, read " in line for line in lines)
+
+
+def test_weights_come_from_a_file(mixed, tmp_path: Path) -> None:
+    config = mixed()
+    file = tmp_path / "weights.yaml"
+    file.write_text("".join(f"{path}: {weight}\n" for path, weight in config.sources))
+    there = replace(config, sources=(), sources_file=str(file))
+    check_data(there, 0)
+    assert Dataset(there).identity(3) == Dataset(config).identity(3)
+    with pytest.raises(CorpusError, match=r"data\.sources_file=.*weights\.yaml and data\.sources are both given"):
+        check_data(replace(config, sources_file=str(file)), 0)
+    file.write_text("- a list")
+    with pytest.raises(CorpusError, match="must hold a path and a weight a line"):
+        check_data(there, 0)
+    with pytest.raises(CorpusError, match=r"data\.sources_file=.*gone cannot be read"):
+        check_data(replace(there, sources_file=str(tmp_path / "gone")), 0)
 
 
 def test_a_far_sample_is_found_at_once(mixed) -> None:

@@ -20,14 +20,16 @@ from data.order.counting import _scan, count_units
 from data.order.stream import TokenStream
 from data.read.corpus import Corpus
 from data.read.faults import ATTEMPTS, BrokenUnit, Faults, retrying
+from data.read.readers import Reader
 from data.read.remote import fetch
 from data.read.unit_cache import UnitCache
+from data.read.workers import Workers
 from data.text.tokenizer import Tokenizer
 from tests.data.conftest import text_of
 from tests.data.kinds import encoded, write_jsonl, write_parquet_text, write_parquet_tokens
 from tests.data.server import serving
 
-SEQ, STEPS = 16, 24
+SEQ, STEPS, SHUFFLE_BYTES = 16, 24, 4096
 TEXTS = [text_of(number) for number in range(90)]
 
 
@@ -46,13 +48,14 @@ def config(tmp_path: Path, tokenizer_file: Path) -> DataConfig:
         tokenizer=str(tokenizer_file),
         seq_length=SEQ,
         cache=str(tmp_path / "cache"),
+        shuffle_bytes=SHUFFLE_BYTES,
     )
 
 
-def tokens_of(config: DataConfig, between: Callable[[int, TokenStream], None] = lambda step, stream: None):
+def tokens_of(config: DataConfig, between: Callable[[int, TokenStream], None] = lambda step, stream: None, ahead=2):
     """Tokens and documents of each step, and the faults; `between` is called before each step."""
     stream = Dataset(config).train_stream(seed=3)
-    with Loader(stream, BatchSchedule.constant(4), 4, 0, 1) as loader:
+    with Loader(stream, BatchSchedule.constant(4), 4, 0, 1, ahead=ahead) as loader:
         steps = []
         for step in range(STEPS):
             between(step, stream)
@@ -66,28 +69,27 @@ def assert_equal_steps(found: list, expected: list) -> None:
         np.testing.assert_array_equal(one, other)
 
 
-def test_a_killed_worker_loses_nothing(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_worker_loses_nothing(config: DataConfig) -> None:
     expected, _ = tokens_of(config)
-    # Units are dropped at once, so that every step asks the workers for some.
-    monkeypatch.setattr("data.read.unit_cache.KEPT_TOKENS", 0)
 
     def kill(step: int, stream: TokenStream) -> None:
         if step in (3, 15):
             for process in list(stream.cache._workers._pool._processes.values()):
                 os.kill(process.pid, signal.SIGKILL)
 
-    found, faults = tokens_of(replace(config, workers=1), kill)
+    # Nothing is asked for long before, so that there is something to read after each kill.
+    found, faults = tokens_of(replace(config, workers=1), kill, ahead=0)
     assert_equal_steps(found, expected)
     assert faults.restarts >= 1
     assert faults.skipped_tokens == 0
 
 
 def test_workers_that_keep_dying_end_the_run(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.read.workers.MAX_RESTARTS", 1)
-    monkeypatch.setattr("data.read.workers.start_worker", lambda readers: os._exit(1))
     cache = UnitCache([(s.train, s.sizes) for s in Dataset(config).sources], workers=1)
+    cache._workers = Workers(cache._readers, 1, max_restarts=1)
     monkeypatch.setattr(cache._workers, "_start", lambda: DyingPool())
     cache._workers._pool = DyingPool()
+    cache.ask((0, 0), 0)
     with pytest.raises(CorpusError, match=r"data\.workers=1: .* killed 2 times while .*tokens\.parquet \(row group"):
         cache.get((0, 0))
 
@@ -105,17 +107,16 @@ class DyingPool:
 
 
 @pytest.mark.parametrize("packing", ["split", "best_fit"])
-def test_a_server_that_fails_every_tenth_read(config: DataConfig, tmp_path: Path, packing: str, monkeypatch) -> None:
+def test_a_server_that_fails_every_fifth_read(config: DataConfig, tmp_path: Path, packing: str, monkeypatch) -> None:
     local = replace(config, packing=packing, subset=0.7)
     expected, _ = tokens_of(local)
     with serving(tmp_path) as server:
-        server.fails_every = 10
-        monkeypatch.setattr("data.read.unit_cache.KEPT_TOKENS", 0)  # units are fetched again and again
+        server.fails_every = 5
         remote = replace(local, corpus=server.url(Path(config.corpus)), cache=str(tmp_path / "other"))
         found, faults = tokens_of(remote)
         assert_equal_steps(found, expected)
         assert Dataset(remote).identity(3) == Dataset(local).identity(3)
-    assert server.failures > 4
+    assert server.failures > 2
     assert 0 < faults.retries <= server.failures
     assert faults.skipped_tokens == 0
 
@@ -150,18 +151,18 @@ def test_retries_are_counted_and_end() -> None:
 @pytest.fixture
 def prepared(make_corpus: Callable[..., Corpus], tmp_path: Path) -> tuple[DataConfig, Corpus]:
     corpus = make_corpus()
-    return DataConfig(corpus=str(corpus.path), seq_length=SEQ, cache=str(tmp_path / "cache")), corpus
+    return DataConfig(
+        corpus=str(corpus.path), seq_length=SEQ, cache=str(tmp_path / "cache"), shuffle_bytes=SHUFFLE_BYTES
+    ), corpus
 
 
 @pytest.mark.parametrize("packing", ["split", "best_fit"])
 def test_a_shard_deleted_in_mid_run(prepared, packing: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, corpus = replace(prepared[0], packing=packing), prepared[1]
-    monkeypatch.setattr("data.order.stream.WINDOW_SAMPLES", 4)
-    monkeypatch.setattr("data.read.unit_cache.KEPT_TOKENS", 0)
-    monkeypatch.setattr("data.read.unit_cache.KEPT_UNITS", 1)
+    # One lane, so that the second shard is read after the first steps.
+    config, corpus = replace(prepared[0], packing=packing, shuffle_bytes=1), prepared[1]
     expected, _ = tokens_of(config)
     stream = Dataset(config).train_stream(seed=3)
-    victim = int(stream._unit_layout(0)[0][3])  # read after the first steps
+    victim = int(stream._unit_layout(0)[0][1])
     stream.close()
     shard = corpus.path / corpus.manifest.splits["train"][victim].file
     content = shard.read_bytes()
@@ -191,14 +192,14 @@ def test_a_shard_deleted_in_mid_run(prepared, packing: str, monkeypatch: pytest.
 
 def test_a_shard_that_was_damaged_is_left_out_before_the_run(prepared) -> None:
     config, corpus = prepared
-    subset = replace(config, subset=0.99)  # is counted by reading
+    packed = replace(config, packing="best_fit")  # is counted by reading
     shard = corpus.path / corpus.manifest.splits["train"][1].file
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     with pytest.raises(BrokenUnit, match=rf"{shard.name} is corrupt"):
-        Dataset(subset)
-    dataset = Dataset(replace(subset, on_corrupt="skip"))
+        Dataset(packed)
+    dataset = Dataset(replace(packed, on_corrupt="skip"))
     assert dataset.sources[0].sizes.tokens[1] == 0
     assert any(line.startswith("left out: ") and shard.name in line for line in dataset.describe())
     with Loader(dataset.train_stream(3), BatchSchedule.constant(4), 4, 0, 1) as loader:
@@ -287,15 +288,29 @@ def test_a_changed_file_is_counted_again(config: DataConfig, tokenizer_file: Pat
     assert [name for name in before if before[name] != after[name]] == ["data.corpus"]
 
 
-def test_a_killed_count_goes_on_where_it_was(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_count_goes_on_where_it_was(config: DataConfig, tmp_path: Path, monkeypatch) -> None:
     reader = Dataset(config).sources[0].train
-    whole = count_units(reader, "best_fit", SEQ, Path(config.cache))
+    whole = count_units(reader, "best_fit", SEQ, tmp_path / "whole")
+    counted: list[int] = []
+
+    def scan(reader: Reader, unit: int, *arguments: object) -> list:
+        if len(counted) == 6:
+            raise KeyboardInterrupt
+        counted.append(unit)
+        return _scan(reader, unit, *arguments)
+
+    monkeypatch.setattr("data.order.counting._scan", scan)
+    with pytest.raises(KeyboardInterrupt):
+        count_units(reader, "best_fit", SEQ, Path(config.cache))
     (journal,) = Path(config.cache, "sizes").iterdir()
     lines = journal.read_text().splitlines(keepends=True)
     journal.write_text("".join(lines[:5]) + lines[5][:-3])  # torn off within a line
-    counted = []
-    monkeypatch.setattr("data.order.counting._scan", lambda r, u, s, scan=_scan: counted.append(u) or scan(r, u, s))
+    counted = [*range(100)]
     again = count_units(reader, "best_fit", SEQ, Path(config.cache))
-    assert counted == list(range(5, reader.num_units))
+    assert counted[100:] == list(range(5, reader.num_units))
     assert again.samples.tolist() == whole.samples.tolist() and again.digest == whole.digest
-    assert journal.read_text() == "".join(lines)
+    assert not journal.exists()
+    # Mapped from now on: nothing is counted, whoever asks.
+    counted.clear()
+    assert count_units(reader, "best_fit", SEQ, Path(config.cache)).digest == whole.digest
+    assert isinstance(again.tokens, np.memmap) and not counted

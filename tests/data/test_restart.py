@@ -15,9 +15,10 @@ import pytest
 
 from data.config import PrepareConfig
 from data.errors import CorpusError
+from data.files import locked
 from data.prepare import encoding
 from data.prepare.prepare import prepare
-from data.prepare.staging import Staging, locked
+from data.prepare.staging import Staging
 from data.read.corpus import Corpus, check_corpus
 from tests.data.conftest import text_of
 
@@ -25,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 # The real command, but for a pause after each shard, so that there is time to kill it.
 SLOW_PREPARE = """
 import sys, time
-from data.prepare.staging import Staging, locked
+from data.prepare.staging import Staging
 from train.settings.tree import from_text
 from data.prepare.prepare import PrepareConfig, prepare
 note = Staging.note

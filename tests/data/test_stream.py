@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from data.config import PrepareConfig
 from data.errors import CorpusError
 from data.loader import Loader, heldout_batches
 from data.order.batches import Batch, BatchSchedule
+from data.order.packing import Sample
 from data.order.stream import TokenStream, permutation
 from data.prepare.prepare import prepare
 from data.read.corpus import Corpus
@@ -21,9 +22,15 @@ from data.read.readers import PreparedReader
 SEQ = 16
 
 
-def stream_of(corpus: Corpus, split: str, seq_length: int, seed: int, shuffle: bool = True) -> TokenStream:
+# Of tokens in 2 bytes: room for four lanes over shards of about 500 tokens, with windows of several samples.
+SHUFFLE_BYTES = 2**14
+
+
+def stream_of(
+    corpus: Corpus, split: str, seq_length: int, seed: int, shuffle_bytes: int = SHUFFLE_BYTES
+) -> TokenStream:
     reader = PreparedReader(corpus, split)
-    return TokenStream(reader, reader.known(), seq_length, seed, shuffle)
+    return TokenStream(reader, reader.known(), seq_length, seed, shuffle_bytes)
 
 
 @pytest.fixture
@@ -31,20 +38,26 @@ def stream(corpus: Corpus) -> TokenStream:
     return stream_of(corpus, "train", SEQ, seed=5)
 
 
+def in_order(stream: TokenStream, epoch: int) -> list[Sample]:
+    """The samples of an epoch in the order in which their tokens lie."""
+    first = epoch * stream.samples_per_epoch
+    places = range(first, first + stream.samples_per_epoch)
+    return [stream.sample(index) for index in sorted(places, key=lambda index: stream._find(index).position)]
+
+
 def epoch_tokens(stream: TokenStream, epoch: int) -> np.ndarray:
     """The tokens of one epoch laid end to end, each once."""
-    first = epoch * stream.samples_per_epoch
-    samples = [stream.sample(first + i) for i in range(stream.samples_per_epoch)]
+    samples = in_order(stream, epoch)
     return np.concatenate([sample.tokens[:-1] for sample in samples] + [samples[-1].tokens[-1:]])
 
 
 def rows_of_step(stream: TokenStream, step: int, global_batch: int, micro: int, world: int) -> torch.Tensor:
-    """Tokens of a step's samples, put back into their global order from every rank's microbatches."""
+    """Tokens of a step's samples in the order of their lanes, put together from every rank's microbatches."""
     rows = torch.full((global_batch, SEQ + 1), -1)
     for rank in range(world):
         with Loader(stream, BatchSchedule.constant(global_batch), micro, rank, world, start_step=step) as loader:
             for number, batch in enumerate(next(loader)):
-                start = (number * world + rank) * micro
+                start = rank * (global_batch // world) + number * micro
                 rows[start : start + micro] = batch.tokens
     return rows
 
@@ -56,36 +69,51 @@ def assert_equal_batches(left: list[Batch], right: list[Batch]) -> None:
         assert torch.equal(one.documents, other.documents)
 
 
-def test_a_window_deals_out_its_samples_in_another_order(stream: TokenStream, monkeypatch) -> None:
-    monkeypatch.setattr("data.order.stream.WINDOW_SAMPLES", 8)
-    assert stream.samples_per_epoch > 16
-    dealt = [stream.sample(index).tokens.tolist() for index in range(stream.samples_per_epoch)]
-    monkeypatch.setattr("data.order.stream.WINDOW_SAMPLES", 1)
-    in_order = [stream.sample(index).tokens.tolist() for index in range(stream.samples_per_epoch)]
-    assert dealt != in_order
-    for first in range(0, len(dealt), 8):
-        assert sorted(dealt[first : first + 8]) == sorted(in_order[first : first + 8])
+def test_neighbours_come_from_other_lanes_and_windows_are_dealt_out_at_random(stream: TokenStream) -> None:
+    count, window = stream.lanes.count, stream.lanes.window
+    assert count == 4 and window > 4
+    places = [stream._find(index) for index in range(stream.samples_per_epoch)]
+    assert sorted(place.position for place in places) == list(range(stream.samples_per_epoch))
+    for first in range(0, stream.samples_per_epoch - count, count):
+        assert len({place.lane for place in places[first : first + count]}) == count
+    own = [place.position for place in places if place.lane == 3]
+    assert own != sorted(own)
+    for first in range(0, len(own), window):
+        assert max(own[first : first + window]) < min(own[first + window :], default=10**9)
 
 
-def test_memory_holds_the_units_of_a_window_and_the_next(stream: TokenStream, monkeypatch) -> None:
-    monkeypatch.setattr("data.order.stream.WINDOW_SAMPLES", 4)
-    expected, kept = [], []
-    for index in range(2 * stream.samples_per_epoch):
+def test_memory_holds_what_is_needed_still_and_no_more(stream: TokenStream) -> None:
+    held, reads = [], []
+    read = stream.reader.read
+    stream.reader.read = lambda unit, faults: reads.append(unit) or read(unit, faults)
+    total = 2 * stream.samples_per_epoch
+    for index in range(8):
+        stream.ask(index)
+    for index in range(total):
+        stream.ask(index + 8)
         stream.sample(index)
-        epoch, position = divmod(index, stream.samples_per_epoch)
-        window = position // 4
-        following = (epoch, window + 1) if (window + 1) * 4 < stream.samples_per_epoch else (epoch + 1, 0)
-        needed = {*stream._units_of_window(epoch, window), *stream._units_of_window(*following)}
-        expected.append(needed)
-        kept.append({unit for _, unit in stream.cache._kept})
-    assert all(found <= needed for found, needed in zip(kept, expected, strict=True))
-    assert max(map(len, expected)) < stream.reader.num_units
-    # What both windows need is read once.
-    assert sum(len(after - before) for before, after in pairwise(kept)) < 3 * stream.reader.num_units
+        stream.release(index + 1)
+        held.append(stream.cache.held)
+    # A lane has two units open, and three for a moment: one that ends, one that begins within the same window.
+    assert max(held) <= 3 * stream.lanes.count
+    # An epoch reads each unit once, but for those that lie in two lanes.
+    assert len(reads) <= 2 * (stream.reader.num_units + stream.lanes.count)
+    stream.close()
 
 
-def test_an_epoch_holds_every_document_once(stream: TokenStream, monkeypatch) -> None:
-    monkeypatch.setattr("data.order.stream.WINDOW_SAMPLES", 1)  # samples in the order of their tokens
+def test_a_rank_of_many_holds_only_what_it_will_use(make_corpus: Callable[..., Corpus]) -> None:
+    stream = stream_of(make_corpus("many", num_documents=500, shard_tokens=300), "train", SEQ, seed=5)
+    with Loader(stream, BatchSchedule.constant(16), 1, rank=3, world=8, ahead=4) as loader:
+        held = []
+        for _ in range(1000):
+            next(loader)
+            held.append(stream.cache.held)
+    assert stream.reader.num_units > 20 and stream.lanes.count == 8
+    # One lane's units, and what its next steps need: forty epochs leave nothing behind.
+    assert max(held) <= 4 and max(held[500:]) <= max(held[:500])
+
+
+def test_an_epoch_holds_every_document_once(stream: TokenStream) -> None:
     assert stream.reader.num_units > 3
     for epoch in (0, 1):
         tokens = epoch_tokens(stream, epoch)
@@ -132,7 +160,7 @@ def test_shards_too_come_in_another_order_each_epoch(stream: TokenStream) -> Non
 
 
 def test_unshuffled_stream_is_the_corpus_as_it_lies(corpus: Corpus) -> None:
-    stream = stream_of(corpus, "heldout", SEQ, seed=0, shuffle=False)
+    stream = stream_of(corpus, "heldout", SEQ, seed=0, shuffle_bytes=0)
     laid = np.concatenate(list(corpus.documents("heldout")))
     np.testing.assert_array_equal(epoch_tokens(stream, 0), laid[: stream.samples_per_epoch * SEQ + 1])
     np.testing.assert_array_equal(epoch_tokens(stream, 1), epoch_tokens(stream, 0))
@@ -157,7 +185,9 @@ def test_order_does_not_change_between_releases() -> None:
 @pytest.mark.parametrize("step", [0, 3, 40])
 def test_a_step_is_the_same_in_every_layout(stream: TokenStream, step: int) -> None:
     global_batch = 16
-    expected = np.stack([stream.sample(step * global_batch + i).tokens for i in range(global_batch)])
+    numbers = stream.in_lanes(range(step * global_batch, (step + 1) * global_batch))
+    assert sorted(numbers) == list(range(step * global_batch, (step + 1) * global_batch))
+    expected = np.stack([stream.sample(index).tokens for index in numbers])
     for world in (1, 2, 4):
         for micro in (1, 2, 4):
             rows = rows_of_step(stream, step, global_batch, micro, world)
@@ -169,10 +199,8 @@ def test_steps_run_over_the_end_of_an_epoch(stream: TokenStream) -> None:
     step = stream.samples_per_epoch // global_batch
     assert stream.samples_per_epoch % global_batch  # so that this step holds samples of two epochs
     rows = rows_of_step(stream, step, global_batch, micro=2, world=2)
-    last, first = stream.samples_per_epoch - 1, stream.samples_per_epoch
-    offset = last - step * global_batch
-    np.testing.assert_array_equal(rows[offset], stream.sample(last).tokens)
-    np.testing.assert_array_equal(rows[offset + 1], stream.sample(first).tokens)
+    expected = [stream.sample(index).tokens.tolist() for index in range(step * global_batch, (step + 1) * global_batch)]
+    assert sorted(rows.tolist()) == sorted(expected)
 
 
 def test_resuming_at_a_step_equals_going_on(stream: TokenStream, corpus: Corpus) -> None:
@@ -187,24 +215,28 @@ def test_resuming_at_a_step_equals_going_on(stream: TokenStream, corpus: Corpus)
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_schedule_deals_out_the_same_samples_in_order(stream: TokenStream, world: int) -> None:
+def test_a_schedule_deals_out_the_same_samples_in_order(corpus: Corpus, stream: TokenStream, world: int) -> None:
     schedule = BatchSchedule(((0, 4), (6, 8)), ((0, SEQ // 2), (8, SEQ)))
-    loaders = [Loader(stream, schedule, 2, rank, world) for rank in range(world)]
-    inputs, micro_batches = [], []
+    # Each loader reads a stream of its own, as each process does.
+    loaders = [Loader(stream_of(corpus, "train", SEQ, seed=5), schedule, 2, rank, world) for rank in range(world)]
+    inputs: list[list[int]] = []
+    micro_batches = []
     for _ in range(4):
         steps = [next(loader) for loader in loaders]
         micro_batches.append(len(steps[0]))
-        for batches in zip(*steps, strict=True):
-            inputs += [batch.tokens[:, :-1].flatten() for batch in batches]
-    resumed = [Loader(stream, schedule, 2, rank, world, start_step=3) for rank in range(world)]
+        for batches in steps:
+            inputs += [row.tolist() for batch in batches for row in batch.tokens[:, :-1]]
+    resumed = [Loader(stream_of(corpus, "train", SEQ, 5), schedule, 2, rank, world, 3) for rank in range(world)]
     for loader, step in zip(resumed, steps, strict=True):
         assert_equal_batches(next(loader), step)
     for loader in [*loaders, *resumed]:
         loader.close()
     # Four samples twice, then eight twice; the first eight are cut in halves, which hold the same tokens.
     assert micro_batches == [2 // world, 2 // world, 4 // world, 4 // world]
-    expected = np.concatenate([stream.sample(index).tokens[:-1] for index in range(24)])
-    assert torch.cat(inputs).numpy().tolist() == expected.tolist()
+    steps = [stream.in_lanes(range(first, last)) for first, last in ((0, 4), (4, 8), (8, 16), (16, 24))]
+    expected = np.stack([stream.sample(index).tokens[:-1] for step in steps for index in step])
+    halves = expected[:8].reshape(-1, SEQ // 2).tolist()
+    assert inputs == halves + expected[8:].tolist()
 
 
 def test_batches_have_the_documented_shapes(stream: TokenStream) -> None:
@@ -221,7 +253,7 @@ def test_closing_ends_the_thread_and_the_iteration(stream: TokenStream) -> None:
     before = set(threading.enumerate())
     loader = Loader(stream, BatchSchedule.constant(4), 2, rank=0, world=1)
     next(loader)
-    assert len(set(threading.enumerate()) - before) == 1
+    assert {thread.name for thread in set(threading.enumerate()) - before} == {"loader", "reader_0"}
     loader.close()
     assert set(threading.enumerate()) == before
     with pytest.raises(StopIteration):
@@ -269,7 +301,7 @@ def test_negative_seed_is_refused(corpus: Corpus) -> None:
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("max_samples", [None, 1, 7, 10_000])
 def test_held_out_pass_gives_each_sample_to_one_rank(corpus: Corpus, world: int, max_samples: int | None) -> None:
-    stream = stream_of(corpus, "heldout", SEQ, 0, shuffle=False)
+    stream = stream_of(corpus, "heldout", SEQ, 0, shuffle_bytes=0)
     total = stream.samples_per_epoch
     count = total if max_samples is None else min(total, max_samples)
     shares = [list(heldout_batches(stream, 3, rank, world, max_samples)) for rank in range(world)]
@@ -285,7 +317,7 @@ def test_held_out_pass_gives_each_sample_to_one_rank(corpus: Corpus, world: int,
 
 
 def test_fewer_held_out_samples_are_spread_over_the_split(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = stream_of(corpus, "heldout", SEQ, 0, shuffle=False)
+    stream = stream_of(corpus, "heldout", SEQ, 0, shuffle_bytes=0)
     read: list[int] = []
     sample = TokenStream.sample
     monkeypatch.setattr(TokenStream, "sample", lambda self, index: read.append(index) or sample(self, index))

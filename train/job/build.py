@@ -17,7 +17,7 @@ from parallel.engine_megatron import MegatronEngine
 from parallel.topology import Topology, TopologyError, resolve
 from train.job.footprint import VOCAB_MULTIPLE, exact_balance, recomputed
 from train.job.optim import adamw, decays
-from train.settings.run import Config
+from train.settings.run import Config, batch_schedule
 from train.settings.tree import ConfigError
 
 
@@ -64,10 +64,11 @@ class Job:
         """Lines for the start of a run: the model as this process holds it."""
         held = sum(parameter.numel() for chunk in self.chunks for parameter in chunk.parameters())
         exact = exact_balance(self.config, self.topology, self.vocab_size)
+        samples = batch_schedule(self.config).samples(self.config.run.steps).start
         return [
             f"model: {self.vocab_size} token vocabulary, {held:,} parameters in this process on {self.device}",
             *([exact] if exact and self.config.balance.mode == "exact" else []),
-            *map(hide, self.dataset.describe()),
+            *map(hide, self.dataset.describe(samples)),
         ]
 
     def close(self) -> None:
