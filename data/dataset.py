@@ -14,6 +14,7 @@ from data.order.mixture import MixedStream, Mixture, check_mixture, source_weigh
 from data.order.packing import num_samples
 from data.order.stream import ORDER_VERSION, TokenStream
 from data.read.corpus import Corpus
+from data.read.mapped_corpus import map_corpus
 from data.read.node_cache import Shared, node_directory
 from data.read.readers import Joined, Reader, Subset, digest_of
 from data.read.unit_cache import UnitCache
@@ -78,7 +79,8 @@ class Dataset:
         if "" in paths:
             raise CorpusError("data.corpus is empty: set it to a directory made by prepare, or to embedded")
         prepared = {path: prepared_directory(path, config) for path in paths}
-        corpora = {path: Corpus.open(directory) for path, directory in prepared.items() if directory is not None}
+        cache = Path(config.cache).expanduser()
+        corpora = {path: map_corpus(directory, cache) for path, directory in prepared.items() if directory is not None}
         self.corpora = list(corpora.values())
         self.tokenizer = common_tokenizer(config, corpora)
         self.sources = [self._open(path, corpora.get(path)) for path in paths]
@@ -243,8 +245,9 @@ class Dataset:
     def _open(self, path: str, corpus: Corpus | None) -> Source:
         config = self.config
         train, heldout = splits(path, corpus, config, self.tokenizer)
-        whole = train.known()
+        whole = None
         if config.subset < 1:
+            whole = train.known()
             train = Subset(train, config.subset, config.subset_seed)
         return Source(path, train, self._measure(train, config.packing), heldout, whole)
 

@@ -13,6 +13,7 @@ from data.read.corpus import Corpus
 from data.read.formats import open_rows
 from data.read.listing import ROW_ENDINGS, list_files
 from data.read.manifest import HELDOUT, TRAIN, is_corpus
+from data.read.mapped_corpus import map_corpus
 from data.read.megatron_files import MegatronReader, megatron_prefix
 from data.read.readers import ChosenUnits, PreparedReader, Reader
 from data.read.remote import is_url
@@ -31,7 +32,7 @@ def check_source(path: str, config: DataConfig) -> None:
         if reason := why_unwritable(Path(config.cache).expanduser()):
             raise CorpusError(f"data.cache={config.cache} cannot be written: {reason}")
     elif is_corpus(Path(path).expanduser()):
-        Corpus.open(path)
+        map_corpus(path, Path(config.cache).expanduser())
     elif not is_url(path) and megatron_prefix(path) is None:
         directory = Path(path).expanduser()
         if directory.is_dir() and not any(directory.iterdir()):

@@ -15,7 +15,7 @@ from functools import cached_property
 
 import numpy as np
 
-MOST_LANES = 1024
+FEW_LANES, MOST_LANES = 32, 1024
 WINDOW_SAMPLES = 4096  # at most
 OPEN_UNITS = 2  # of a lane, at most for most of the time: a window is half a unit, and the next unit is read ahead
 
@@ -36,7 +36,9 @@ class Lanes:
             unit_bytes: int64 [units], of their tokens in memory.
         """
         filled = unit_bytes[unit_bytes > 0]
-        count = min(MOST_LANES, len(filled), samples, int(num_bytes / (OPEN_UNITS * filled.mean())))
+        # A unit at the border of two lanes is read twice, so a lane has several, unless there are few.
+        several = min(len(filled), max(FEW_LANES, len(filled) // 4))
+        count = min(MOST_LANES, several, samples, int(num_bytes / (OPEN_UNITS * filled.mean())))
         count = 1 << max(1, count).bit_length() - 1
         window = num_bytes // (2 * OPEN_UNITS * count * sample_bytes)
         return cls(samples, count, min(WINDOW_SAMPLES, max(1, window)))

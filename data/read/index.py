@@ -31,18 +31,22 @@ class Index(NamedTuple):
 def built_once(path: Path, build: Callable[[], Index]) -> Index:
     """The index in the directory `path`, mapped into memory; built first where it is not there.
 
+    Where nothing can be written every process builds its own, in memory.
+
     Raises:
-        CorpusError: the directory cannot be written, or holds something else.
+        CorpusError: the index is damaged.
     """
-    try:
-        if not path.is_dir():
+    if not path.is_dir():
+        index = None
+        try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with locked(path.with_name(f".{path.name}.lock"), wait=True):
-                if not path.is_dir():
-                    _write(path, build())
-        return read_index(path)
-    except OSError as error:
-        raise CorpusError(f"data.cache={path.parent.parent} cannot be written: {one_line(error)}") from error
+                index = None if path.is_dir() else build()
+                if index is not None:
+                    _write(path, index)
+        except OSError:
+            return build() if index is None else index
+    return read_index(path)
 
 
 def read_index(path: Path) -> Index:

@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ class Manifest:
     tokenizer: FileInfo
     token_bytes: FileInfo
     source: dict[str, str | int]
-    splits: dict[str, tuple[ShardInfo, ...]]
+    splits: Mapping[str, Sequence[ShardInfo]]
 
     @property
     def files(self) -> list[FileInfo]:

@@ -214,6 +214,8 @@ def test_identity_names_what_changed(settings_of, mixed) -> None:
         after = Dataset(changed).identity(seed=1)
         assert name in {key for key in before if before[key] != after[key]}, name
     assert [key for key, value in Dataset(config).identity(seed=2).items() if value != before[key]] == ["seed"]
+    # Another column of the same file has the same footer.
+    assert before["data.column"] == "tokens" and before["data.eod_token"] == 0
     one = Dataset(mixed()).identity(seed=1)
     two = Dataset(replace(mixed(), stages=())).identity(seed=1)
     assert [key for key in one if one[key] != two[key]] == ["data.sources (weights)"]

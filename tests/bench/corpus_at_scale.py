@@ -1,0 +1,312 @@
+"""What a corpus of 100,000 shards costs a job of 512 processes on 64 machines.
+
+    python -m tests.bench.corpus_at_scale [--dir DIR] [--tables open,reads,...]       prints the tables of RESULTS.md
+
+The product's own code reads made-up shards. `open` has a real corpus directory of that many shards, all of them links
+to a few real ones, and opens it in the eight processes of a machine. The other tables need sizes only: their shards
+have the tokens and documents of real ones, in arrays that take no memory. A table that breaks a bound says so and ends
+with an error.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer as Backend
+from tokenizers import models
+
+from data.config import DataConfig
+from data.dataset import Dataset
+from data.loader import Loader
+from data.order.batches import BatchSchedule
+from data.order.stream import TokenStream
+from data.prepare.documents import START
+from data.prepare.encoding import Encoded
+from data.prepare.shard_writer import ShardWriter
+from data.prepare.staging import staged
+from data.read.faults import Faults
+from data.read.manifest import HELDOUT, TRAIN, Manifest, ShardInfo, file_info, write_manifest
+from data.read.readers import Reader, Subset
+from data.read.unit_cache import UnitCache
+from data.read.units import Sizes, Unit
+
+SHARDS, SHARD_DOCUMENTS, SHARD_TOKENS = 100_000, 100_000, 2**24
+VOCAB, EOD = 151_936, 0
+LENGTH, GLOBAL = 4096, 1024  # 4.2 million tokens a step
+NODES, LOCAL = 64, 8
+GIB = 2**30
+
+
+class MadeUp(Reader):
+    """Shards of documents of equal length, read in the thread that asks; `reads` counts how often."""
+
+    in_process = True
+
+    def __init__(self, shards: int, tokens: int = SHARD_TOKENS, documents: int = SHARD_DOCUMENTS) -> None:
+        self.path, self.vocab_size = f"{shards} made-up shards", VOCAB
+        self._shards, self._tokens, self._documents = shards, tokens, documents
+        self.reads = 0
+
+    @property
+    def num_units(self) -> int:
+        return self._shards
+
+    @property
+    def num_bytes(self) -> int:
+        return 4 * self._tokens * self._shards
+
+    @property
+    def identity(self) -> list[Any]:
+        return ["made up", self._shards, self._tokens, self._documents]
+
+    def label(self, unit: int) -> str:
+        return f"shard {unit}"
+
+    def read(self, unit: int, faults: Faults) -> Unit:
+        self.reads += 1
+        lengths = np.diff(np.linspace(0, self._tokens, self._documents + 1).astype(np.int64))
+        # One number, seen as many: it counts as bytes in every budget, and takes none.
+        return Unit.from_lengths(np.broadcast_to(np.int32(unit % VOCAB), self._tokens), lengths)
+
+    def known(self) -> Sizes:
+        each = np.ones(self._shards, dtype=np.int64)
+        return Sizes(each * self._documents, each * self._tokens, each * 0, "made up")
+
+
+def stream_of(reader: Reader, shuffle_bytes: int) -> TokenStream:
+    """The stream of a training run over a reader, with the memory that a run has."""
+    sizes = reader.known()
+    assert sizes is not None
+    cache = UnitCache([(reader, sizes)], num_bytes=shuffle_bytes)
+    return TokenStream(reader, sizes, LENGTH, 0, shuffle_bytes, cache=cache)
+
+
+def require(holds: bool, what: str) -> None:
+    """Ends the benchmark where a bound does not hold."""
+    if not holds:
+        raise SystemExit(f"does not hold: {what}")
+
+
+def shards_of(stream: TokenStream, numbers: range) -> np.ndarray:
+    """int64 [samples]: the shard in which each sample of a step begins."""
+    places = [stream._find(index) for index in numbers]
+    return np.array([int(stream._unit_layout(place.epoch)[0][place.spans[0][0]]) for place in places])
+
+
+def mixing_table(root: Path) -> str:
+    """Shards in a batch, and how far its kinds are from the corpus's: chi-square over that of random drawing."""
+    lines = [
+        "| `data.shuffle_bytes` | shards open | shards in a batch | kinds 4 | 10 | 30 | 100 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for gib in (8, 32, 128):
+        stream = stream_of(MadeUp(SHARDS), gib * GIB)
+        steps = np.random.default_rng(0).integers(0, stream.samples_per_epoch // GLOBAL, 100)
+        batches = [shards_of(stream, range(step * GLOBAL, (step + 1) * GLOBAL)) for step in steps.tolist()]
+        distinct = min(len(set(batch.tolist())) for batch in batches)
+        require(distinct >= 32, f"{distinct} shards in a batch with {gib} GiB")
+        ratios = []
+        for kinds in (4, 10, 30, 100):  # the corpus is sorted by kind
+            expected = GLOBAL / kinds
+            counts = [np.bincount(batch * kinds // SHARDS, minlength=kinds) for batch in batches]
+            ratios.append(np.mean([((count - expected) ** 2 / expected).sum() for count in counts]) / (kinds - 1))
+        require(gib > 8 or max(ratios[:2]) <= 1.5, f"chi-square {ratios} times that of random drawing")
+        require(gib < 128 or max(ratios) <= 1.5, f"chi-square {ratios} times that of random drawing")
+        shown = " | ".join(f"{ratio:.2f}" for ratio in ratios)
+        lines.append(f"| {gib} GiB | {stream.lanes.count} | {distinct} | {shown} |")
+        print(lines[-1], file=sys.stderr, flush=True)
+    return "\n".join(lines)
+
+
+def node_reads(shuffle_bytes: int, node: int, batch: int, steps: int, warm: int) -> tuple[int, int]:
+    """(shards read after the first `warm` steps, most held) of one machine, whose processes share what is read."""
+    reader = MadeUp(SHARDS)
+    stream, each, held, before = stream_of(reader, shuffle_bytes), batch // NODES, 0, 0
+    for step in range(steps):
+        for index in stream.in_lanes(range(step * batch, (step + 1) * batch))[node * each : (node + 1) * each]:
+            stream.ask(index)
+            stream.sample(index)
+        held = max(held, stream.cache.held)
+        stream.release((step + 1) * batch)
+        if step == warm:
+            before = reader.reads
+    return reader.reads - before, held
+
+
+def reads_table(root: Path) -> str:
+    """Shards that the whole job reads, over those that it trains on, from four of its machines."""
+    lines = [
+        "| `data.shuffle_bytes` | samples a step | shards read over trained on | open on a machine, at most |",
+        "|---|---|---|---|",
+    ]
+    steps, warm, nodes = 4000, 400, (0, 21, 42, 63)
+    for gib, batch in ((8, 1024), (8, 4096), (32, 1024), (8, 1536)):
+        found = [node_reads(gib * GIB, node, batch, steps, warm) for node in nodes]
+        trained = (steps - warm) * batch * LENGTH / SHARD_TOKENS
+        ratio = sum(reads for reads, _ in found) * NODES / len(nodes) / trained
+        # 1536 is no multiple of the lanes: the borders between machines move from step to step.
+        require(ratio <= 1.2 or batch == 1536, f"{ratio:.2f} shards read for one that is trained on")
+        lines.append(f"| {gib} GiB | {batch} | {ratio:.2f} | {max(held for _, held in found)} |")
+        print(lines[-1], file=sys.stderr, flush=True)
+    return "\n".join(lines)
+
+
+def subset_table(root: Path) -> str:
+    """Bytes that an epoch of a subset reads, over the share that it keeps."""
+    lines = [
+        "| `data.subset` | shards read before the first step | tokens read over tokens kept, of an epoch |",
+        "|---|---|---|",
+    ]
+    for fraction in (0.4167, 0.1, 0.01):
+        base = MadeUp(4000, tokens=2**15, documents=100)
+        stream = stream_of(Subset(base, fraction, seed=0), 2**26)
+        before = base.reads
+        for index in range(stream.samples_per_epoch):
+            stream.ask(index)
+            stream.sample(index)
+            stream.release(index)
+        ratio = (base.reads - before) * base.read(0, Faults()).num_tokens / stream.sizes.num_tokens
+        require(ratio <= 1.3 and before <= 1, f"subset {fraction} reads {ratio:.2f} of what it keeps")
+        lines.append(f"| {fraction} | {before} | {ratio:.2f} |")
+        print(lines[-1], file=sys.stderr, flush=True)
+    return "\n".join(lines)
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds for itself; pages of mapped files, which it shares, are left out."""
+    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["RssAnon"].split()[0]) * 1024
+
+
+def memory_of_steps(workers: int, steps: int, every: int) -> list[tuple[int, int]]:
+    """(bytes, units held) after each `every` steps of one rank of 64."""
+    reader = MadeUp(2000, tokens=2**15, documents=100)
+    reader.in_process = False
+    sizes = reader.known()
+    cache = UnitCache([(reader, sizes)], workers, num_bytes=2**24)
+    stream = TokenStream(reader, sizes, 256, 0, 2**24, cache=cache)
+    found = []
+    with Loader(stream, BatchSchedule.constant(128), 2, 3, 64) as loader:
+        for step in range(1, steps + 1):
+            next(loader)
+            if step % every == 0:
+                found.append((resident(), stream.cache.held))
+    return found
+
+
+def memory_table(root: Path) -> str:
+    """Memory of a rank over 10,000 steps."""
+    lines = ["| `data.workers` | memory after 1,000 steps | after 10,000 | units held, at most |", "|---|---|---|---|"]
+    for workers in (0, 2):
+        found = memory_of_steps(workers, 10_000, 1000)
+        memory, held = [size for size, _ in found], [units for _, units in found]
+        require(max(memory) - memory[0] < 2**24, f"memory grows: {memory}")
+        lines.append(f"| {workers} | {memory[0] / 1e6:.0f} MB | {memory[-1] / 1e6:.0f} MB | {max(held)} |")
+        print(lines[-1], file=sys.stderr, flush=True)
+    return "\n".join(lines)
+
+
+def write_corpus(output: Path) -> None:
+    """A corpus of SHARDS shards, which are links to four real ones."""
+    generator = np.random.default_rng(0)
+    lengths = np.diff(np.linspace(0, SHARD_TOKENS, SHARD_DOCUMENTS + 1).astype(np.int64))
+    vocabulary = {"<|endoftext|>": EOD} | {f"t{number}": number for number in range(1, VOCAB)}
+    with staged(output, {}) as staging:
+        directory = staging.directory
+        Backend(models.WordLevel(vocabulary, unk_token="t1")).save(str(directory / "tokenizer.json"))
+        np.save(directory / "token_bytes.npy", np.ones(VOCAB, dtype=np.int32))
+        writers = {split: ShardWriter(staging, split, SHARD_TOKENS) for split in (TRAIN, HELDOUT)}
+        for split, shards in ((TRAIN, 4), (HELDOUT, 1)):
+            for _ in range(shards):
+                tokens = (1 + (VOCAB - 1) * generator.random(SHARD_TOKENS) ** 4).astype(np.int32)
+                tokens[np.cumsum(lengths) - 1] = EOD
+                encoded = Encoded(
+                    [*range(len(lengths))], tokens, lengths.tolist(), lengths.tolist(), [""] * len(lengths)
+                )
+                writers[split].add(encoded, START)
+        splits = {split: writer.finish() for split, writer in writers.items()}
+        real, shards = splits[TRAIN], []
+        for number in range(SHARDS):
+            info = real[number % len(real)]
+            name = f"part-{number:06d}.parquet"
+            os.link(directory / info.file, directory / name)
+            shards.append(ShardInfo(name, info.size, info.sha256, info.documents, info.tokens, info.bytes))
+        files = {
+            name: file_info(directory / f"{name}.{end}")
+            for name, end in (("tokenizer", "json"), ("token_bytes", "npy"))
+        }
+        splits[TRAIN] = tuple(shards)
+        write_manifest(directory, Manifest(VOCAB, "<|endoftext|>", EOD, **files, source={}, splits=splits))
+
+
+def open_corpus(root: Path, rank: int, subset: float = 1.0) -> tuple[float, float, int]:
+    """Seconds to open the corpus and to the first step of a rank of the job, and bytes that it took."""
+    config = DataConfig(
+        corpus=str(root / "corpus"),
+        seq_length=LENGTH,
+        cache=str(root / "cache"),
+        node_cache=str(root / "units"),
+        subset=subset,
+    )
+    before, start = resident(), time.perf_counter()
+    dataset = Dataset(config)
+    opened = time.perf_counter() - start
+    with Loader(dataset.train_stream(0, shared=True), BatchSchedule.constant(GLOBAL), 2, rank, NODES * LOCAL) as loader:
+        next(loader)
+        return opened, time.perf_counter() - start, resident() - before
+
+
+def open_table(root: Path) -> str:
+    """From opening to the first sample: the process that builds the index, then the eight of a machine at once."""
+    if not (root / "corpus").exists():
+        write_corpus(root / "corpus")
+    lines = ["| | opened after | first sample after | memory of all |", "|---|---|---|---|"]
+    context = get_context("spawn")
+    for name, ranks, subset in (
+        ("first process", 1, 1.0),
+        ("eight processes", 8, 1.0),
+        ("first, subset 0.4167", 1, 0.4167),
+    ):
+        with ProcessPoolExecutor(ranks, mp_context=context) as pool:
+            list(pool.map(time.sleep, [1.0] * ranks))  # all have started, and imported this file
+            found = list(pool.map(open_corpus, [root] * ranks, range(ranks), [subset] * ranks))
+        opened, first = max(times[0] for times in found), max(times[1] for times in found)
+        memory = sum(times[2] for times in found)
+        lines.append(f"| {name} | {opened:.1f} s | {first:.1f} s | {memory / 1e9:.2f} GB |")
+        print(lines[-1], file=sys.stderr, flush=True)
+        require(first < 60 and memory < 1e9, f"{name}: first sample after {first:.1f} s, {memory / 1e9:.2f} GB")
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "open": open_table,
+    "reads": reads_table,
+    "mixing": mixing_table,
+    "subset": subset_table,
+    "memory": memory_table,
+}
+
+
+def main() -> None:
+    """Prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--dir", type=Path, help="keeps the corpus of the benchmark")
+    parser.add_argument("--tables", default=",".join(TABLES), help="which of them, by commas")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        root = options.dir or Path(scratch)
+        root.mkdir(parents=True, exist_ok=True)
+        for name in options.tables.split(","):
+            print(f"{TABLES[name](root)}\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
