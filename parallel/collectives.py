@@ -1,6 +1,7 @@
 """The collectives that the model uses, differentiable where a gradient passes, alike on gloo and NCCL."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -68,6 +69,32 @@ def from_last(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     if group.size() > 1:
         dist.broadcast(copy, group_src=group.size() - 1, group=group)
     return copy
+
+
+def from_first[T](make: Callable[[], T]) -> T:
+    """What the job's first process makes, on every process: decided once, whatever the others can see.
+
+    Raises:
+        Exception: what it raised there, on every process alike.
+    """
+    made: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            made[0] = make()
+        except Exception as error:
+            made[1] = error
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(made)
+    if made[1] is not None:
+        raise made[1]
+    return cast(T, made[0])
+
+
+def gather_to_first[T](value: T) -> list[T]:
+    """Every rank's value on the job's first rank, in order; nothing on the others."""
+    everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, everyone)
+    return everyone or []
 
 
 def wait_for_all() -> None:

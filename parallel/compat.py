@@ -1,7 +1,7 @@
 """Every patch of megatron-core, one function each: the symbol, the versions, the reason.
 
-All but `use_torch_adamw` and `sum_gradients` let megatron-core 0.19 run without CUDA, and none of these is applied
-with a GPU.
+All but `use_torch_adamw`, `sum_gradients` and `read_with` let megatron-core 0.19 run without CUDA, and none of
+these is applied with a GPU.
 `tests/parallel/test_compat.py` holds a test for each that fails once upstream no longer needs the patch.
 """
 
@@ -19,8 +19,8 @@ from parallel.main_grads import add_weight_gradient
 
 # megatron-core modules on our path that name the "cuda" device outright (0.19.2).
 CUDA_BOUND_MODULES = (
-    "megatron.core.dist_checkpointing.strategies.filesystem_async",
-    "megatron.core.dist_checkpointing.strategies.state_dict_saver",
+    "megatron.core.dist_checkpointing.strategies.async_utils",
+    "megatron.core.dist_checkpointing.strategies.fully_parallel",
     "megatron.core.distributed.param_and_grad_buffer",
     "megatron.core.optimizer.clip_grads",
     "megatron.core.optimizer.optimizer",
@@ -88,6 +88,36 @@ class cuda_type_names(TorchFunctionMode):
 def optimizer_context(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Where megatron-core's optimizer is built and stepped: see `cuda_type_names`."""
     return cuda_type_names() if device.type == "cpu" else contextlib.nullcontext()
+
+
+class cuda_is_the_cpu(TorchFunctionMode):
+    """Symbols: `Tensor.cuda()` in `exchange_utils`, `torch.empty` in `ShardedTensor.init_data`, 0.19.x.
+
+    Reason: parts of a checkpoint that are sent to other ranks travel by way of "cuda". Inside this context the CPU is.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.cuda:
+            return args[0]
+        return _on_cpu(func)(*args, **(kwargs or {}))
+
+
+def loading_context() -> contextlib.AbstractContextManager[Any]:
+    """Where megatron-core loads a checkpoint: see `cuda_is_the_cpu`."""
+    return contextlib.nullcontext() if torch.cuda.is_available() else cuda_is_the_cpu()
+
+
+def read_with(reader: Callable[[Any], Any]) -> None:
+    """Symbols: `_get_filesystem_reader` in `strategies.torch` and `serialization`, `_legacy_common_state_exists` of
+    the latter, 0.19.x.
+
+    Reason: PyTorch's reader runs the pickles in a checkpoint, and megatron-core lets nobody choose another one. Nor is
+    `common.pt` read, a pickle of older formats that no checkpoint of ours has.
+    """
+    for name in ("strategies.torch", "serialization"):
+        module: Any = importlib.import_module(f"megatron.core.dist_checkpointing.{name}")
+        module._get_filesystem_reader = lambda checkpoint, **_: reader(checkpoint)
+    module._legacy_common_state_exists = lambda checkpoint: False
 
 
 def use_torch_adamw() -> None:

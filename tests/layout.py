@@ -50,8 +50,8 @@ ROOMS = {
         ),
     ),
     "parallel": (
-        *("engine_megatron", "groups", "stages", "optimizer_state", "stored", "compat", "layout_cost", "main_grads"),
-        *("collectives", "topology", "engine", "quiet"),
+        *("engine_megatron", "groups", "stages", "optimizer_state", "checkpoint", "compat", "layout_cost"),
+        *("main_grads", "collectives", "topology", "engine", "quiet"),
     ),
 }
 BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.Match)

@@ -24,7 +24,7 @@ from parallel.quiet import quiet_upstream
 from train import arguments as command_line
 from train import commands, front, usage
 from train.arguments import CommandLine, named
-from train.job.directory import last_checkpoint, require_same_data, steps_done
+from train.job.directory import require_same_data, starting_checkpoint, steps_done
 from train.plan.estimate import PUBLISHED, EstimateConfig, check_budget, estimate_text
 from train.plan.propose import proposals
 from train.settings.commands import BenchConfig, DryRunConfig, check_bench, check_dry_run, check_variants
@@ -67,7 +67,7 @@ def compose(arguments: list[str], planned: bool = False) -> Config:
     name = line.file.stem
     try:
         values = _composed(line)
-        if values["run"].get("init") not in (None, MISSING):
+        if {"init", "fork"} & {key for key, value in values["run"].items() if value not in (None, MISSING)}:
             model = _origin_model(values["run"], name)
             values = _composed(replace(line, overrides=(*model, *line.overrides)))
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
@@ -95,8 +95,8 @@ def _composed(line: CommandLine) -> dict[str, Any]:
 
 
 def _origin_model(run: dict[str, Any], recipe: str) -> list[str]:
-    """The model of the run that `run.init` names, as overrides; of the run itself once it has begun."""
-    config = RunConfig(**{key: run[key] for key in ("name", "dir", "init") if run.get(key)})
+    """The model of the run that `run.init` or `run.fork` names, as overrides; of the run itself once it has begun."""
+    config = RunConfig(**{key: run[key] for key in ("name", "dir", "init", "fork") if run.get(key)})
     begun = RunReference(config.name or recipe, config.dir)
     source = load_config(begun if (begun.path / CONFIG_FILE).is_file() else config.origin)
     return [f"model.{key}={'null' if value is None else value}" for key, value in to_dict(source.model).items()]
@@ -174,7 +174,7 @@ def _check_corpus(config: Config) -> None:
     """Makes, counts and proves the corpus of a run, and lets go of it: this process only waits from then on."""
     dataset = front.ensure_corpus(config.data)
     dataset.check_repeats(batch_schedule(config).samples(config.run.steps).start)
-    if before := last_checkpoint(config.run.path):
+    if before := starting_checkpoint(config.run):
         require_same_data(before, dataset.identity(config.seed), config.data.on_change)
 
 

@@ -169,5 +169,15 @@ def own_settings(arguments: list[str], section: str) -> tuple[list[str], list[st
 
 
 def run_by_name(arguments: list[str]) -> list[str]:
-    """``run=NAME`` where the only thing to say of a run is its name."""
-    return [f"run.name={text.removeprefix('run=')}" if text.startswith("run=") else text for text in arguments]
+    """``run=NAME``, or a directory (``run=runs/NAME``), where the only thing to say of a run is which."""
+    found: list[str] = []
+    for text in arguments:
+        key, _, value = text.partition("=")
+        if key != "run":
+            found.append(text)
+        elif "/" in value:
+            path = Path(value)
+            found += [f"run.name={path.name}", f"run.dir={path.parent}"]
+        else:
+            found.append(f"run.name={value}")
+    return found

@@ -20,7 +20,7 @@ def evaluate(arguments: list[str]) -> int:
     check_evaluate(evaluation)
     config = load_config(evaluation.run)
     check_draft(evaluation.draft, config)
-    require_checkpoint(evaluation.run)
+    require_checkpoint(config.run, evaluation.step)
     processes = front.world_size() or front.num_processes()
     resolve(config.parallel, config.model, processes)
     if front.world_size():
@@ -38,7 +38,7 @@ def generate(arguments: list[str]) -> int:
     config = load_config(generation.run)
     check_draft(generation.draft, config)
     config = replace(config, parallel=replace(config.parallel, context=1))  # a growing prefix is not cut into parts
-    require_checkpoint(generation.run)
+    require_checkpoint(config.run, generation.step)
     processes = front.world_size() or front.num_processes(front.layout_size(config.parallel))
     resolve(config.parallel, config.model, processes)
     if front.world_size():

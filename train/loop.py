@@ -12,15 +12,18 @@ from data.order.batches import Batch
 from data.secrets import hide
 from model.batch import MicroBatch, count_targets
 from model.network import Losses
+from parallel.checkpoint.saving import SaveError
 from parallel.collectives import max_over_all, sum_over, sum_over_all
 from parallel.engine import Engine
 from train import routing
 from train.job import checkpoint
 from train.job.build import Job, build_engine, build_job, draw_weights
-from train.job.directory import last_checkpoint, layout_change, require_checkpoint, require_same_data, steps_done
+from train.job.checkpoint import Checkpoints
+from train.job.directory import layout_change, require_checkpoint, require_same_data, steps_done
+from train.job.provenance import note_start
 from train.job.schedule import learning_rate
 from train.measure.doctor import refuse_wrong_kernels
-from train.settings.run import Config, batch_schedule, describe, save_config
+from train.settings.run import CONFIG_FILE, Config, RunReference, batch_schedule, describe, load_config, save_config
 from train.settings.tree import ConfigError
 from train.use.evaluate import draft_metrics, heldout_line, heldout_metrics, microbatch
 from train.watch import metrics
@@ -34,7 +37,7 @@ class StopRequest:
     """Ctrl-C, SIGTERM or the end of run.max_time, agreed on by all processes between two steps."""
 
     def __init__(self, device: torch.device, max_minutes: float | None) -> None:
-        self._device, self._signal = device, 0
+        self._device, self._signal, self.save = device, 0, False
         self._deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._note)
@@ -42,10 +45,12 @@ class StopRequest:
     def _note(self, number: int, frame: object) -> None:
         self._signal = number
 
-    def agreed(self) -> int:
-        """0 to go on, else the reason, the same on every process."""
+    def agreed(self, save: bool = False) -> int:
+        """0 to go on, else the reason, the same on every process; ``self.save`` then says whether any asks to save."""
         late = self._deadline is not None and time.monotonic() > self._deadline
-        return int(max_over_all(torch.tensor(max(self._signal, TIME_IS_UP * late), device=self._device)))
+        own = torch.tensor([max(self._signal, TIME_IS_UP * late), save], device=self._device)
+        reason, self.save = max_over_all(own).tolist()
+        return int(reason)
 
 
 def micro_batches(job: Job, batches: list[Batch], tokens_before: int = 0) -> list[MicroBatch]:
@@ -108,6 +113,7 @@ def fit(
     tracker: Tracker,
     stop: StopRequest,
     save: Callable[[int], None],
+    checkpoints: Checkpoints,
 ) -> tuple[int, int]:
     """Trains to the end of the run or to a request to stop; returns the steps done and the reason (0: the end)."""
     run, reason = job.config.run, 0
@@ -143,8 +149,9 @@ def fit(
         if values:
             tracker.log(step, values)
 
-        reason = stop.agreed()
-        if reason or due(step, run.save_every, run.steps):
+        reason = stop.agreed(save=checkpoints.overdue())
+        checkpoints.poll()
+        if reason or stop.save or due(step, run.save_every, run.steps):
             save(step)
         if reason:
             break
@@ -158,9 +165,12 @@ def run_training(config: Config) -> int:
     job = build_job(config)
     refuse_wrong_kernels(config.model, job.device, job.is_first)
     checkpoint.require_room(job)
+    before = checkpoint.starting_point(job)
     start, moved = steps_done(config), layout_change(config, job.topology)
     if config.run.init and not start:
-        checkpoint.load_model(job, require_checkpoint(config.run.origin))
+        origin = require_checkpoint(load_config(config.run.origin).run)
+        checkpoint.require_whole(job, origin)
+        checkpoint.load_model(job, origin)
     else:
         draw_weights(job)
     engine = build_engine(job)
@@ -169,10 +179,13 @@ def run_training(config: Config) -> int:
     if start >= config.run.steps:
         name, steps = config.run.name, config.run.steps
         raise ConfigError(f"run.steps={steps} but run.name={name} has done {start}: raise run.steps")
-    if before := last_checkpoint(config.run.path):
+    if before:
         require_same_data(before, identity, config.data.on_change)
         checkpoint.load(engine, before)
     if job.is_first:
+        known = (config.run.path / CONFIG_FILE).is_file()
+        last = load_config(RunReference(config.run.name, config.run.dir)) if known else None
+        note_start(config, last, start, job.topology.world)
         save_config(config)
         lines = [*describe(config, job.topology), *job.describe(), moved, f"starting after step {start}"]
         print("\n".join(line for line in lines if line), flush=True)
@@ -180,18 +193,20 @@ def run_training(config: Config) -> int:
     def save(step: int) -> None:
         samples = batch_schedule(config).samples(step).start
         data = {"identity": identity, "samples": samples, "sources": job.dataset.cursors(samples)}
-        path = checkpoint.save(job, engine, step, data)
-        if job.is_first:
-            print(f"saved {path}", flush=True)
+        checkpoints.save(step, data)
 
+    checkpoints = Checkpoints(job, engine)
     stop = StopRequest(job.device, config.run.max_time)
     tracker = build_trackers(config, job.rank, start)
     data = job.groups.dp
     try:
         with Loader(stream, batch_schedule(config), config.batch.micro, data.rank(), data.size(), start) as loader:
-            step, reason = fit(job, engine, loader, tracker, stop, save)
+            step, reason = fit(job, engine, loader, tracker, stop, save, checkpoints)
+        checkpoints.wait()
     finally:
         tracker.close()
+    if checkpoints.failed:
+        raise SaveError(f"step {step}, the last one, is not saved: {checkpoints.failed}")
     if reason and job.is_first:
         print(f"stopped after step {step} of {config.run.steps}: the same command goes on from here", flush=True)
     job.close()

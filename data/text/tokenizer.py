@@ -61,6 +61,11 @@ class Tokenizer:
         # A copy of `backend` for another process would forget that special tokens in a text are ordinary.
         return type(self), (self._text, self.eod_token, self._source)
 
+    @property
+    def text(self) -> str:
+        """The very text it was read from."""
+        return self._text
+
     def save(self, path: str | Path) -> None:
         """Writes the very text it was read from, so that an upstream tokenizer stays byte for byte itself."""
         Path(path).write_text(self._text, encoding="utf-8")

@@ -102,7 +102,7 @@ def read_run(run: RunReference) -> dict[str, float]:
     groups, dataset = process_groups.lay_out(topology), Dataset(config.data)
     chunks = build_chunks(config, topology, groups, padded_vocab(config, dataset, topology))
     job = Job(config, topology, groups, torch.device("cpu"), dataset, chunks)
-    load_model(job, require_checkpoint(run))
+    load_model(job, require_checkpoint(config.run))
     tokens_KRS = rows_of_kinds(job)
     dealt = tokens_KRS.flatten(0, 1)[torch.randperm(len(KINDS) * ROWS, generator=torch.Generator().manual_seed(0))]
     values = {}

@@ -38,7 +38,7 @@ def answer(run: RunReference, texts_RL: list[list[int]], prompts_RL: list[list[i
     topology = resolve(config.parallel, config.model, dist.get_world_size())
     groups = process_groups.lay_out(topology)
     chunks = build_chunks(config, topology, groups, config.model.vocab_size)
-    load_model(Job(config, topology, groups, torch.device("cpu"), None, chunks), require_checkpoint(run))
+    load_model(Job(config, topology, groups, torch.device("cpu"), None, chunks), require_checkpoint(config.run))
     (network,) = chunks
     texts = torch.tensor(texts_RL)
     of_texts = logprobs(network, texts)[:, :-1].gather(-1, texts[:, 1:, None])[..., 0]

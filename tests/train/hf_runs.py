@@ -10,11 +10,11 @@ from data.config import DataConfig, PrepareConfig
 from data.prepare.prepare import prepare
 from model.config import ModelConfig, MtpConfig
 from model.hf import pieces as hf
-from parallel import stored
+from parallel.checkpoint import stored
 from train.hub.exporting import export_run as write_export
 from train.hub.importing import import_run
 from train.hub.settings import ExportConfig, ImportConfig, check_export, check_import
-from train.job.directory import checkpoint_path, write_state
+from train.job.shelf import Shelf, write_state
 from train.settings.run import Config, RunConfig, RunReference, save_config
 
 VOCAB = 320
@@ -61,7 +61,7 @@ def telling(shape: ModelConfig, mtp: bool = True) -> dict[str, Tensor]:
 
 def add_checkpoint(run: Path, weights: dict[str, Tensor], step: int = 1) -> Path:
     """Stores weights as a run's checkpoint."""
-    path = checkpoint_path(run, step)
+    path = Shelf(run / "checkpoints").path(step)
     path.mkdir(parents=True)
     chunks = [
         stored.StoredSlice(name, tuple(x.shape), 0, tuple(x.shape), x.dtype, lambda x=x: x)

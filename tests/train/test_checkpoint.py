@@ -15,8 +15,9 @@ from model.batch import MicroBatch, count_targets
 from model.config import BalanceConfig, ModelConfig
 from model.init import WIDE
 from parallel import groups as process_groups
+from parallel.checkpoint.saving import SaveError
+from parallel.checkpoint.stored import StoredTensors
 from parallel.stages import run_schedule
-from parallel.stored import StoredTensors
 from parallel.topology import ParallelConfig
 from tests.dist import run_ranks
 from tests.parallel.tiny import (
@@ -32,11 +33,12 @@ from tests.parallel.tiny import (
     start_engine,
     tiny_config,
 )
-from train.job import checkpoint
+from train.job import shelf
 from train.job.build import Job, build_engine
 from train.job.checkpoint import load, load_model, save
-from train.job.directory import checkpoint_path, last_checkpoint, read_state, require_same_data, steps_done, write_state
+from train.job.directory import require_same_data, steps_done
 from train.job.footprint import checkpoint_bytes
+from train.job.shelf import Shelf, read_state, write_state
 from train.loop import step_metrics, train_step
 from train.settings.run import BatchConfig, RunConfig, save_config
 from train.settings.tree import ConfigError
@@ -132,8 +134,8 @@ def _save_on_a_full_disk(job: Job, engine) -> str:
     """What is said of the same checkpoint where a byte of room is missing, on each process."""
     free = checkpoint_bytes(job.config, job.vocab_size) - 1
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
-        with pytest.raises(ConfigError) as refusal:
+        patch.setattr(shelf.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+        with pytest.raises(SaveError) as refusal:
             save(job, engine, HALF + 1, DATA)
     return str(refusal.value)
 
@@ -145,7 +147,7 @@ def _resume(runs: Path) -> dict:
     for name in CASES:
         job = _job(name, runs)
         engine = start_engine(job)
-        load(engine, checkpoint_path(job.config.run.path, HALF))
+        load(engine, Shelf(job.config.run.checkpoints).path(HALF))
         if name == BFLOAT16:
             found["wide"] = _wide(job)
         predictions = _predictions(job)
@@ -158,7 +160,7 @@ def _settings_after_loading(runs: Path) -> set[tuple]:
     job = _job("EP2", runs)
     optim = replace(job.config.optim, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.3)
     engine = start_engine(replace(job, config=replace(job.config, optim=optim)))
-    load(engine, checkpoint_path(job.config.run.path, HALF))
+    load(engine, Shelf(job.config.run.checkpoints).path(HALF))
     return {(group["weight_decay"], group["betas"], group["eps"]) for group in engine.optimizer.param_groups}
 
 
@@ -167,7 +169,7 @@ def _load_alone(runs: Path) -> dict:
     found = {}
     for name, (_, model) in CASES.items():
         job = _job(name, runs, ParallelConfig(), replace(model, pattern=model.layers))
-        load_model(job, checkpoint_path(job.config.run.path, HALF))
+        load_model(job, Shelf(job.config.run.checkpoints).path(HALF))
         found[name] = _predictions(job)
     return found
 
@@ -242,9 +244,10 @@ def test_a_run_goes_on_with_the_settings_it_is_given(resumed):
 
 
 def test_the_directory_of_a_checkpoint(straight, runs):
-    path = checkpoint_path(runs / "EP2", HALF)
+    kept = Shelf(runs / "EP2" / "checkpoints")
+    path = kept.path(HALF)
     assert path == runs / "EP2" / "checkpoints" / "step_00000003"
-    assert last_checkpoint(runs / "EP2") == path
+    assert kept.newest() == path
     assert [entry.name for entry in path.parent.iterdir()] == [path.name], "a partial checkpoint was left behind"
     layout = {
         "world": 2,
@@ -256,12 +259,12 @@ def test_the_directory_of_a_checkpoint(straight, runs):
         "virtual": 1,
         "expert_tensor": 1,
     }
-    assert read_state(path) == {"version": 2, "step": HALF, "data": DATA, "layout": layout}
+    assert read_state(path) == {"version": 3, "step": HALF, "data": DATA, "layout": layout}
 
 
 def test_a_checkpoint_is_as_large_as_is_asked_for_ahead(straight, runs):
     for name, (layout, model) in CASES.items():
-        stored = StoredTensors(checkpoint_path(runs / name, HALF))
+        stored = StoredTensors(Shelf(runs / name / "checkpoints").path(HALF))
         sizes = {name: math.prod(shape) * stored.dtypes[name].itemsize for name, shape in stored.shapes.items()}
         written = sum(size for name, size in sizes.items() if ".balance." not in name)  # what routers remember is small
         expected = checkpoint_bytes(tiny_config(model, layout), VOCAB)
@@ -271,8 +274,8 @@ def test_a_checkpoint_is_as_large_as_is_asked_for_ahead(straight, runs):
 
 def test_a_full_disk_is_told_on_every_process_and_costs_no_checkpoint(straight, runs):
     for rank in straight:
-        assert re.fullmatch(r"run\.dir=\S+ has \S+ GB free, and a checkpoint takes \S+ GB: make .*", rank["full disk"])
-    assert last_checkpoint(runs / list(CASES)[-1]) == checkpoint_path(runs / list(CASES)[-1], HALF)
+        assert re.fullmatch(r"\S+ GB are free, and a checkpoint takes \S+ GB", rank["full disk"])
+    assert Shelf(runs / list(CASES)[-1] / "checkpoints").steps() == [HALF]
 
 
 def test_a_checkpoint_of_other_data_is_refused(tmp_path):
@@ -295,7 +298,7 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path):
 def begun(tmp_path):
     """Settings of a run that has done three steps in two pipeline stages."""
     config = tiny_config(PIPELINED, ParallelConfig(pipeline=2), run=RunConfig(name="begun", dir=str(tmp_path)))
-    path = checkpoint_path(config.run.path, HALF)
+    path = Shelf(config.run.checkpoints).path(HALF)
     path.mkdir(parents=True)
     save_config(config)
     write_state(path, HALF, DATA, {"world": 2})
@@ -311,6 +314,6 @@ def test_a_run_may_go_on_in_other_pipeline_stages_but_not_with_another_model(beg
 
 def test_a_checkpoint_of_an_earlier_version_says_how_to_go_on(begun):
     state = {"step": HALF, "fingerprint": "abc", "layout": {"world": 2}}
-    (checkpoint_path(begun.run.path, HALF) / "state.json").write_text(json.dumps(state))
-    with pytest.raises(ConfigError, match=r"format 1, .* resumes format 2: .* run\.init=begun"):
+    (Shelf(begun.run.checkpoints).path(HALF) / "state.json").write_text(json.dumps(state))
+    with pytest.raises(ConfigError, match=r"format 1, .* resumes format 3: .* run\.init=begun"):
         steps_done(begun)

@@ -22,7 +22,7 @@ from tests.train.hf_runs import (
     telling,
 )
 from train.__main__ import run as command
-from train.job.directory import checkpoint_path
+from train.job.shelf import Shelf
 from train.settings.run import Config
 from train.settings.tree import ConfigError
 
@@ -69,7 +69,7 @@ def test_a_round_trip_changes_no_bit(tmp_path: Path, corpus: Path, shape: ModelC
     # The safetensors library itself reads what was written.
     assert index == {name: file.name for file in files for name in load_file(file)}
     back = import_as(out, tmp_path, "back")
-    assert_same(read_all(checkpoint_path(back, 0)), weights)
+    assert_same(read_all(Shelf(back / "checkpoints").path(0)), weights)
     assert not list(tmp_path.glob("**/*.partial"))
 
 
@@ -82,7 +82,7 @@ def test_a_type_is_asked_for_and_weights_kept_in_float32_stay_so(tmp_path: Path,
     expected = {
         name: x if x.dim() < 2 or name.endswith("router.weight") else x.bfloat16() for name, x in telling(SHAPE).items()
     }
-    assert_same(read_all(checkpoint_path(import_as(out, tmp_path, "back"), 0)), expected)
+    assert_same(read_all(Shelf(import_as(out, tmp_path, "back") / "checkpoints").path(0)), expected)
 
 
 def test_the_tokenizer_comes_along_and_takes_a_chat(tmp_path: Path, run: Config) -> None:
@@ -166,7 +166,7 @@ def test_a_promised_mtp_layer_is_there_or_left_out_on_purpose(tmp_path: Path, ru
     save_file(trunk, out / "model.safetensors")
     with pytest.raises(ConfigError, match=r"missing: mtp.pre_fc_norm_embedding.weight.* mtp=false"):
         import_as(out, tmp_path, "back")
-    found = read_all(checkpoint_path(import_as(out, tmp_path, "back", mtp=False), 0))
+    found = read_all(Shelf(import_as(out, tmp_path, "back", mtp=False) / "checkpoints").path(0))
     assert_same(found, telling(SHAPE, mtp=False))
 
 
@@ -226,11 +226,14 @@ def test_the_commands_and_the_mistakes_that_they_refuse(tmp_path: Path, run: Con
         (["export", "run=none", place, "out=x"], "run.name=none is not a run in"),
         (["export", "run=mine", place, "out=x", "dtype=int8"], "dtype='int8' is not known: choose bfloat16 or float32"),
         (["export", "run=mine", place, "out=x", "experts=many"], "experts='many' is not known"),
-        (["export", "run=mine", place, "out=x", "step=7"], "step=7 was not saved: choose one of 1"),
+        (
+            ["export", "run=mine", place, "out=x", "step=7"],
+            "step=7 is not among the checkpoints of run.name=mine: choose one of 1",
+        ),
         (["export", "run=mine", place, "out=x", "shard_size=0"], "shard_size=0.0 must be above 0"),
         (["import", f"hf={tmp_path}/none", "run=other", place], f"hf={tmp_path}/none is not a directory"),
         (["import", f"hf={out}", "run=back", place], "run.name=back exists in"),
-        (["import", f"hf={out}", "run=a/b", place], "run.name='a/b' cannot name a directory"),
+        (["import", f"hf={out}", "run.name=a/b", place], "run.name='a/b' cannot name a directory"),
         (["train", "run.name=back", place, "model.vocab_size=320"], "run.name=back holds imported weights"),
         (["train", "run.init=none", place], "run.name=none is not a run in"),
         (["train", "run.init=back", place, "model.experts=16"], "model.experts gives 16, but run.init=back has 8"),

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from model.config import ModelConfig
 from tests.train.hf_runs import SHAPE, add_checkpoint, export_run, import_as, make_corpus, make_run, read_all, telling
 from train.hub.fp8 import FP8, SCALE, block_scales, dequantize
-from train.job.directory import checkpoint_path
+from train.job.shelf import Shelf
 from train.settings.run import Config
 from train.settings.tree import ConfigError
 
@@ -95,7 +95,7 @@ def test_a_round_trip_changes_no_bit_and_transformers_loads_it(
     _, report = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     back = import_as(out, tmp_path, "back")
-    assert_same(read_all(checkpoint_path(back, 0)), telling(shape))
+    assert_same(read_all(Shelf(back / "checkpoints").path(0)), telling(shape))
     again = export_run(as_run(run, back), tmp_path / "again")  # nothing said: as it came
     assert_same(tensors_of(again), tensors_of(out))
     kept = ("layer_types", "rope_parameters", "architectures", "mtp_num_hidden_layers", "tie_word_embeddings")
@@ -134,7 +134,7 @@ def test_what_sees_goes_in_and_out_untouched(tmp_path: Path, run: Config) -> Non
     text = export_run(run, tmp_path / "text", model_type="qwen3_5_moe_text")
     source = wrap(text, tmp_path / "source")
     back = import_as(source, tmp_path, "back")
-    assert_same(read_all(checkpoint_path(back, 0)), telling(EXPERTS))
+    assert_same(read_all(Shelf(back / "checkpoints").path(0)), telling(EXPERTS))
     out = export_run(as_run(run, back), tmp_path / "out")
     assert_same(tensors_of(out), tensors_of(source))
     for key in ("architectures", "model_type", "vision_config", "image_token_id"):
@@ -234,7 +234,7 @@ def test_float16_is_converted_when_a_type_is_named(tmp_path: Path, corpus: Path,
         import_as(out, tmp_path, "back")
     back = import_as(out, tmp_path, "back", dtype="float32")
     assert "float16 are converted to float32" in capsys.readouterr().out
-    embedding = read_all(checkpoint_path(back, 0))["embedding.word_embeddings.weight"]
+    embedding = read_all(Shelf(back / "checkpoints").path(0))["embedding.word_embeddings.weight"]
     assert torch.equal(embedding, tensors["model.embed_tokens.weight"].float())
 
 

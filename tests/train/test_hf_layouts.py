@@ -37,8 +37,8 @@ from tests.train.hf_runs import (
 )
 from train.job.build import Job, build_chunks
 from train.job.checkpoint import load_model
-from train.job.directory import STATE_FILE, checkpoint_path
 from train.job.optim import adamw, decays
+from train.job.shelf import STATE_FILE, Shelf
 from train.settings.run import OptimConfig, RunReference, load_config
 
 TOKENS = 512
@@ -84,7 +84,7 @@ def travel(telling_checkpoint: Path, runs: Path, imported: list[Path]) -> dict[s
     results = {}
     for name, (parallel, shape) in LAYOUTS.items():
         job = job_on(parallel, shape, telling_checkpoint, mtp=1)
-        path = checkpoint_path(runs / name, 1)
+        path = Shelf(runs / name / "checkpoints").path(1)
         dist_checkpointing.save(sharded_weights(job.chunks, {"dp_cp_group": job.groups.dp_cp}), str(path))
         if name == "TP2":
             results["ours"] = logits_of(job.chunks[0])
@@ -121,11 +121,11 @@ def travelled(tmp_path_factory) -> Iterator[tuple[Path, dict[str, Tensor], Qwen3
     imported = []
     for name, original in (("separate", True), ("stacked", False)):
         theirs.save_pretrained(place / name, save_original_format=original)
-        imported.append(checkpoint_path(import_as(place / name, place / "runs", f"theirs-{name}"), 0))
+        imported.append(Shelf(import_as(place / name, place / "runs", f"theirs-{name}") / "checkpoints").path(0))
     source = add_checkpoint(make_run(place / "runs", "telling", SHAPE, corpus).run.path, telling(SHAPE))
     for name, (_, shape) in LAYOUTS.items():
         run = make_run(place / "runs", name, shape, corpus)
-        path = checkpoint_path(run.run.path, 1)
+        path = Shelf(run.run.checkpoints).path(1)
         path.mkdir(parents=True)
         (path / STATE_FILE).write_text("{}")
     found = run_ranks(travel, 2, source, place / "runs", imported, timeout=300)[0]
@@ -146,7 +146,7 @@ def test_a_layout_exports_what_transformers_reads(travelled, name: str) -> None:
     place, found, _ = travelled
     run, experts = load_config(RunReference(name, str(place / "runs"))), "stacked" if name == "EP2" else "separate"
     out = export_run(run, place / f"out-{name}", experts=experts)
-    back = read_all(checkpoint_path(import_as(out, place / "runs", f"back-{name}"), 0))
+    back = read_all(Shelf(import_as(out, place / "runs", f"back-{name}") / "checkpoints").path(0))
     expected = telling(SHAPE)
     assert back.keys() == expected.keys()
     assert all(torch.equal(back[key], tensor) for key, tensor in expected.items())

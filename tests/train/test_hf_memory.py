@@ -14,9 +14,9 @@ import torch
 
 from model.config import ModelConfig
 from model.hf import pieces as hf
-from parallel import stored
+from parallel.checkpoint import stored
 from tests.train.hf_runs import make_corpus, make_run
-from train.job.directory import checkpoint_path, write_state
+from train.job.shelf import Shelf, write_state
 
 ROOT = Path(__file__).parents[2]
 SLICE = ModelConfig(
@@ -59,7 +59,7 @@ def peak_bytes(*arguments: str) -> int:
 def test_a_slice_of_80b(tmp_path: Path) -> None:
     run = make_run(tmp_path, "slice", SLICE, make_corpus(tmp_path), mtp=0)
     pieces = list(hf.pieces(SLICE, mtp=False, stacked=lambda layer: False))
-    path = checkpoint_path(run.run.path, 1)
+    path = Shelf(run.run.checkpoints).path(1)
     path.mkdir(parents=True)
     chunks = [
         stored.StoredSlice(
@@ -81,6 +81,6 @@ def test_a_slice_of_80b(tmp_path: Path) -> None:
     print(f"{size / 1e9:.2f} GB of weights: export peaked at {exporting / 1e9:.2f} GB, import {importing / 1e9:.2f} GB")
     assert size > 7e9
     assert max(exporting, importing) < 2 * size
-    back = stored.StoredTensors(checkpoint_path(tmp_path / "back", 0))
+    back = stored.StoredTensors(Shelf(tmp_path / "back" / "checkpoints").path(0))
     for piece in pieces:
         assert torch.equal(back.read(piece.ours), numbers(piece)), piece.ours

@@ -20,7 +20,8 @@ from tests.dist import run_ranks
 from tests.parallel.tiny import MODEL, PIPELINED, build_tiny, part_of, random_batch, start_engine, tiny_config
 from train.job.build import Job
 from train.job.checkpoint import load, save
-from train.job.directory import COUNTS, checkpoint_path
+from train.job.directory import COUNTS
+from train.job.shelf import Shelf
 from train.loop import step_metrics, train_step
 from train.settings.run import BatchConfig, RunConfig
 from train.watch.metrics import GRAD_NORM
@@ -84,7 +85,7 @@ def _part(part: int, runs: Path) -> dict:
         job = _job(name, part, runs)
         engine = start_engine(job)
         if part:
-            load(engine, checkpoint_path(job.config.run.path, part))
+            load(engine, Shelf(job.config.run.checkpoints).path(part))
         loaded = _pieces(engine) if part else None
         values = _train(job, engine, part + 1, part + 1)
         save(job, engine, part + 1, {})

@@ -11,7 +11,7 @@ from data.errors import one_line
 from data.secrets import hidden, hide
 from train import front
 from train.__main__ import run
-from train.job.directory import read_state, write_state
+from train.job.shelf import read_state, write_state
 from train.settings.run import Config, check_plan, describe, save_config
 from train.settings.tree import ConfigError, from_dict
 

@@ -13,7 +13,7 @@ from model.hf import config as hf_config
 from model.hf import pieces as hf
 from model.hf.families import FAMILIES, TEXT_CONFIG, Family, family_of
 from model.stack import PARAMS_DTYPES
-from parallel import stored
+from parallel.checkpoint import stored
 from train.hub import carried
 from train.hub.files import EXACT_FILE, appearing, compare, copy_files, refuse_broken, write_json
 from train.hub.safetensors_files import TORCH_DTYPES as READABLE

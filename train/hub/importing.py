@@ -15,7 +15,7 @@ from model.hf import config as hf_config
 from model.hf import pieces as hf
 from model.hf.names import EXPERTS
 from model.stack import PARAMS_DTYPES
-from parallel import stored
+from parallel.checkpoint import stored
 from train.hub import carried
 from train.hub.files import EXACT_FILE, appearing, compare, copy_files, listed, refuse_broken
 from train.hub.fp8 import Fp8Reader
@@ -23,7 +23,7 @@ from train.hub.safetensors_files import TORCH_DTYPES as READABLE
 from train.hub.safetensors_files import SafetensorsReader
 from train.hub.settings import HF_CONFIG, TOKENIZER_DIR, ImportConfig, read_json
 from train.hub.tokenizer_files import TOKENIZER_FILES
-from train.job.directory import checkpoint_path, write_state
+from train.job.shelf import Shelf, write_state
 from train.settings.run import Config, save_config
 from train.settings.tree import ConfigError
 
@@ -60,7 +60,12 @@ def import_run(config: ImportConfig, run: Config) -> Path:
     )
     with appearing(run.run.path) as building:
         _write_checkpoint(
-            pieces, reader, notes, checkpoint_path(building, 0), PARAMS_DTYPES[run.model.dtype], str(directory)
+            pieces,
+            reader,
+            notes,
+            Shelf(building / "checkpoints").path(0),
+            PARAMS_DTYPES[run.model.dtype],
+            str(directory),
         )
         save_config(run, building)
         carried.keep(directory, reader, packed, building)
@@ -113,6 +118,6 @@ def _write_checkpoint(
             )
             for piece in pieces
         ]
-        stored.write_checkpoint(path, chunks)
+        digests = stored.write_checkpoint(path, chunks)
     refuse_broken(sorted(set(broken)), where)
-    write_state(path, 0, None, None)
+    write_state(path, 0, None, None, digests)

@@ -15,7 +15,7 @@ from data.errors import one_line
 from model.config import BalanceConfig, MtpConfig, check_model
 from model.hf.config import from_hf
 from model.hf.families import FAMILIES
-from train.job.directory import checkpoint_path, require_checkpoint
+from train.job.directory import require_checkpoint
 from train.settings.run import Config, RunConfig, RunReference, check_choice, load_config
 from train.settings.tree import ConfigError, setting
 
@@ -97,13 +97,7 @@ def check_export(config: ExportConfig) -> tuple[Config, Path]:
     if not config.out or Path(config.out).exists():
         why = "exists already" if config.out else "names no directory"
         raise ConfigError(f"out={config.out} {why}: choose a new directory, which appears once the export is complete")
-    path = require_checkpoint(config.run)
-    if config.step is not None:
-        path = checkpoint_path(config.run.path, config.step)
-        if not path.is_dir():
-            known = sorted(int(x.name.removeprefix("step_")) for x in path.parent.glob("step_*[0-9]"))
-            raise ConfigError(f"step={config.step} was not saved: choose one of {', '.join(map(str, known))}")
-    return run, path
+    return run, require_checkpoint(run.run, config.step)
 
 
 def max_length(config: ExportConfig, run: Config) -> int:

@@ -1,34 +1,38 @@
-"""Checkpoints: megatron-core's sharded format in a directory that takes its name only once it is whole."""
+"""Checkpoints of a job: saved while it trains on, verified before they are believed, loaded on any layout."""
 
-import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 
-from parallel.collectives import sum_over_all, wait_for_all
+from parallel.checkpoint.digest import Digest, write_synced
+from parallel.checkpoint.loading import load_state
+from parallel.checkpoint.saving import BackgroundSaver, SaveError
+from parallel.checkpoint.stored import StoredTensors
+from parallel.collectives import from_first, gather_to_first
 from parallel.engine import Engine
 from parallel.stages import load_weights, sharded_weights
-from parallel.stored import StoredTensors
 from train.job.build import Job
-from train.job.directory import COUNTS, checkpoint_path, write_state
+from train.job.directory import COUNTS, starting_checkpoint
 from train.job.footprint import checkpoint_bytes
+from train.job.provenance import sidecars
+from train.job.shelf import Shelf, why_broken, write_state
 from train.settings.tree import ConfigError
 
 
 def require_room(job: Job) -> None:
-    """Refuses, on every process alike, what would not fit the disk of the run.
+    """Refuses to start what would not fit the disk of the run once, on every process alike.
 
     Raises:
-        ConfigError: its disk has no room for a checkpoint.
+        ConfigError: its disk has no room for a checkpoint, and holds none of this run.
     """
     run, needed = job.config.run, checkpoint_bytes(job.config, job.vocab_size)
-    # The run's folder may be still to come.
-    there = next(path for path in (run.path, *run.path.parents) if path.exists())
-    free = shutil.disk_usage(there).free if job.is_first else 0
-    free = int(sum_over_all(torch.tensor(free, device=job.device)))
+    shelf = Shelf(run.checkpoints)
+    free = from_first(lambda: needed if shelf.steps() else shelf.free())
     if free < needed:
         raise ConfigError(
             f"run.dir={run.dir} has {free / 1e9:,.3f} GB free, and a checkpoint takes {needed / 1e9:,.3f} GB: make "
@@ -36,35 +40,172 @@ def require_room(job: Job) -> None:
         )
 
 
-def save(job: Job, engine: Engine, step: int, data: dict[str, Any]) -> Path:
-    """Writes the state after ``step`` steps; every rank takes part. The step's old checkpoint, if any, is replaced.
+class Checkpoints:
+    """The saves of a job, each written while the next steps are computed.
 
-    ``data`` says what was read and how far: `Dataset.identity` and its cursors.
+    Every process makes the same calls. A save that fails costs the run nothing but that checkpoint: it is told, and the
+    last good one stays.
+
+    Attributes:
+        blocked: seconds for which training has stood still for saves.
+        failed: why the last save came to nothing; empty if it did not.
+    """
+
+    def __init__(self, job: Job, engine: Engine) -> None:
+        self._job, self._engine, self._shelf = job, engine, Shelf(job.config.run.checkpoints)
+        self._saver = BackgroundSaver(engine.groups.dp_cp)
+        self._step: int | None = None  # being written
+        self.blocked, self.failed, self._last = 0.0, "", time.monotonic()
+
+    def overdue(self) -> bool:
+        """Whether run.save_minutes have passed since the last save, by this process's clock."""
+        minutes = self._job.config.run.save_minutes
+        return minutes is not None and time.monotonic() - self._last > 60 * minutes
+
+    def save(self, step: int, data: dict[str, Any]) -> None:
+        """Begins to write the state after ``step`` steps. One that is still being written is waited for first.
+
+        Args:
+            data: what was read and how far: `Dataset.identity` and its cursors.
+        """
+        self.wait()
+        with _Clock(self):
+            self._last, self.failed = time.monotonic(), ""
+            try:
+                directory = from_first(partial(self._prepare, step))
+                state = self._engine.sharded_state_dict(is_loading=False)
+                self._saver.start(state, directory, self._complete(step, data, directory))
+                self._step = step
+            except SaveError as error:
+                self._give_up(step, error)
+
+    def poll(self) -> None:
+        """Finishes a save that all processes have written; to be called between steps."""
+        if self._step is not None:
+            self._finish(self._saver.poll)
+
+    def wait(self) -> None:
+        """Returns once nothing is being written any more."""
+        if self._step is not None:
+            self._finish(self._saver.wait)
+
+    def _finish(self, how: Callable[[], object]) -> None:
+        step = self._step
+        assert step is not None, "something is being written"
+        with _Clock(self):
+            try:
+                how()
+            except SaveError as error:
+                self._give_up(step, error)
+            if not self._saver.busy:
+                self._step = None
+
+    def _prepare(self, step: int) -> Path:
+        """On the first process: an empty directory on a disk with room, for which old checkpoints may go."""
+        needed = checkpoint_bytes(self._job.config, self._job.vocab_size)
+        try:
+            free = self._shelf.make_room(needed, self._job.config.run.keep_every)
+            if free < needed:
+                raise SaveError(f"{free / 1e9:,.3f} GB are free, and a checkpoint takes {needed / 1e9:,.3f} GB")
+            return self._shelf.prepare(step)
+        except OSError as error:
+            raise SaveError(str(error)) from error
+
+    def _complete(self, step: int, data: dict[str, Any], directory: Path) -> Callable[[dict[str, Digest]], None]:
+        job, run = self._job, self._job.config.run
+        tokenizer = job.dataset.tokenizer if job.dataset else None
+
+        def complete(digests: dict[str, Digest]) -> None:
+            for name, content in sidecars(job.config, tokenizer, job.topology.world).items():
+                digests[name] = write_synced(directory / name, content)
+            write_state(directory, step, data, vars(job.topology), digests)
+            print(f"saved {self._shelf.publish(step)}", flush=True)
+            self._shelf.retire(run.keep, run.keep_every)
+
+        return complete
+
+    def _give_up(self, step: int, error: SaveError) -> None:
+        self.failed, self._step = str(error), None
+        if self._job.is_first:
+            self._shelf.give_up(step)
+            last = self._shelf.newest()
+            kept = f"the last good checkpoint is {last}" if last else "the run has no checkpoint yet"
+            print(f"WARNING: step {step} was not saved: {error}; training goes on, {kept}", flush=True)
+
+
+@dataclass
+class _Clock:
+    """Adds what passes inside to the seconds for which saves block."""
+
+    checkpoints: Checkpoints
+    begin: float = 0.0
+
+    def __enter__(self) -> None:
+        self.begin = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self.checkpoints.blocked += time.monotonic() - self.begin
+
+
+def save(job: Job, engine: Engine, step: int, data: dict[str, Any]) -> Path:
+    """Saves the state after ``step`` steps, and returns when it is there.
 
     Raises:
-        ConfigError: the disk has no room for it.
+        SaveError: it could not be written.
     """
-    path = checkpoint_path(job.config.run.path, step)
-    partial = path.with_name(path.name + ".partial")
-    if job.is_first:
-        shutil.rmtree(partial, ignore_errors=True)
-    require_room(job)
-    if job.is_first:
-        partial.mkdir(parents=True)
-    wait_for_all()
-    dist_checkpointing.save(engine.sharded_state_dict(is_loading=False), str(partial))
-    wait_for_all()
-    if job.is_first:
-        write_state(partial, step, data, vars(job.topology))
-        shutil.rmtree(path, ignore_errors=True)
-        partial.rename(path)
-    wait_for_all()
-    return path
+    checkpoints = Checkpoints(job, engine)
+    checkpoints.save(step, data)
+    checkpoints.wait()
+    if checkpoints.failed:
+        raise SaveError(checkpoints.failed)
+    return Shelf(job.config.run.checkpoints).path(step)
+
+
+def require_whole(job: Job, checkpoint: Path) -> None:
+    """Hashes a checkpoint's files, shared out among all processes.
+
+    Raises:
+        ConfigError: on every process, it is not as it was written.
+    """
+    fault = _fault_of(job, checkpoint)
+    if fault:
+        raise ConfigError(f"{checkpoint} is damaged: {fault}: use another of the run's checkpoints")
+
+
+def _fault_of(job: Job, checkpoint: Path) -> str:
+    found = gather_to_first(why_broken(checkpoint, deep=True, part=job.rank, parts=job.topology.world))
+    return from_first(lambda: next((fault for fault in found if fault), ""))
+
+
+def newest_whole(job: Job) -> Path | None:
+    """The newest checkpoint of a run that is as it was written; newer ones that are not are set aside and named.
+
+    The first process decides which there are. Every process calls this before training.
+    """
+    shelf = Shelf(job.config.run.checkpoints)
+    from_first(shelf.sweep)
+    for step in from_first(lambda: list(reversed(shelf.steps()))):
+        fault = _fault_of(job, shelf.path(step))
+        if not fault:
+            return shelf.path(step)
+        aside = from_first(partial(shelf.set_aside, step))
+        if job.is_first:
+            print(f"WARNING: {shelf.path(step)} is damaged: {fault}; it is now {aside.name}", flush=True)
+    return None
+
+
+def starting_point(job: Job) -> Path | None:
+    """The verified checkpoint that a run goes on from: its own newest, or that of the run that it forks."""
+    own = newest_whole(job)
+    origin = from_first(lambda: starting_checkpoint(job.config.run)) if own is None else None
+    if origin is not None:
+        require_whole(job, origin)
+    return own or origin
 
 
 def load(engine: Engine, path: Path) -> None:
     """Puts a checkpoint, of whatever layout, into the engine: weights and optimizer."""
-    engine.load_state_dict(dist_checkpointing.load(engine.sharded_state_dict(is_loading=True), str(path)))
+    engine.load_state_dict(load_state(engine.sharded_state_dict(is_loading=True), path, engine.groups.dp_cp))
 
 
 def load_model(job: Job, path: Path) -> None:
@@ -90,5 +231,5 @@ def load_model(job: Job, path: Path) -> None:
         part: {name: x.data if name.endswith(COUNTS) else None for name, x in entries.items()}
         for part, entries in wanted.items()
     }
-    loaded = dist_checkpointing.load(numbers, str(path))
+    loaded = load_state(numbers, path, job.groups.dp_cp)
     load_weights(job.chunks, {part: beside[part] | loaded[part] for part in wanted})

@@ -1,25 +1,24 @@
 """The directory of a run, and what may be trained into it again. Reads files only: no torch, no processes.
 
 runs/NAME/config.yaml                     the resolved settings
+runs/NAME/history.jsonl                   one line a start: what changed, where it ran, which code
 runs/NAME/metrics.jsonl                   one object a logged step
-runs/NAME/checkpoints/step_NNNNNNNN/      a complete checkpoint; *.partial is one being written
+runs/NAME/checkpoints/step_NNNNNNNN/      a complete checkpoint (`train.job.shelf`)
 runs/NAME/wandb/                          Weights & Biases files
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from data.config import CONTINUE
 from data.errors import changes
-from data.secrets import hidden
 from parallel.topology import Topology
-from train.settings.run import CONFIG_FILE, Config, RunReference, load_config
+from train.job.shelf import VERSION, Shelf, read_state, why_broken
+from train.settings.run import CONFIG_FILE, Config, RunConfig, load_config, read_config
 from train.settings.tree import ConfigError, leaves, to_dict
 
-STATE_FILE = "state.json"
-STATE_VERSION = 2  # of a checkpoint's state: raised when older ones cannot be resumed
+RESUMABLE = (2, VERSION)  # formats of a checkpoint's state; format 2 has no hashes
 # In a checkpoint: what a router has counted, and learnt of it, which is no weight.
 COUNTS = tuple(f"router.balance.{name}" for name in ("counts", "forecast.squares", "forecast.products"))
 # Settings of a model that its weights' shapes follow from.
@@ -53,45 +52,35 @@ FIXED = (
 )
 
 
-def checkpoint_path(run: Path, step: int) -> Path:
-    """Where the checkpoint after ``step`` steps lies."""
-    return run / "checkpoints" / f"step_{step:08d}"
+def last_checkpoint(run: RunConfig) -> Path | None:
+    """The newest checkpoint of a run that is there whole; its large files are not read for that."""
+    return Shelf(run.checkpoints).newest()
 
 
-def last_checkpoint(run: Path) -> Path | None:
-    """The newest complete checkpoint of a run."""
-    return max((path.parent for path in run.glob(f"checkpoints/step_*[0-9]/{STATE_FILE}")), default=None)
+def starting_checkpoint(run: RunConfig) -> Path | None:
+    """What a run goes on from: its own last checkpoint, before its first one that of the run that it forks."""
+    return last_checkpoint(run) or (
+        require_checkpoint(load_config(run.origin).run, run.forked_step) if run.fork else None
+    )
 
 
-def write_state(checkpoint: Path, step: int, data: dict[str, Any] | None, layout: dict[str, Any] | None) -> None:
-    """Writes what a checkpoint says of itself.
-
-    Args:
-        data: what was read and how far; None for imported weights, as is ``layout``.
-    """
-    state = {"version": STATE_VERSION, "step": step, "data": hidden(data), "layout": layout}
-    (checkpoint / STATE_FILE).write_text(json.dumps(state) + "\n", encoding="utf-8")
-
-
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself: its step, the identity of its data and its layout.
+def require_checkpoint(run: RunConfig, step: int | None = None) -> Path:
+    """A checkpoint of a run that must have one: the newest whole one, or that after ``step`` steps.
 
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: there is none yet, or none of that step, or that one is damaged.
     """
-    try:
-        return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{checkpoint / STATE_FILE} cannot be read ({error}): delete that checkpoint") from error
-
-
-def require_checkpoint(run: RunReference) -> Path:
-    """The newest checkpoint of a run that must have one.
-
-    Raises:
-        ConfigError: there is none yet.
-    """
-    path = last_checkpoint(run.path)
+    shelf = Shelf(run.checkpoints)
+    steps = shelf.steps()
+    if step is not None and step not in steps:
+        known = f"choose one of {', '.join(map(str, steps))}" if steps else "it has none yet"
+        raise ConfigError(f"step={step} is not among the checkpoints of run.name={run.name}: {known}")
+    if step is not None and (fault := why_broken(shelf.path(step))):
+        raise ConfigError(f"step={step} of run.name={run.name} is damaged: {fault}: choose another of its checkpoints")
+    path = shelf.newest() if step is None else shelf.path(step)
+    if path is None and steps:
+        fault = why_broken(shelf.path(steps[-1]))
+        raise ConfigError(f"run.name={run.name} has no checkpoint that is whole; the last one: {fault}")
     if path is None:
         raise ConfigError(f"run.name={run.name} has no checkpoint yet: let it train to its end, or set run.save_every")
     return path
@@ -104,7 +93,7 @@ def check_origin(config: Config) -> None:
         ConfigError: no such run, no checkpoint in it, or a model of other shapes.
     """
     origin = load_config(config.run.origin)
-    require_checkpoint(config.run.origin)
+    require_checkpoint(origin.run)
     for name in SHAPES:
         ours, theirs = getattr(config.model, name), getattr(origin.model, name)
         if ours != theirs and None not in (ours, theirs):
@@ -139,7 +128,7 @@ def require_same_data(checkpoint: Path, identity: Mapping[str, Any], on_change: 
 
 def layout_change(config: Config, topology: Topology) -> str:
     """A line about the layout of the last checkpoint where it was another one; else nothing."""
-    path = last_checkpoint(config.run.path)
+    path = starting_checkpoint(config.run)
     before = read_state(path)["layout"] if path else vars(topology)
     now = vars(topology).items()
     changed = [f"{key} {size} (was {before.get(key)})" for key, size in now if size != before.get(key)]
@@ -152,16 +141,15 @@ def steps_done(config: Config) -> int:
     Raises:
         ConfigError: the run cannot go on with these settings.
     """
-    path = last_checkpoint(config.run.path)
+    path = starting_checkpoint(config.run)
     if path is None:
         if config.run.init:
             check_origin(config)
         return 0
-    state = read_state(path)
-    name = config.run.name
-    if state.get("version", 1) != STATE_VERSION:
+    state, name = read_state(path), path.parents[1].name
+    if state.get("version", 1) not in RESUMABLE:
         raise ConfigError(
-            f"{path} has format {state.get('version', 1)}, and this version of Tessera resumes format {STATE_VERSION}: "
+            f"{path} has format {state.get('version', 1)}, and this version of Tessera resumes format {VERSION}: "
             f"finish the run with the version that wrote it, or start another from its weights with run.init={name}"
         )
     if state["layout"] is None:
@@ -169,19 +157,27 @@ def steps_done(config: Config) -> int:
             f"run.name={name} holds imported weights, which stay as they are: train from them with run.init={name} "
             f"and another run.name"
         )
-    if (config.run.path / CONFIG_FILE).is_file():
-        origin = load_config(RunReference(name, config.run.dir))
-        before = dict(leaves(to_dict(origin)))
-        # Where a pattern is cut into pipeline stages is a matter of the layout.
-        same = ("model.pattern", "model.repeats") if origin.model.layers == config.model.layers else ()
-        changed = [
-            f"{key}={value} (was {before.get(key)})"
-            for key, value in leaves(to_dict(config))
-            if key.startswith(FIXED) and key not in same and before.get(key) != value
-        ]
-        if changed:
-            raise ConfigError(
-                f"run.name={name} exists and cannot go on with {', '.join(changed)}: choose another run.name, or "
-                f"set these as before"
-            )
+    _refuse_other_settings(config, path)
     return state["step"]
+
+
+def _refuse_other_settings(config: Config, checkpoint: Path) -> None:
+    """Raises ConfigError where a checkpoint, or the meaning of its step, depends on a setting that has changed."""
+    run = checkpoint.parents[1]
+    path = next((path for path in (checkpoint / CONFIG_FILE, run / CONFIG_FILE) if path.is_file()), None)
+    if path is None:
+        return
+    origin = read_config(path)
+    before = dict(leaves(to_dict(origin)))
+    # Where a pattern is cut into pipeline stages is a matter of the layout.
+    same = ("model.pattern", "model.repeats") if origin.model.layers == config.model.layers else ()
+    changed = [
+        f"{key}={value} (was {before.get(key)})"
+        for key, value in leaves(to_dict(config))
+        if key.startswith(FIXED) and key not in same and before.get(key) != value
+    ]
+    if changed:
+        raise ConfigError(
+            f"run.name={run.name} exists and cannot go on with {', '.join(changed)}: choose another run.name, or "
+            f"set these as before"
+        )

@@ -50,6 +50,7 @@ class EvaluateConfig:
     """What `evaluate` measures."""
 
     run: RunReference = field(default_factory=RunReference)
+    step: int | None = setting(None, "which checkpoint, by its step; null takes the last")
     samples: int | None = setting(None, "held-out sequences; null takes the run's run.eval_samples")
     draft: int | None = setting(None, "tokens of an MTP draft, whose acceptance is measured; null: mtp.steps; 0: none")
     prompts: int = setting(64, "held-out prompts that drafts continue")
@@ -64,6 +65,7 @@ class GenerateConfig:
     """What `generate` writes."""
 
     run: RunReference = field(default_factory=RunReference)
+    step: int | None = setting(None, "which checkpoint, by its step; null takes the last")
     prompt: str = setting("def ", "text to continue")
     tokens: int = setting(100, "tokens to write")
     temperature: float = setting(0.0, "0 takes the likeliest token; 1 samples from the model's distribution")

@@ -23,7 +23,7 @@ PATHS = (
     "output",
     "tokenizer",
 )
-RUNS = ("run", "run.init")  # names of runs, or their directories, which have a slash
+RUNS = ("run", "run.init", "run.fork")  # names of runs, or their directories, which have a slash
 WORDS = ("", "null", "embedded", "train")
 OPTIONS = ("-cd", "--config-dir", "-cn", "--config-name", "--check", "--repair", "--join", "--index")
 # Where a checkout that cannot be written keeps what it would write into itself.

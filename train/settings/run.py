@@ -8,7 +8,7 @@ import yaml
 from data.config import DataConfig
 from data.dataset import check_data
 from data.errors import CorpusError, one_line
-from data.files import why_unwritable
+from data.files import why_unwritable, write_whole
 from data.order.batches import BatchSchedule
 from data.secrets import hidden
 from model.config import BalanceConfig, ModelConfig, ModelError, MtpConfig, check_balance, check_model
@@ -30,7 +30,15 @@ class RunConfig:
         "run (its name, or its directory) whose last weights, and model settings, a new run starts from",
     )
     steps: int = setting(300, "optimizer steps of the whole run")
-    save_every: int = setting(0, "steps between checkpoints; 0 saves only at the end")
+    fork: str | None = setting(
+        None,
+        "NAME@STEP: a new run goes on from that checkpoint of another run (its name, or its directory), with its "
+        "weights, optimizer and place in the data",
+    )
+    save_every: int = setting(0, "steps between checkpoints; 0: none by steps; there is always one at the end")
+    save_minutes: float | None = setting(30.0, "minutes between checkpoints, beside save_every; null: none by time")
+    keep: int = setting(3, "newest checkpoints that stay; 0: all")
+    keep_every: int = setting(0, "checkpoints of multiples of so many steps stay for good; 0: none do")
     eval_every: int = setting(0, "steps between held-out evaluations; 0 evaluates only at the end")
     eval_samples: int = setting(64, "held-out sequences of one evaluation")
     eval_prompts: int = setting(16, "held-out prompts on which an evaluation checks MTP drafts (not over a pipeline)")
@@ -44,11 +52,22 @@ class RunConfig:
         return Path(self.dir) / self.name
 
     @property
+    def checkpoints(self) -> Path:
+        """Where the run's checkpoints lie."""
+        return self.path / "checkpoints"
+
+    @property
     def origin(self) -> "RunReference":
-        """The run that `init` names."""
-        assert self.init is not None, "only a run with run.init has an origin"
-        path = Path(self.init) if "/" in self.init else Path(self.dir) / self.init
+        """The run that `init` or `fork` names."""
+        named = self.init or (self.fork or "").rpartition("@")[0]
+        path = Path(named) if "/" in named else Path(self.dir) / named
         return RunReference(path.name, str(path.parent))
+
+    @property
+    def forked_step(self) -> int | None:
+        """The step that `fork` names."""
+        step = (self.fork or "").rpartition("@")[2]
+        return int(step) if step.isdecimal() else None
 
 
 @dataclass(frozen=True)
@@ -193,7 +212,7 @@ def describe(config: Config, topology: Topology) -> list[str]:
 def save_config(config: Config, directory: Path | None = None) -> Path:
     """Writes the resolved configuration, without secrets, into the run's directory, or into another one."""
     path = (directory or config.run.path) / CONFIG_FILE
-    path.write_text(yaml.safe_dump(hidden(to_dict(config)), sort_keys=False), encoding="utf-8")
+    write_whole(path, yaml.safe_dump(hidden(to_dict(config)), sort_keys=False))
     return path
 
 
@@ -204,16 +223,38 @@ def load_config(run: RunReference) -> Config:
         ConfigError: no such run, or a configuration that cannot be read.
     """
     path = run.path / CONFIG_FILE
-    if not path.is_file():
+    kept = sorted(run.path.glob(f"checkpoints/step_*[0-9]/{CONFIG_FILE}"), reverse=True)
+    if not path.is_file() and not kept:
         known = sorted(item.parent.name for item in Path(run.dir).glob(f"*/{CONFIG_FILE}"))
         mend = hint_known(run.name, known) if known else "it holds none"
         raise ConfigError(f"run.name={run.name} is not a run in {run.dir}: {mend}")
-    try:
-        config = from_dict(Config, yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, ConfigError) as error:
-        raise ConfigError(f"{path} cannot be read: {one_line(error)}") from error
+    config = _first_readable([path, *kept])
     here = replace(config.run, name=run.name, dir=run.dir)
     return replace(config, run=here, parallel=replace(config.parallel, world=None))
+
+
+def read_config(path: Path) -> Config:
+    """The configuration in a file.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        return from_dict(Config, yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, ConfigError) as error:
+        raise ConfigError(f"{path} cannot be read: {one_line(error)}") from error
+
+
+def _first_readable(paths: list[Path]) -> Config:
+    """The first configuration that can be read: checkpoints have copies of the run's. Raises the first one's error."""
+    first: ConfigError | None = None
+    for path in paths:
+        try:
+            return read_config(path)
+        except ConfigError as error:
+            first = first or error
+    assert first is not None, "there is a file to read"
+    raise first
 
 
 def _check_run(run: RunConfig) -> None:
@@ -223,7 +264,16 @@ def _check_run(run: RunConfig) -> None:
     check_least("run.log_every", run.log_every, 1)
     check_least("run.eval_samples", run.eval_samples, 1)
     check_least("run.eval_prompts", run.eval_prompts, 0)
-    check_least("run.save_every", run.save_every, 0)
+    for name in ("save_every", "keep", "keep_every"):
+        check_least(f"run.{name}", vars(run)[name], 0)
+    if run.save_minutes is not None and not run.save_minutes > 0:
+        raise ConfigError(
+            f"run.save_minutes={run.save_minutes} must be above 0 minutes, or null to save by steps alone"
+        )
+    if run.fork is not None and (run.forked_step is None or not run.fork.rpartition("@")[0]):
+        raise ConfigError(f"run.fork={run.fork} names no checkpoint: write NAME@STEP, as in run.fork=first@2000")
+    if run.fork is not None and run.init is not None:
+        raise ConfigError(f"run.fork={run.fork} and run.init={run.init} both say where to start: set one")
     check_least("run.eval_every", run.eval_every, 0)
     if run.max_time is not None and not run.max_time > 0:
         raise ConfigError(f"run.max_time={run.max_time} must be above 0 minutes, or null to have no limit")

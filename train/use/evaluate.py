@@ -16,8 +16,9 @@ from model.batch import MicroBatch, count_targets
 from parallel.collectives import from_last, sum_over
 from parallel.stages import run_schedule
 from train.job.build import Job, build_chunks, build_job
-from train.job.checkpoint import load_model
-from train.job.directory import read_state, require_checkpoint
+from train.job.checkpoint import load_model, require_whole
+from train.job.directory import require_checkpoint
+from train.job.shelf import read_state
 from train.settings.commands import EvaluateConfig
 from train.settings.run import Config
 from train.use.acceptance import Acceptance, heldout_prompts, measure_acceptance
@@ -118,8 +119,9 @@ def write_output(path: Path, values: dict[str, float], found: Acceptance | None)
 
 def run_evaluation(evaluation: EvaluateConfig, config: Config) -> int:
     """The evaluate command, in each of its processes."""
-    path = require_checkpoint(evaluation.run)
+    path = require_checkpoint(config.run, evaluation.step)
     job = build_job(config)
+    require_whole(job, path)
     load_model(job, path)
     if evaluation.dtype:
         job = rounded(job, evaluation.dtype)

@@ -9,7 +9,7 @@ import torch
 from data.text.tokenizer import Tokenizer
 from model.decode.speculate import Speculator
 from train.job.build import Job, build_job
-from train.job.checkpoint import load_model
+from train.job.checkpoint import load_model, require_whole
 from train.job.directory import require_checkpoint
 from train.settings.commands import GenerateConfig
 from train.settings.run import Config
@@ -53,12 +53,13 @@ def run_generation(generation: GenerateConfig, config: Config) -> int:
     """
     if config.parallel.pipeline > 1:
         raise ConfigError(f"parallel.pipeline={config.parallel.pipeline}: generate needs all layers in one process")
-    path = require_checkpoint(generation.run)
+    path = require_checkpoint(config.run, generation.step)
     job = build_job(config)
     tokenizer = job.dataset.tokenizer
     (ids,) = tokenizer.encode_batch([generation.prompt])
     if not ids:
         raise ConfigError("prompt='' has no tokens: give some text to continue")
+    require_whole(job, path)
     load_model(job, path)
     if job.is_first:
         sys.stdout.write(generation.prompt)

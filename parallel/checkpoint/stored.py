@@ -6,9 +6,10 @@ the tensors. Its tensors are whole, whatever layout of processes wrote them.
 
 import dataclasses
 import io
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing import ShardedObject
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.core import save_config
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
-    Metadata,
     MetadataIndex,
+    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
@@ -34,7 +36,10 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-TORCH_DIST = CheckpointingConfig("torch_dist", 1)
+from parallel.checkpoint.digest import Digest, HashedStream, read_digest, sync
+from parallel.checkpoint.reader import CheckpointReader
+from parallel.checkpoint.writer import FORMAT, FORMAT_FILE
+
 COMMON = ShardedObject("common_state", None, (1,), (0,)).unique_key  # where megatron-core keeps all but tensors
 
 
@@ -55,23 +60,17 @@ class StoredSlice:
     make: Callable[[], Tensor]
 
 
-class _Reader(dcp.FileSystemReader):
-    """Reads the table of contents once, not once a tensor."""
-
-    @cache  # noqa: B019 (one reader a checkpoint, for as long as it is read)
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return super().read_metadata(*args, **kwargs)
-
-
 class StoredTensors:
     """Reads a checkpoint tensor by tensor.
 
     Attributes:
         shapes, dtypes: of every tensor, by its name.
+    Raises:
+        UnsafePickle: a file that says what to run.
     """
 
     def __init__(self, checkpoint: Path) -> None:
-        self._reader = _Reader(checkpoint)
+        self._reader = CheckpointReader(checkpoint)
         metadata = self._reader.read_metadata().state_dict_metadata
         tensors = {name: entry for name, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
         self.shapes = {name: tuple(entry.size) for name, entry in tensors.items()}
@@ -122,8 +121,34 @@ def _item(piece: StoredSlice) -> WriteItem:
     )
 
 
+class _HashedFiles(FileSystem):
+    """The local disk, with the digests of what was written."""
+
+    def __init__(self) -> None:
+        self.digests: dict[str, Digest] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+        with Path(path).open(mode) as raw:
+            if "w" not in mode:
+                yield raw
+                return
+            stream = HashedStream(raw)
+            yield stream
+            sync(raw)
+            self.digests[Path(path).name] = stream.digest
+
+
 class _Writer(dcp.FileSystemWriter):
     """Writes a file for each tensor: within a file PyTorch's writer keeps hold of what it has written."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        super().__init__(checkpoint, sync_files=False)  # every stream is synced when it ends
+        self.fs = self.files = _HashedFiles()
+
+    def storage_meta(self) -> StorageMeta:
+        """Nothing of where it was written."""
+        return StorageMeta()
 
     def write_data(self, plan: SavePlan, planner: dcp.SavePlanner) -> Future[list[WriteResult]]:
         written = []
@@ -136,9 +161,11 @@ class _Writer(dcp.FileSystemWriter):
         return done
 
 
-def write_checkpoint(checkpoint: Path, slices: list[StoredSlice]) -> None:
-    """Writes a checkpoint of tensors alone into an empty directory, one piece after the other."""
-    common = io.BytesIO()
+def write_checkpoint(checkpoint: Path, slices: list[StoredSlice]) -> dict[str, Digest]:
+    """Writes a checkpoint of tensors alone into an empty directory, a piece at a time; returns its digests."""
+    common, writer = io.BytesIO(), _Writer(checkpoint)
     torch.save([{}], common)
-    dcp.save({COMMON: common}, storage_writer=_Writer(checkpoint), planner=_Planner(slices), no_dist=True)
-    save_config(TORCH_DIST, str(checkpoint))
+    dcp.save({COMMON: common}, storage_writer=writer, planner=_Planner(slices), no_dist=True)
+    save_config(FORMAT, str(checkpoint))
+    digests = {name.removesuffix(".tmp"): digest for name, digest in writer.files.digests.items()}
+    return digests | {FORMAT_FILE: read_digest(checkpoint / FORMAT_FILE)}

@@ -1,0 +1,95 @@
+"""Checkpoints written while training goes on: copied, written by other processes, finished between two steps."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from torch.distributed import ProcessGroup
+
+from parallel.checkpoint.digest import Digest
+from parallel.checkpoint.writer import SaveStrategy, Written, write_contents, write_files
+from parallel.collectives import from_first, gather_to_first
+from parallel.engine import State
+
+
+class SaveError(Exception):
+    """A checkpoint could not be written; raised on every process alike, with the first reason."""
+
+
+type Complete = Callable[[dict[str, Digest]], None]
+
+
+class BackgroundSaver:
+    """Writes one state after the other, each while the next steps are computed.
+
+    Every rank makes the same calls. A state's structure must stay as it was at the first save.
+
+    Args:
+        replicas: processes that hold parts in common, which they share out among themselves.
+    """
+
+    def __init__(self, replicas: ProcessGroup) -> None:
+        self._plain = SaveStrategy()
+        self._strategy = FullyParallelSaveStrategyWrapper(self._plain, replicas, do_cache_distribution=True)
+        self._queue = AsyncCallsQueue()
+        self._validated = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether a state is still being written."""
+        return self._queue.get_num_unfinalized_calls() > 0
+
+    def start(self, state: State, directory: Path, complete: Complete) -> None:
+        """Copies a state and begins to write it; returns before it is on the disk. Nothing else may be under way.
+
+        Args:
+            directory: an empty one that every process sees.
+            complete: called on the first rank, by `poll` or `wait`, once all files are there, with their digests.
+        """
+        assert not self.busy, "one state at a time"
+        request: AsyncRequest = dist_checkpointing.save(
+            state,
+            str(directory),
+            self._strategy,
+            validate_access_integrity=not self._validated,
+            async_sharded_save=True,
+            async_strategy="mcore",
+        )
+        self._validated = True
+        outcome = request.finalize_fns[0]
+        request = request._replace(finalize_fns=[partial(self._finish, outcome, directory, complete)])
+        try:
+            self._queue.schedule_async_request(request)
+        except OSError:  # no memory for another process: this one writes
+            _, buckets, report = request.async_fn_args
+            write_files(directory, request.preload_fn() if request.preload_fn else buckets, report)
+            self._queue.schedule_async_request(request._replace(async_fn=None))
+
+    def poll(self) -> bool:
+        """Whether a state has become complete since the last call; every rank calls it between two steps.
+
+        Raises:
+            SaveError: on every rank, if any could not write its part or `complete` failed.
+        """
+        return bool(self._queue.maybe_finalize_async_calls())
+
+    def wait(self) -> None:
+        """Returns once nothing is being written any more. Raises SaveError as `poll` does."""
+        self._queue.maybe_finalize_async_calls(blocking=True)
+
+    def _finish(self, outcome: Callable[[], Written], directory: Path, complete: Complete) -> None:
+        parts = gather_to_first(outcome())
+
+        def finish() -> None:
+            try:
+                if error := next((part.error for part in parts if part.error), ""):
+                    raise SaveError(error)
+                assert self._plain.metadata is not None, "the first rank plans"
+                complete(write_contents(directory, self._plain.metadata, parts))
+            except Exception as error:  # every process hears of it, and goes on
+                raise SaveError(str(error) if isinstance(error, SaveError) else repr(error)) from None
+
+        from_first(finish)
