@@ -5,6 +5,7 @@ attention, ``E`` mixture of experts, ``-`` dense SwiGLU, ``|`` a pipeline cut. `
 Qwen3-Next: four blocks of a token mixer and a mixture of experts each. ``*-`` is a plain transformer block.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -14,6 +15,8 @@ KERNEL_HEAD_CHUNK = 8192  # the same on GPU kernels: as few sums of the head's g
 LAYER = "layer"  # to recompute: a whole layer
 INFERENCE, DEPTH = "inference", "depth"  # keys of the multi-token-prediction steps
 DELTA_CHUNK = 64  # tokens that the delta rule solves together
+MAX_TAPS = 4  # of the convolution on GPU kernels
+ALIGNED = 8  # numbers in bfloat16 that a row of an expert's weights is a multiple of, on GPU kernels
 
 # Settings of ModelConfig that count something there must be one of.
 SIZES = (
@@ -257,9 +260,46 @@ def check_model(model: ModelConfig, mtp: MtpConfig) -> None:
         )
     if model.dtype not in ("float32", "bfloat16"):
         raise ModelError(f"model.dtype={model.dtype!r} is not known: choose float32 or bfloat16")
+    # The tensor memory accelerator of Hopper reads rows that start at multiples of 16 bytes.
+    for name in ("hidden_size", "expert_size") if model.dtype == "bfloat16" else ():
+        if getattr(model, name) % ALIGNED:
+            raise ModelError(
+                f"model.{name}={getattr(model, name)} is not a multiple of {ALIGNED}, as the kernels of model.dtype="
+                f"bfloat16 need it: choose {-(-getattr(model, name) // ALIGNED) * ALIGNED}"
+            )
     if model.backend != "torch":
         raise ModelError(f"model.backend={model.backend!r} is not known: choose torch")
     check_mtp(mtp)
+
+
+def key_head_copies(key_heads: int, parts: int) -> int:
+    """How often context parallelism repeats each key/value head, so that its processes can share them out."""
+    return math.lcm(key_heads, parts) // key_heads
+
+
+def passes_states(key_heads: int, parts: int) -> bool:
+    """Whether the parts of a sequence hand on the states of Gated DeltaNet, because they cannot share out its heads.
+
+    Handing on is plain torch: heads are worth their exchange wherever there are enough.
+    """
+    return key_heads % parts != 0
+
+
+def check_kernels(model: ModelConfig, layout: Layout) -> None:
+    """Raises ModelError for what a GPU's kernels cannot compute in this layout."""
+    if model.dtype != "bfloat16" or "G" not in model.layers:
+        return
+    heads = model.linear_key_heads // layout.tensor
+    if layout.context > 1 and passes_states(heads, layout.context):
+        raise ModelError(
+            f"parallel.context={layout.context} cannot share out model.linear_key_heads={model.linear_key_heads} / "
+            f"parallel.tensor={layout.tensor} = {heads} heads of Gated DeltaNet, and handing on its states has no GPU "
+            f"kernel: choose a parallel.context that divides {heads}"
+        )
+    if model.conv_kernel > MAX_TAPS:
+        raise ModelError(
+            f"model.conv_kernel={model.conv_kernel} is more than the GPU kernel takes: choose {MAX_TAPS} or fewer"
+        )
 
 
 def check_mtp(mtp: MtpConfig) -> None:

@@ -28,7 +28,6 @@ class Documents(PackedSeqParams):
         position_RL: int64, the token's position inside its document.
         single: every row is one document, so that a plain causal mask is enough.
         before_R: the document of the token before each row's first; the first's own where a sequence begins.
-        start: index of the first token in its sequence, where a process holds only a part of each.
         whole: the record of the whole sequences; None where the rows are whole.
     """
 
@@ -36,7 +35,6 @@ class Documents(PackedSeqParams):
     position_RL: Tensor
     single: bool = False
     before_R: Tensor
-    start: int = 0
     whole: "Documents | None" = None
 
     @classmethod
@@ -70,7 +68,7 @@ class Documents(PackedSeqParams):
         length = self.ids_RL.shape[1] // parts
         here = slice(rank * length, (rank + 1) * length)
         local = Documents.from_ids(self.ids_RL[:, here])
-        local.position_RL, local.start, local.whole = self.position_RL[:, here], here.start, self
+        local.position_RL, local.whole = self.position_RL[:, here], self
         local.before_R = self.ids_RL[:, max(here.start - 1, 0)]
         return local
 
@@ -87,7 +85,6 @@ class Documents(PackedSeqParams):
             position_RL=send(self.position_RL, device),
             single=self.single,
             before_R=send(self.before_R, device),
-            start=self.start,
             whole=None if self.whole is None else self.whole.to(device),
         )
 
@@ -96,15 +93,9 @@ class Documents(PackedSeqParams):
         return self.position_RL >= distance
 
 
-def attention_mask(documents: Documents, queries: int, keys: int) -> Tensor | None:
-    """bool [R, 1, L, S]: which keys each query may see; None where a plain causal mask is enough.
-
-    Args:
-        queries, keys: tokens of both in all rows; more keys than queries are those of the whole rows.
-    """
-    whole = documents if queries == keys else documents.whole
-    assert whole is not None, "only a part of the rows has other keys than its own"
-    if whole is documents and documents.single:
+def attention_mask(documents: Documents) -> Tensor | None:
+    """bool [R, 1, L, L]: which keys each query may see; None where a plain causal mask is enough."""
+    if documents.single:
         return None
-    same = documents.ids_RL[:, None, :, None] == whole.ids_RL[:, None, None, :]
-    return same.tril(0 if whole is documents else documents.start)
+    same = documents.ids_RL[:, None, :, None] == documents.ids_RL[:, None, None, :]
+    return same.tril()

@@ -2,9 +2,11 @@
 
 Libraries and compilers have shipped kernels with wrong gradients for some head sizes on some cards (fla with Triton
 3.4 to 3.7.0 on Hopper is one), and a model trains on those without a sign. So the sizes are those of the model that
-is to be trained; only tokens and experts are few.
+is to be trained; only tokens and experts are few. Errors are one ratio of norms for each tensor: at these few rows a
+single wrong one shows, among a hundred thousand it would not.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +18,7 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.documents import Documents
 from model.layers.attention import gate_heads, packed_attention, prepare_heads, rotary_table
+from model.layers.chain import prefix_attention, prefix_gradients
 from model.layers.delta_rule import gated_delta_rule
 from model.layers.deltanet import prepare_delta
 from model.layers.dense import swiglu_pairs
@@ -23,10 +26,13 @@ from model.layers.experts import count_sorted, fused_moe, gate_rows, grouped_mlp
 from model.layers.loss import add_product, scaled, softmax_gradient
 from model.layers.norm import gated_rms_norm, rms_norm_with_residual, zero_centred_rms_norm
 from model.layers.router import route, router_logits
+from model.reference.prefix import dense_prefix, dense_prefix_gradients
+from parallel.main_grads import add_weight_gradient
 
 # A result is rounded to 8 bits once or twice (2^-9 each), and so are the operands inside a chain of products; a wrong
 # mask, index or gradient shows as 0.1 or more.
 TOLERANCE = 1e-2
+BROKEN_K = 4  # experts of a token whose logits are no numbers
 NO_GROUP = SimpleNamespace(rank=lambda: 0, size=lambda: 1)
 
 
@@ -52,13 +58,14 @@ class Case:
 
     Attributes:
         function: the function with the kernel; ``__wrapped__`` is its twin. leaves: tensors to differentiate by.
-        call: calls either one on leaves.
+        call: calls either one on leaves. twin: another one, where the plain function has no float64 on a GPU.
     """
 
     name: str
     function: Callable
     leaves: list[Tensor]
     call: Callable[[Callable, list[Tensor]], Tensor | tuple]
+    twin: Callable | None = None
 
 
 def _plain(*rest) -> Callable:
@@ -103,8 +110,8 @@ class _Norm:
     weight: Tensor
     eps: float
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.apply(x)
+    def __call__(self, x: Tensor | None = None) -> Tensor:
+        return self.weight if x is None else self.apply(x)
 
 
 def layer_cases(shape: ModelConfig, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> list[Case]:
@@ -143,6 +150,20 @@ def layer_cases(shape: ModelConfig, device: torch.device, dtype: torch.dtype, si
     return cases
 
 
+def _call_prefix(documents: Documents, function: Callable, leaves: list[Tensor]) -> tuple:
+    return function(*(leaf.detach() for leaf in leaves), documents)
+
+
+def _call_prefix_gradients(documents: Documents, function: Callable, leaves: list[Tensor]) -> tuple:
+    """Gradients through the prefix's part of a softmax over twice as many keys, whose others add as much again."""
+    grad, q, k, v = (leaf.detach() for leaf in leaves)
+    out, lse = (
+        x.to(q.dtype) if x.ndim == 3 else x for x in dense_prefix(q.double(), k.double(), v.double(), documents)
+    )
+    lse = lse.to(torch.promote_types(q.dtype, torch.float32)) + math.log(2)
+    return tuple(function(grad, q, k, v, out.to(q.dtype), lse, documents))
+
+
 def mixing_cases(shape: ModelConfig, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> list[Case]:
     """The delta rule and softmax attention, over packed documents and over whole rows."""
     draw, cases = _Draw(device, dtype), []
@@ -152,6 +173,10 @@ def mixing_cases(shape: ModelConfig, device: torch.device, dtype: torch.dtype, s
             heads, tokens = (shape.attention_heads, shape.key_value_heads, shape.key_value_heads), sizes.tokens
             leaves = [draw.narrow(tokens, number, shape.head_dim) for number in heads]
             cases.append(Case(f"attention, {name}", packed_attention, leaves, _plain(documents)))
+            call = partial(_call_prefix, documents)
+            cases.append(Case(f"attention's softmax, {name}", prefix_attention, leaves, call, dense_prefix))
+            leaves, call = [draw.narrow(*leaves[0].shape), *leaves], partial(_call_prefix_gradients, documents)
+            cases.append(Case(f"part of a softmax, {name}", prefix_gradients, leaves, call, dense_prefix_gradients))
         if "G" in shape.layers:
             where, values = (sizes.rows, sizes.length), shape.linear_value_heads
             q, k = (draw.narrow(*where, shape.linear_key_heads, shape.linear_key_dim) for _ in range(2))
@@ -168,6 +193,38 @@ def _call_main_grads(counts_E: Tensor, function: Callable, leaves: list[Tensor])
     main_grads = tuple(torch.ones_like(weight, dtype=dtype) for weight, dtype in zip(leaves[1:3], types, strict=True))
     function(*leaves, counts_E, main_grads).square().sum().backward()
     return main_grads
+
+
+def _call_broken(function: Callable, leaves: list[Tensor]) -> tuple:
+    """Rows of logits that hold no number: experts that exist, each once, and weights that are no numbers either."""
+    logits_TE = leaves[0].detach().clone()
+    logits_TE[0, -1], logits_TE[1, 0], logits_TE[2] = float("nan"), float("inf"), float("-inf")
+    k = min(logits_TE.shape[1], BROKEN_K)
+    _, weights_TK, experts_TK = function(logits_TE, k)
+    ordered = experts_TK.sort(dim=1).values
+    legal = (ordered[:, 0] >= 0) & (ordered[:, -1] < logits_TE.shape[1]) & (ordered.diff(dim=1) > 0).all(dim=1)
+    return legal.to(logits_TE.dtype), weights_TK[:3].isnan().to(logits_TE.dtype), weights_TK[3:]
+
+
+def _call_weight_gradient(function: Callable, leaves: list[Tensor]) -> Tensor:
+    x, grad, total = (leaf.detach() for leaf in leaves)
+    total = total.clone()
+    function(x, grad, total)
+    return total
+
+
+def _weight_gradient(x_NI: Tensor, grad_NO: Tensor, total_OI: Tensor) -> None:
+    """The twin of `add_weight_gradient`."""
+    total_OI += grad_NO.T @ x_NI
+
+
+def _narrow_experts(shape: ModelConfig, draw: "_Draw", sizes: Sizes) -> Case:
+    """The grouped products of as many experts as the model has, with few columns."""
+    experts, rows = shape.experts, sizes.tokens * shape.experts_per_token
+    counts_E = torch.randint(experts, (rows,), generator=draw.generator).bincount(minlength=experts)
+    weights = (draw.narrow(experts, 2, 16, 32, scale=0.1), draw.narrow(experts, 32, 16, scale=0.1))
+    leaves = [draw.narrow(rows, 32), *weights, draw.wide(rows).sigmoid()]
+    return Case("all experts, narrow", grouped_mlp, leaves, _plain(counts_E.to(draw.device)))
 
 
 def expert_cases(shape: ModelConfig, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> list[Case]:
@@ -189,6 +246,8 @@ def expert_cases(shape: ModelConfig, device: torch.device, dtype: torch.dtype, s
         Case("router", router_logits, [draw.narrow(tokens, hidden), draw.wide(shape.experts, hidden, scale=0.02)],
              _plain()),
         Case("top-k", route, [draw.wide(tokens, shape.experts)], _plain(shape.experts_per_token)),
+        Case("top-k of what is no number", route, [draw.wide(tokens, shape.experts)], _call_broken),
+        _narrow_experts(shape, draw, sizes),
         Case("shared expert's gate", gate_rows, [draw.narrow(tokens, hidden), draw.narrow(tokens, 1)], _plain()),
         Case("rows to experts", permute, [draw.narrow(tokens, hidden)], _plain(order_N, inverse_TK)),
         Case("rows from experts", unpermute, [draw.narrow(rows, hidden)], _plain(order_N, inverse_TK)),
@@ -229,6 +288,17 @@ def head_cases(shape: ModelConfig, device: torch.device, dtype: torch.dtype, siz
     return [
         Case("cross-entropy", softmax_gradient, leaves, partial(_call_loss, target_T)),
         Case("sum of products", add_product, products, _call_sum),
+        Case(
+            "gradient of a linear layer",
+            add_weight_gradient,
+            [
+                draw.narrow(tokens, shape.hidden_size),
+                draw.narrow(tokens, shape.hidden_size),
+                draw.wide(shape.hidden_size, shape.hidden_size),
+            ],
+            _call_weight_gradient,
+            _weight_gradient,
+        ),
         Case("scaled gradient", scaled, [draw.narrow(tokens, shape.hidden_size), draw.wide(1).exp()], _call_scaled),
     ]
 
@@ -252,7 +322,8 @@ def error(case: Case, function: Callable | None = None) -> float:
         function: the fast one; None: the case's own, as it is chosen for its tensors.
     """
     fast = _results(case, function or case.function, [x.detach().clone().requires_grad_() for x in case.leaves])
-    slow = _results(case, case.function.__wrapped__, [x.detach().double().requires_grad_() for x in case.leaves])
+    twin = case.twin or case.function.__wrapped__
+    slow = _results(case, twin, [x.detach().double().requires_grad_() for x in case.leaves])
     errors = [float((x.double() - y).norm() / y.norm()) for x, y in zip(fast, slow, strict=True)]
     return max(value if value == value else float("inf") for value in errors)
 

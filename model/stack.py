@@ -25,7 +25,7 @@ from model.layers.deltanet import GatedDeltaNet, GatedDeltaNetSubmodules
 from model.layers.dense import Dense, SwiGLUSubmodules
 from model.layers.experts import MixtureOfExperts
 from model.layers.mtp import MtpLayer
-from model.layers.norm import GatedRMSNorm, ResidualRMSNorm, ZeroCentredRMSNorm
+from model.layers.norm import GatedRMSNorm, HeadNorm, ResidualRMSNorm, ZeroCentredRMSNorm
 from model.layers.recompute import recomputable
 
 PARAMS_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -167,7 +167,7 @@ def stack_spec() -> ModuleSpec:
             mlp_bda=get_bias_dropout_add,
         )
 
-    attention = GatedAttentionSubmodules(column_linear, row_linear, ZeroCentredRMSNorm)
+    attention = GatedAttentionSubmodules(column_linear, row_linear, HeadNorm)
     delta = GatedDeltaNetSubmodules(column_linear, row_linear, GatedRMSNorm)
     mtp = ModuleSpec(module=MtpLayer, submodules=MtpSubmodules(ZeroCentredRMSNorm, ReplicatedLinear, Stack))
     return ModuleSpec(

@@ -198,10 +198,13 @@ class _GatherParts(torch.autograd.Function):
         return out.view(group.size(), *x.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Gradients:
-        out = grad.new_empty(grad[0].numel())
-        dist.reduce_scatter_tensor(out, grad.contiguous().flatten(), group=ctx.group)
-        return out.view(grad.shape[1:]), None
+        # One rounding to the gradient's type, however many parts are summed.
+        wide = grad.contiguous().flatten().to(torch.promote_types(grad.dtype, torch.float32))
+        out = wide.new_empty(grad[0].numel())
+        dist.reduce_scatter_tensor(out, wide, group=ctx.group)
+        return out.view(grad.shape[1:]).to(grad.dtype), None
 
 
 def gather_parts(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -254,6 +257,7 @@ class _AttachLoss(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Gradients:
         (loss,) = ctx.saved_tensors
         return grad, torch.ones_like(loss)

@@ -42,7 +42,8 @@ def add_weight_gradient(x_NI: Tensor, grad_NO: Tensor, total_OI: Tensor) -> None
 def dummy_gradient(weight: Any) -> Tensor:
     """What a backward pass returns in place of a gradient that it has added to the weight's ``main_grad``.
 
-    megatron-core drops it unread, so the weight's own memory will do.
+    megatron-core drops it unread, so the weight's own memory will do. Autograd adds the dummies of a weight that a
+    backward pass meets several times: whoever can, returns one for all its uses.
     """
     weight.grad_added_to_main_grad = True
     return cast(Tensor, weight.detach())

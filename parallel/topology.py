@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Protocol
 
+EXPERT_ALIGNED = 8  # columns of an expert in bfloat16: 16 bytes
 RECOMPUTE_POLICIES = ("none", "selective", "full")
 # Parts of a layer without its dense projections; `model.layers.recompute` knows them by the same names.
 RECOMPUTABLE = ("attention", "deltanet", "experts", "norm")
@@ -55,6 +56,12 @@ class Shape(Protocol):
 
     @property
     def expert_size(self) -> int: ...
+
+    @property
+    def conv_kernel(self) -> int: ...
+
+    @property
+    def dtype(self) -> str: ...
 
     @property
     def shared_expert_size(self) -> int: ...
@@ -159,6 +166,7 @@ def resolve(parallel: ParallelConfig, model: Shape, world: int) -> Topology:
     shared += ["linear_key_heads"] * ("G" in model.layers) + ["dense_size"] * ("-" in model.layers)
     for name in shared:
         _require_divides(parallel.tensor, "parallel.tensor", getattr(model, name), f"model.{name}")
+    _check_context(parallel, model)
     stages = len(model.stages)
     if stages % parallel.pipeline or (parallel.pipeline == 1 and stages > 1):
         many = f" (or a multiple of {parallel.pipeline} stages, which are interleaved)" if parallel.pipeline > 1 else ""
@@ -173,6 +181,18 @@ def resolve(parallel: ParallelConfig, model: Shape, world: int) -> Topology:
     return Topology(world, *sizes)
 
 
+def _check_context(parallel: ParallelConfig, model: Shape) -> None:
+    """Whole attention heads are shared out among the parts of a sequence, key heads repeated as often as needed."""
+    heads, keys = model.attention_heads // parallel.tensor, model.key_value_heads // parallel.tensor
+    if heads % math.lcm(keys, parallel.context):
+        valid = [size for size in divisors(heads) if heads % math.lcm(keys, size) == 0]
+        raise TopologyError(
+            f"parallel.context={parallel.context} cannot share out model.attention_heads={model.attention_heads} and "
+            f"model.key_value_heads={model.key_value_heads} with parallel.tensor={parallel.tensor}: choose "
+            f"{' or '.join(map(str, valid))}"
+        )
+
+
 def _spread_experts(parallel: ParallelConfig, model: Shape, routing: int) -> int:
     """Processes that share a layer's experts, of the ``routing`` ones of a pipeline stage.
 
@@ -181,6 +201,11 @@ def _spread_experts(parallel: ParallelConfig, model: Shape, routing: int) -> int
     expert, parts = parallel.expert, parallel.expert_tensor
     _require_divides(parts, "parallel.expert_tensor", model.expert_size, "model.expert_size")
     _require_divides(parts, "parallel.expert_tensor", routing, "the processes of a pipeline stage")
+    if parts > 1 and model.dtype == "bfloat16" and model.expert_size // parts % EXPERT_ALIGNED:
+        raise TopologyError(
+            f"parallel.expert_tensor={parts} leaves {model.expert_size // parts} columns of model.expert_size="
+            f"{model.expert_size}, and the kernels of model.dtype=bfloat16 need a multiple of {EXPERT_ALIGNED}"
+        )
     if expert == "auto":
         expert = math.gcd(routing // parts, model.experts)
     if not isinstance(expert, int):
@@ -191,13 +216,21 @@ def _spread_experts(parallel: ParallelConfig, model: Shape, routing: int) -> int
     return expert
 
 
-def check_length(topology: Topology, seq_length: int) -> None:
-    """Raises TopologyError where the processes of context and tensor parallelism cannot cut a sequence evenly."""
+def check_length(topology: Topology, seq_length: int, model: Shape) -> None:
+    """Raises TopologyError where the processes of context and tensor parallelism cannot cut a sequence evenly, or cut
+    it so small that a convolution reaches past the part before."""
     each = topology.tensor * topology.context
     if seq_length % each:
         raise TopologyError(
             f"data.seq_length={seq_length} cannot be cut by parallel.context={topology.context} x parallel.tensor="
             f"{topology.tensor} = {each}: choose data.seq_length={-(-seq_length // each) * each}"
+        )
+    reach = model.conv_kernel - 1
+    if topology.context > 1 and "G" in model.layers and seq_length // topology.context < reach:
+        raise TopologyError(
+            f"data.seq_length={seq_length} leaves {seq_length // topology.context} tokens to each of parallel.context="
+            f"{topology.context} processes, and model.conv_kernel={model.conv_kernel} reaches {reach} tokens back: "
+            f"choose data.seq_length={each * -(-reach * topology.context // each)} or more"
         )
 
 

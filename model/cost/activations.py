@@ -133,7 +133,7 @@ def stage_bytes(
 ) -> float:
     """Bytes that a pipeline stage keeps for one micro-batch of ``tokens`` tokens on this process.
 
-    On the last stage the head keeps the gradients of its states and, for each prediction step, of its own weights.
+    On the last stage the head keeps the gradients of its states and, in float32, of its own weights.
     """
     element, hidden = ELEMENT_BYTES[shape.dtype], shape.hidden_size
     each = partial(
@@ -151,4 +151,4 @@ def stage_bytes(
     kept += _norm(hidden, element, recompute) / tensor
     kept += mtp_bytes(shape, mtp, seq_length, tensor, recompute, expert_tensor, sent)
     kept += (1 + mtp.steps) * element * hidden
-    return kept * tokens + (1 + mtp.steps) * element * vocab_size * hidden / tensor
+    return kept * tokens + FLOAT32_BYTES * vocab_size * hidden / tensor

@@ -130,17 +130,6 @@ def delta_rule(shape: ModelConfig) -> float:
     return 2 * shape.linear_value_heads * (inside + state)
 
 
-def passes_states(values_per_token: int, state_values: int, tokens: int, heads: int, parts: int) -> bool:
-    """Whether parts of a sequence exchange states (a fixed size) rather than heads (a size that grows with length).
-
-    Args:
-        values_per_token: numbers of a token that a head exchange moves; state_values: of a row's states and inputs.
-        tokens: a row's tokens on this process; heads: key heads that a head exchange would have to share out.
-    """
-    # States travel in float32 and to every other part; heads in the model's type, each to one.
-    return heads % parts != 0 or 2 * state_values * parts < values_per_token * tokens
-
-
 def layer_flops(symbol: str, shape: ModelConfig, seq_length: int) -> dict[str, float]:
     """Operations a token of one layer's forward pass, by part."""
     hidden = shape.hidden_size

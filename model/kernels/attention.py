@@ -137,7 +137,7 @@ class _PrepareHeads(torch.autograd.Function):
 
 def prepare_heads(mixed_TGSD: Tensor, q_norm, k_norm, table: Tensor, each: int, gates: int) -> tuple[Tensor, ...]:
     """See `model.layers.attention.prepare_heads`."""
-    return _PrepareHeads.apply(mixed_TGSD.contiguous(), q_norm.weight, k_norm.weight, table, each, gates, q_norm.eps)
+    return _PrepareHeads.apply(mixed_TGSD.contiguous(), q_norm(), k_norm(), table, each, gates, q_norm.eps)
 
 
 @triton.jit
@@ -195,7 +195,9 @@ def _whole_rows(q: Tensor, k: Tensor, v: Tensor, documents) -> bool:
     if not documents.single:
         return False
     q, k, v = (_rows(x, documents) for x in (q, k, v))
-    return torch.backends.cuda.can_use_cudnn_attention(torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, True, True))
+    with torch.enable_grad():  # autograd functions switch it off, and then nobody asks for the backward pass
+        parameters = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, True, True)
+        return torch.backends.cuda.can_use_cudnn_attention(parameters)
 
 
 def attention_forward(q_TND: Tensor, k_TMD: Tensor, v_TMD: Tensor, documents) -> tuple[Tensor, Tensor]:

@@ -16,12 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from model.config import MAX_TAPS
 from model.documents import Documents
 
 TOKENS = 32  # of a program's tile
 GRADIENT_TOKENS = 8  # the same where sums for each tap are held beside it
 EPS = 1e-6  # of the L2 norm
-MAX_TAPS = 4
 PROGRAMS = 66  # that share the tokens of a head's segment in the backward pass
 
 
@@ -217,8 +217,7 @@ class _PrepareDelta(torch.autograd.Function):
         *places, heads, _ = mixed.shape
         tokens = position.numel()
         taps = conv.shape[1]
-        if taps > MAX_TAPS:
-            raise ValueError(f"model.conv_kernel={taps} is more than the GPU kernel takes: choose {MAX_TAPS} or fewer")
+        assert taps <= MAX_TAPS, taps  # `check_kernels`
         columns, aligned = triton.next_power_of_2(max(key_dim, value_dim)), math.gcd(key_dim, value_dim, 16)
         ctx.sizes = _DeltaSizes(heads, ratio, key_dim, value_dim, taps, TOKENS, columns, aligned)
         ctx.eps = eps

@@ -77,7 +77,9 @@ def _route(logits, scores, weights, experts, tokens, EXPERTS: tl.constexpr, K: t
     tl.store(scores + token * EXPERTS + expert, score, inside)
     slot = tl.arange(0, SLOTS)[None, :]
     best, chosen = tl.zeros([ROWS, SLOTS], tl.float32), tl.zeros([ROWS, SLOTS], tl.int32)
-    left = tl.where(inside, score, -1.0)
+    # Of a row that holds a NaN or an infinity no score is a number: it takes the first experts, as good as any, and its
+    # weights, 0 / 0, carry the NaN on. So indices are experts whatever the logits.
+    left = tl.where(inside, tl.where(score == score, score, 0.0), -1.0)
     for k in tl.static_range(K):
         top = tl.max(left, 1, keep_dims=True)
         # The first of equals, as a stable sort has it.

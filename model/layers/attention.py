@@ -13,14 +13,14 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.config import ModelConfig
+from model.config import ModelConfig, key_head_copies
 from model.documents import Documents, attention_mask
 from model.kernels.backends import accelerated
 from model.layers.chain import chain_attention
 from model.layers.context import LayerCache
 from model.layers.norm import at_least_float32
 from model.layers.recompute import recomputable
-from parallel.collectives import gather_parts, heads_to_sequence, sequence_to_heads
+from parallel.collectives import heads_to_sequence, sequence_to_heads
 
 
 @dataclass
@@ -82,7 +82,7 @@ def prepare_heads(mixed_TGSD: Tensor, q_norm, k_norm, table: Tensor, each: int, 
 
     Args:
         mixed_TGSD: for each key/value head its ``each`` query heads, their ``gates``, the key and the value.
-        q_norm, k_norm: norms over a head. table: that of `rotary_table`.
+        q_norm, k_norm: norms over a head (`HeadNorm`). table: that of `rotary_table`.
     """
     query, gate, key, value = mixed_TGSD.split([each, gates, 1, 1], dim=2)
     query = apply_rotary(q_norm(query.flatten(1, 2)), table)
@@ -99,41 +99,28 @@ def gate_heads(x_TND: Tensor, gate_TND: Tensor) -> Tensor:
 @accelerated("model.kernels.attention")
 def packed_attention(q_TND: Tensor, k_TMD: Tensor, v_TMD: Tensor, documents: Documents) -> Tensor:
     """Causal attention inside each document; N query heads share M <= N key heads in order. Returns [T, N, D]."""
-    return attention_of_part(q_TND, k_TMD, v_TMD, documents)
-
-
-def attention_of_part(q_TND: Tensor, k_SMD: Tensor, v_SMD: Tensor, documents: Documents) -> Tensor:
-    """`packed_attention` whose queries may be a part of each row (``documents.whole`` is set) of S >= T keys."""
     rows, length = documents.ids_RL.shape
-    q = q_TND.view(rows, length, *q_TND.shape[1:]).transpose(1, 2)
-    k, v = (x.view(rows, -1, *x.shape[1:]).transpose(1, 2) for x in (k_SMD, v_SMD))
-    mask = attention_mask(documents, q_TND.shape[0], k_SMD.shape[0])
+    q, k, v = (x.view(rows, length, *x.shape[1:]).transpose(1, 2) for x in (q_TND, k_TMD, v_TMD))
+    mask = attention_mask(documents)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
     return out.transpose(1, 2).reshape(q_TND.shape)
 
 
 def context_attention(
-    attend: Callable, q_TND: Tensor, k_TMD: Tensor, v_TMD: Tensor, documents: Documents, group, own_keys: bool
+    attend: Callable, q_TND: Tensor, k_TMD: Tensor, v_TMD: Tensor, documents: Documents, group
 ) -> Tensor:
     """``attend(q, k, v, documents)`` of rows whose parts lie on the processes of ``group``.
 
-    Where they can share out the key heads, each takes whole rows of some heads (and all have the same work); else
-    each keeps its queries and gathers the keys and values, which grouped queries make few.
-
-    Args:
-        own_keys: each query needs only the keys of its own position, so there is nothing to gather.
+    Each process takes whole rows of some heads, so that all have the same work and kernels see whole rows (Jacobs et
+    al., "DeepSpeed Ulysses", 2023). Key heads that are fewer than the processes are repeated for those who share one.
     """
     rows, length = documents.ids_RL.shape
-    parts = [x.view(rows, length, *x.shape[1:]) for x in (q_TND, k_TMD, v_TMD)]
-    if k_TMD.shape[1] % group.size() == 0:
-        q, k, v = (heads_to_sequence(x, group).flatten(0, 1) for x in parts)
-        out = attend(q, k, v, documents.whole)
-        return sequence_to_heads(out.unflatten(0, (rows, -1)), group).flatten(0, 1)
-    if own_keys:
-        return attend(q_TND, k_TMD, v_TMD, documents)
-    # [parts, R, L, M, D] -> rows put together again.
-    k, v = (gather_parts(x, group).transpose(0, 1).flatten(0, 2) for x in parts[1:])
-    return attend(q_TND, k, v, documents)
+    copies = key_head_copies(k_TMD.shape[1], group.size())
+    repeated = (x if copies == 1 else x.repeat_interleave(copies, dim=1) for x in (k_TMD, v_TMD))
+    parts = (x.view(rows, length, *x.shape[1:]) for x in (q_TND, *repeated))
+    q, k, v = (heads_to_sequence(x, group).flatten(0, 1) for x in parts)
+    out = attend(q, k, v, documents.whole)
+    return sequence_to_heads(out.unflatten(0, (rows, -1)), group).flatten(0, 1)
 
 
 class GatedAttention(MegatronModule):
@@ -176,17 +163,13 @@ class GatedAttention(MegatronModule):
         if chain:
             keys, values = chain
             return chain_attention(query, key, value, keys, values, documents)
-        if key.shape[0] > query.shape[0]:
-            return attention_of_part(query, key, value, documents)
         return packed_attention(query, key, value, documents)
 
-    def over_context(
-        self, core: Callable, query: Tensor, key: Tensor, value: Tensor, documents: Documents, own_keys: bool = False
-    ) -> Tensor:
+    def over_context(self, core: Callable, query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
         """``core(query, key, value, documents)`` where this process has all the keys that it needs: [T, N, D]."""
         if self.cp_group.size() == 1:
             return core(query, key, value, documents)
-        return context_attention(core, query, key, value, documents, self.cp_group, own_keys)
+        return context_attention(core, query, key, value, documents, self.cp_group)
 
     def forward(
         self,

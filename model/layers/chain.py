@@ -29,9 +29,9 @@ def _by_rows(x: Tensor, documents: Documents) -> Tensor:
     return x.view(documents.ids_RL.shape[0], -1, *x.shape[1:]).transpose(1, 2)
 
 
-def _additive_mask(q_TND: Tensor, keys: int, documents: Documents) -> Tensor | None:
+def _additive_mask(q_TND: Tensor, documents: Documents) -> Tensor | None:
     """The mask as the kernels take it: 0 or -inf, in q's type; None where a plain causal mask is enough."""
-    mask = attention_mask(documents, q_TND.shape[0], keys)
+    mask = attention_mask(documents)
     if mask is None:
         return None
     # A GPU's kernels want rows that start at multiples of 16 numbers.
@@ -43,7 +43,7 @@ def _additive_mask(q_TND: Tensor, keys: int, documents: Documents) -> Tensor | N
 def prefix_attention(q_TND: Tensor, k_SMD: Tensor, v_SMD: Tensor, documents: Documents) -> tuple[Tensor, Tensor]:
     """`packed_attention` [T, N, D] and the log-sum-exp of its scores [T, N] (at least float32); no gradient."""
     q, k, v = (_by_rows(x, documents) for x in (q_TND, k_SMD, v_SMD))
-    mask = _additive_mask(q_TND, k_SMD.shape[0], documents)
+    mask = _additive_mask(q_TND, documents)
     if q.is_cuda:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         bias = None if mask is None else mask.expand(-1, q.shape[1], -1, -1)
@@ -72,7 +72,7 @@ def prefix_gradients(
     """
     grad, q, k, v, out = (_by_rows(x, documents) for x in (grad_TND, q_TND, k_SMD, v_SMD, out_TND))
     lse = lse_TN.view(q.shape[0], q.shape[2], -1).transpose(1, 2)
-    mask = _additive_mask(q_TND, k_SMD.shape[0], documents)
+    mask = _additive_mask(q_TND, documents)
     if q.is_cuda:
         ratio, heads = q.shape[1] // k.shape[1], k.shape[1]
         k, v = (x.repeat_interleave(ratio, dim=1) for x in (k, v))
@@ -97,15 +97,10 @@ def _chain_scores(q_TND: Tensor, k_TCMD: Tensor) -> Tensor:
     return torch.einsum("tmgd,tcmd->tmgc", q, at_least_float32(k_TCMD)) * q_TND.shape[-1] ** -0.5
 
 
-def _for_keys(function: Callable, q_TND: Tensor, k_SMD: Tensor) -> Callable:
-    """The function, or its plain form where keys were gathered from other processes: kernels know only S = T."""
-    return function if q_TND.shape[0] == k_SMD.shape[0] else function.__wrapped__
-
-
 class _ChainAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_TND, k_SMD, v_SMD, k_TCMD, v_TCMD, documents: Documents) -> Tensor:
-        prefix, lse = _for_keys(prefix_attention, q_TND, k_SMD)(q_TND, k_SMD, v_SMD, documents)
+        prefix, lse = prefix_attention(q_TND, k_SMD, v_SMD, documents)
         scores = _chain_scores(q_TND, k_TCMD)
         whole = torch.logaddexp(lse, scores.logsumexp(dim=-1).flatten(1))
         probs = (scores - whole.view_as(scores[..., 0])[..., None]).exp()
@@ -119,8 +114,7 @@ class _ChainAttention(torch.autograd.Function):
     def backward(ctx, grad_TND: Tensor):
         q_TND, k_SMD, v_SMD, k_TCMD, v_TCMD, out, whole = ctx.saved_tensors
         grad_TND = grad_TND.contiguous()
-        gradients = _for_keys(prefix_gradients, q_TND, k_SMD)
-        grad_q, grad_k, grad_v = gradients(grad_TND, q_TND, k_SMD, v_SMD, out, whole, ctx.documents)
+        grad_q, grad_k, grad_v = prefix_gradients(grad_TND, q_TND, k_SMD, v_SMD, out, whole, ctx.documents)
         heads, scale = (k_TCMD.shape[2], -1), q_TND.shape[-1] ** -0.5
         grad, q, values = at_least_float32(grad_TND), at_least_float32(q_TND), at_least_float32(v_TCMD)
         mean = (grad * at_least_float32(out)).sum(-1)
@@ -164,7 +158,7 @@ class ChainCache:
         """What ``attention`` (a `GatedAttention`) gives at the next step; the first step's keys are the prefix."""
         first = self.prefix is None
         core = partial(self._first if first else self._later, attention.attend)
-        return attention.over_context(core, query, key, value, documents, own_keys=not first)
+        return attention.over_context(core, query, key, value, documents)
 
     def _first(self, attend: Callable, query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
         self.prefix = (key, value)

@@ -13,7 +13,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.cost.cost import passes_states
+from model.config import passes_states
 from model.documents import Documents
 from model.kernels.backends import accelerated
 from model.layers.delta_rule import causal_conv, chunk_gated_delta_rule, gated_delta_rule, l2_normalise
@@ -122,12 +122,9 @@ class GatedDeltaNet(MegatronModule):
         rows, length = documents.ids_RL.shape
         mixed, _ = self.in_proj(hidden_states)
         mixed = mixed.view(rows, length, self.key_heads, -1)
-        value_width = self.ratio * self.value_dim
-        state_values = self.key_heads * self.ratio * self.key_dim * (self.key_dim + self.value_dim)
-        values_per_token = self.key_heads * (mixed.shape[-1] + value_width)
         if parts == 1 or inference_context is not None:
             out = self.mix(mixed, documents, slice(None), None, inference_context)
-        elif passes_states(values_per_token, state_values, length, self.key_heads, parts):
+        elif passes_states(self.key_heads, parts):
             out = self.mix(mixed, documents, slice(None), self.cp_group)
         else:
             each = self.key_heads // parts

@@ -5,7 +5,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from torch import Tensor
 
 from model.batch import MicroBatch
-from model.layers.loss import linear_cross_entropy
+from model.layers.loss import Targets, linear_cross_entropy
 from parallel.main_grads import with_main_grad
 
 
@@ -41,15 +41,15 @@ class Head(ColumnParallelLinear):
         mtp, dtype = self.config.mtp, torch.promote_types(weight_VH.dtype, torch.float32)
         # Its gradient is worked out on the way forward: it is told there what a step's loss counts for.
         factors = [1.0, *mtp.loss_weights(batch.tokens_before)]
-        heads = [weight_VH, *[weight_VH.detach() if mtp.detach else weight_VH] * mtp.steps]
         main_grad = None if self.tied else self.weight.main_grad
-        results = [
-            linear_cross_entropy(hidden[:, 0], head, target, factor * weight, self.tp_group, main_grad)
-            for hidden, head, target, weight, factor in zip(
-                states_T1H, heads, batch.targets_KT, batch.weights_KT.to(dtype), factors, strict=True
+        targets = [
+            Targets(target, factor * weight, head_learns=step == 0 or not mtp.detach)
+            for step, (target, weight, factor) in enumerate(
+                zip(batch.targets_KT, batch.weights_KT.to(dtype), factors, strict=True)
             )
         ]
-        return torch.stack([mean for mean, _ in results]).sum(), torch.stack([losses for _, losses in results])
+        hidden = [states[:, 0] for states in states_T1H]
+        return linear_cross_entropy(hidden, weight_VH, targets, self.tp_group, main_grad)
 
     def logits(self, hidden_T1H: Tensor, weight_VH: Tensor) -> Tensor:
         """Over the whole vocabulary: [T, 1, H] -> [T, V]."""

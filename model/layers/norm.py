@@ -55,6 +55,17 @@ class ZeroCentredRMSNorm(nn.Module):
         return zero_centred_rms_norm(x, self.weight, self.eps)
 
 
+class HeadNorm(ZeroCentredRMSNorm):
+    """The norm of queries and keys, which a kernel applies together with what follows it."""
+
+    def forward(self, x: Tensor | None = None) -> Tensor:
+        """The norm of x; without x the weight, for a kernel.
+
+        Either is a call of the module: megatron-core's hook before it waits for the weight's parts of other ranks.
+        """
+        return self.weight if x is None else super().forward(x)
+
+
 class ResidualRMSNorm(ZeroCentredRMSNorm):
     """The norm at the start of a layer, which hands its input on as the layer's residual (megatron-core takes both)."""
 

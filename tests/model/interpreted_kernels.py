@@ -8,14 +8,30 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from model import preflight
+from model.batch import MicroBatch, count_targets
+from model.config import MtpConfig
+from model.layers import attention, deltanet, dense, experts, norm, router
 from model.layers.norm import rms_norm_with_residual
-from tests.model.helpers import SMALL
+from model.network import LanguageModel
+from model.stack import hybrid_config
+from parallel import groups as process_groups
+from parallel.topology import Topology
+from tests.model.helpers import SMALL, randomise
 
 # These call a library's GPU kernels; only tests/gpu and the preflight see them.
-LIBRARIES = {"gated_delta_rule", "packed_attention", "router_logits", "add_product"}
+LIBRARIES = {
+    "gated_delta_rule",
+    "packed_attention",
+    "prefix_attention",
+    "prefix_gradients",
+    "router_logits",
+    "add_product",
+    "add_weight_gradient",
+}
 SHAPES = {
     "grouped": replace(SMALL, expert_size=12),
     "plain": replace(SMALL, attention_gate=False, linear_value_heads=2, hidden_size=20, expert_size=8, conv_kernel=3),
@@ -24,6 +40,15 @@ SHAPES = {
 TOLERANCE = 2e-6
 
 
+# Which names of which modules are functions with Triton kernels.
+ACCELERATED = {
+    attention: ("prepare_heads", "gate_heads"),
+    deltanet: ("prepare_delta",),
+    experts: ("fused_moe", "gate_rows"),
+    dense: ("swiglu_pairs",),
+    norm: ("zero_centred_rms_norm", "rms_norm_with_residual", "gated_rms_norm"),
+    router: ("route",),
+}
 FEW = preflight.Sizes(length=12, vocab=40)
 
 
@@ -35,7 +60,7 @@ def test_triton_kernels_equal_their_twins(shape) -> None:
         for case in cases
         if case.function.__name__ not in LIBRARIES
     }
-    assert len(errors) == 16
+    assert len(errors) == 18
     assert {name: error for name, error in errors.items() if error > TOLERANCE} == {}
 
 
@@ -76,3 +101,28 @@ def test_a_residual_is_the_input_and_cannot_be_changed_in_place() -> None:
     assert residual.data_ptr() == x.data_ptr() and residual.stride() == x.stride()
     with pytest.raises(RuntimeError, match="modified inplace"):
         residual.add_(1)
+
+
+def test_modules_on_kernels_are_called_before_their_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """megatron-core waits for the weights of other ranks before a call of the module that has them, and only then."""
+    for module, names in ACCELERATED.items():
+        for name in names:
+            monkeypatch.setattr(module, name, vars(module)[name].kernel())
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        groups = process_groups.lay_out(Topology(world=1, tensor=1, pipeline=1, context=1, expert=1, data=1))
+        network = LanguageModel(
+            hybrid_config(replace(SMALL, dtype="float32", expert_size=12), MtpConfig(steps=1)), 64, groups
+        )
+        randomise(network)
+        called: set[str] = set()
+        owners = {name for name, module in network.named_modules() if list(module.parameters(recurse=False))}
+        for name, module in network.named_modules():
+            module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
+        tokens = torch.randint(0, 64, (1, 9), generator=torch.Generator().manual_seed(0))
+        documents = torch.zeros_like(tokens)
+        network(MicroBatch.build(tokens, documents, count_targets(documents, 1)))
+        assert {name.rsplit(".", 1)[-1] for name in owners} >= {"q_layernorm", "k_layernorm", "experts", "in_proj"}
+        assert owners <= called, owners - called
+    finally:
+        process_groups.stop()

@@ -45,21 +45,6 @@ def test_one_softmax_over_prefix_and_chain(queries: int, keys: int, chain: int, 
     )
 
 
-@pytest.mark.parametrize("starts", [([], []), ([3], [7, 9])], ids=["single", "packed"])
-def test_the_queries_of_a_part_with_the_keys_of_whole_rows(starts: tuple) -> None:
-    """As under context parallelism with gathered keys: the last of three parts of each row has its chains alone."""
-    length, parts = 12, 3
-    ids = ids_from_starts(length, *starts)
-    documents = Documents.from_ids(ids).part(2, parts)
-    chosen = torch.arange(ROWS * length).view(ROWS, length)[:, 8:].flatten()
-    whole = {name: x[: ROWS * length] for name, x in inputs(4, 2, 2).items()}
-
-    def part(q, k, v, chain_k, chain_v):
-        return chain_attention(q[chosen], k, v, chain_k[chosen], chain_v[chosen], documents)
-
-    assert_twins(part, lambda *x: whole_softmax(*x, ids)[chosen], whole)
-
-
 def test_half_precision_merges_in_float32() -> None:
     documents, wide = Documents.from_ids(ids_from_starts(LENGTH, [4], [])), inputs(4, 2, 2)
     narrow = {name: x.bfloat16().requires_grad_() for name, x in wide.items()}

@@ -4,7 +4,17 @@ from dataclasses import replace
 
 import pytest
 
-from model.config import SIZES, BalanceConfig, ModelConfig, ModelError, MtpConfig, check_balance, check_model
+from model.config import (
+    SIZES,
+    BalanceConfig,
+    ModelConfig,
+    ModelError,
+    MtpConfig,
+    OneProcess,
+    check_balance,
+    check_kernels,
+    check_model,
+)
 
 
 def test_defaults_can_be_built() -> None:
@@ -65,6 +75,10 @@ MISTAKES = {
     "one expert a token": (
         {"experts_per_token": 1},
         "model.experts_per_token=1 must lie between 2 and model.experts=16: the weights of a token's experts",
+    ),
+    "a row of experts": (
+        {"dtype": "bfloat16", "expert_size": 100},
+        "model.expert_size=100 is not a multiple of 8, as the kernels of model.dtype=bfloat16 need it: choose 104",
     ),
     "type": ({"dtype": "float16"}, "model.dtype='float16' is not known: choose float32 or bfloat16"),
     "backend": ({"backend": "jax"}, "model.backend='jax' is not known: choose torch"),
@@ -148,3 +162,14 @@ def test_prediction_weights_follow_their_schedule() -> None:
     assert mtp.loss_weights(0) == pytest.approx([0.225, 0.075])
     assert MtpConfig(steps=0).loss_weights(0) == []
     assert MtpConfig(steps=3, weight=0.7, step_weights=0.5).loss_weights(0) == pytest.approx([0.4, 0.2, 0.1])
+
+
+def test_what_has_no_kernel_on_a_gpu_is_refused() -> None:
+    model = ModelConfig(dtype="bfloat16", linear_key_heads=4, linear_value_heads=4)
+    check_kernels(model, OneProcess(context=4))
+    check_kernels(replace(model, dtype="float32"), OneProcess(context=8))
+    check_kernels(replace(model, pattern="*E"), OneProcess(context=8))
+    with pytest.raises(ModelError, match=r"parallel.context=4 cannot share out .* = 2 heads .* that divides 2"):
+        check_kernels(model, OneProcess(context=4, tensor=2))
+    with pytest.raises(ModelError, match=r"model.conv_kernel=5 is more than the GPU kernel takes: choose 4"):
+        check_kernels(replace(model, conv_kernel=5), OneProcess())

@@ -3,17 +3,18 @@
 import pytest
 import torch
 
-import model.layers.loss
-from model.layers.loss import linear_cross_entropy
+from model.layers import loss
+from model.layers.loss import Targets
 from model.reference import layers as reference
 from tests.model.helpers import FLOAT64_TOLERANCE, assert_close, assert_twins
 
 VOCAB, HIDDEN, CHUNK = 11, 6, 4
 
 
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model.layers.loss, "HEAD_CHUNK", CHUNK)
+def linear_cross_entropy(hidden, head, target, weight, group, **others) -> tuple[torch.Tensor, torch.Tensor]:
+    """One prediction step, in small chunks: the sum, and the losses of the tokens."""
+    total, losses = loss.linear_cross_entropy([hidden], head, [Targets(target, weight)], group, chunk=CHUNK, **others)
+    return total, losses[0]
 
 
 def inputs(tokens: int, dtype: torch.dtype = torch.float64) -> tuple[dict, torch.Tensor, torch.Tensor]:
@@ -109,3 +110,35 @@ def test_evaluation_computes_no_gradients(groups, monkeypatch: pytest.MonkeyPatc
         total, losses = linear_cross_entropy(hidden, head, target, weight, groups.tp)
     assert_close(losses, expected, FLOAT64_TOLERANCE, "the losses")
     assert_close(total, (expected * weight).sum(), FLOAT64_TOLERANCE, "the sum")
+
+
+def test_all_steps_in_one_sum_and_the_head_learns_from_those_it_may(groups) -> None:
+    """As one function of all steps: the head's gradient leaves out the steps that it does not learn from."""
+    (leaves, target, weight), (more, other, factor) = inputs(9), inputs(10)
+    leaves["more"] = more["hidden"]
+
+    def fast(hidden, head, again):
+        asked = [Targets(target, weight), Targets(other, 0.3 * factor, head_learns=False)]
+        total, losses = loss.linear_cross_entropy([hidden, again[:9]], head, [asked[0], cut(asked[1])], groups.tp)
+        assert losses.shape == (2, 9)
+        return total
+
+    def cut(asked: Targets) -> Targets:
+        return Targets(asked.token_T[:9], asked.weight_T[:9], asked.head_learns)
+
+    def slow(hidden, head, again):
+        first = (reference.cross_entropies(hidden, head, target) * weight).sum()
+        second = reference.cross_entropies(again[:9], head.detach(), other[:9]) * 0.3 * factor[:9]
+        return first + second.sum()
+
+    assert_twins(fast, slow, leaves)
+
+
+def test_a_single_chunk_of_half_precision_is_summed_in_float32(groups) -> None:
+    leaves, target, weight = inputs(CHUNK, torch.bfloat16)
+    head = leaves["head"].requires_grad_()
+    head.main_grad = main_grad = torch.zeros(VOCAB, HIDDEN)
+    total, _ = linear_cross_entropy(leaves["hidden"], head, target, weight.float(), groups.tp, main_grad_VH=main_grad)
+    total.backward()
+    assert main_grad.abs().max() > 0
+    assert not torch.equal(main_grad, main_grad.bfloat16().float()), "the gradient was rounded on its way"

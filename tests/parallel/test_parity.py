@@ -20,8 +20,6 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 
 from model.batch import count_targets
 from model.config import BalanceConfig, ModelConfig, MtpConfig
-from model.cost import cost
-from model.layers import deltanet
 from parallel import groups as process_groups
 from parallel.engine_megatron import _finalize
 from parallel.stages import run_schedule
@@ -61,14 +59,13 @@ class Case:
     parallel: ParallelConfig
     model: ModelConfig = MODEL  # the same layers in all, cut for a pipeline
     micro_batches: int = 2
-    states: bool | None = None  # how Gated DeltaNet crosses parts of a sequence: states, heads, or as it chooses
     mtp_steps: int = 2
     keys: str = "inference"  # which keys the MTP steps attend to
 
 
-def layout(name: str, world: int, model: ModelConfig = MODEL, states: bool | None = None, **sizes) -> Case:
+def layout(name: str, world: int, model: ModelConfig = MODEL, **sizes) -> Case:
     """A case of two micro-batches; experts are spread only where ``expert`` says so."""
-    return Case(name, world, ParallelConfig(**({"expert": 1} | sizes)), model, states=states)
+    return Case(name, world, ParallelConfig(**({"expert": 1} | sizes)), model)
 
 
 REFERENCE = Case("one process", 1, ParallelConfig(), micro_batches=1)
@@ -79,8 +76,7 @@ LAYOUTS = [
     layout("TP2 with sequence parallelism", 2, tensor=2),
     layout("PP2", 2, PIPELINED, pipeline=2),
     layout("PP2 interleaved", 2, INTERLEAVED, pipeline=2),
-    layout("CP2 by states", 2, states=True, context=2),
-    layout("CP2 by heads", 2, states=False, context=2),
+    layout("CP2", 2, context=2),
     layout("CP2xEP2", 2, context=2, expert=2),
     layout("DP2, each expert in 2 parts", 2, expert_tensor=2),
     layout("TP2, each expert in 2 parts", 2, tensor=2, expert_tensor=2),
@@ -88,18 +84,18 @@ LAYOUTS = [
     layout("TP2, parts recomputed", 2, tensor=2, recompute="selective"),
     layout("DP4", 4),
     layout("EP4", 4, expert=4),
-    layout("CP4", 4, context=4),
+    layout("CP4, by states", 4, context=4),
     layout("DP2xEP2", 4, expert=2),
     layout("DP2xPP2", 4, PIPELINED, pipeline=2),
     layout("TP2xEP2", 4, tensor=2, expert=2),
     layout("EP2xPP2", 4, PIPELINED, expert=2, pipeline=2),
-    layout("TP2xCP2", 4, states=True, tensor=2, context=2),
+    layout("TP2xCP2, by states", 4, tensor=2, context=2),
     layout("TP2xPP2", 4, PIPELINED, tensor=2, pipeline=2),
     layout("TP2xEP2, each expert in 2 parts", 4, tensor=2, expert=2, expert_tensor=2),
     layout("DP2xPP2, each expert in 2 parts", 4, PIPELINED, pipeline=2, expert_tensor=2),
     layout("TP2xCP2xEP4", 4, tensor=2, context=2, expert=4),
     layout("CP2xPP2xEP2", 4, PIPELINED, context=2, pipeline=2, expert=2),
-    layout("DP2xCP2xEP2", 4, states=True, context=2, expert=2),
+    layout("DP2xCP2xEP2", 4, context=2, expert=2),
     layout("EP2xPP2 interleaved", 4, INTERLEAVED, expert=2, pipeline=2),
 ]
 DEPTH_REFERENCE = replace(REFERENCE, name="one process, MTP by depth", keys="depth")
@@ -124,7 +120,6 @@ EXACT = BalanceConfig(weight=0.01, micro_weight=0.0, z_weight=0.001, mode="exact
 
 
 def _job(case: Case, balance: BalanceConfig = EXACT, **model) -> Job:
-    deltanet.passes_states = cost.passes_states if case.states is None else lambda *_: case.states
     mtp = MtpConfig(steps=case.mtp_steps, keys=case.keys)
     parallel = replace(case.parallel, bucket=BUCKET, bucket_share=BUCKET)
     job = build_tiny(tiny_config(replace(case.model, **model), parallel, balance=balance, mtp=mtp))

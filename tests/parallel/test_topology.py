@@ -231,7 +231,23 @@ def test_the_proposed_batches_are_valid():
 
 
 def test_a_sequence_that_cannot_be_cut_is_refused():
-    topology = Topology(8, 2, 1, 4, 1, 1)
-    check_length(topology, 64)
+    topology, model = Topology(8, 2, 1, 4, 1, 1), ModelConfig()
+    check_length(topology, 64, model)
     with pytest.raises(TopologyError, match=r"data.seq_length=60 cannot be cut .* = 8: choose data.seq_length=64"):
-        check_length(topology, 60)
+        check_length(topology, 60, model)
+    with pytest.raises(TopologyError, match=r"leaves 2 tokens .* reaches 3 .* data.seq_length=16 or more"):
+        check_length(topology, 8, model)
+    check_length(topology, 16, model)
+
+
+def test_heads_that_the_parts_of_a_sequence_cannot_share_are_refused():
+    model = ModelConfig(attention_heads=12, key_value_heads=4, linear_key_heads=4)
+    resolve(ParallelConfig(context=6, expert=1), model, 6)  # four key heads, three times each
+    with pytest.raises(TopologyError, match=r"context=8 cannot share out .* choose 1 or 2 or 3 or 4 or 6 or 12"):
+        resolve(ParallelConfig(context=8, expert=1), model, 8)
+
+
+def test_parts_of_experts_that_no_kernel_takes_are_refused():
+    model = ModelConfig(expert_size=24, dtype="bfloat16")
+    with pytest.raises(TopologyError, match=r"parallel.expert_tensor=2 leaves 12 columns .* multiple of 8"):
+        resolve(ParallelConfig(expert=1, expert_tensor=2), model, 2)

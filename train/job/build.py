@@ -7,6 +7,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from data.dataset import Dataset
 from data.secrets import hide
+from model.config import check_kernels
 from model.init import initialise, narrowed, suspicious
 from model.network import LanguageModel
 from model.stack import hybrid_config
@@ -123,6 +124,8 @@ def build_job(config: Config) -> Job:
     device = process_groups.local_device()
     process_groups.start(device)
     topology = resolve(config.parallel, config.model, torch.distributed.get_world_size())
+    if device.type == "cuda":
+        check_kernels(config.model, topology)
     groups = process_groups.lay_out(topology)
     dataset = Dataset(config.data)
     with torch.device(device):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from model.config import HEAD_CHUNK, INFERENCE, LAYER, ModelConfig
+from model.config import HEAD_CHUNK, INFERENCE, LAYER, ModelConfig, key_head_copies, passes_states
 from model.cost import activations, cost
 from model.cost.activations import ELEMENT_BYTES
 from parallel import layout_cost
@@ -194,8 +194,7 @@ def _layer_traffic(config: Config, topology: Topology, pipeline_rank: int, steps
         "expert all-to-all": symbols.count("E") * layout_cost.expert_traffic(rows, row, topology, again),
         "tensor gathers and scatters": cut * layout_cost.tensor_traffic(tokens * row, topology, again)
         + edges * layout_cost.boundary_traffic(tokens * row, topology),
-        "context exchanges": sum(_context_bytes(symbol, config, topology, again) for symbol in symbols)
-        - (_spared_bytes(config, topology, again) if last else 0.0),
+        "context exchanges": sum(_context_bytes(symbol, config, topology, again) for symbol in symbols),
         "pipeline sends": layout_cost.pipeline_traffic(tokens * row, topology, pipeline_rank),
     }
     return {name: steps * count for name, count in sent.items()}
@@ -212,26 +211,16 @@ def _context_bytes(symbol: str, config: Config, topology: Topology, again: bool)
     return (3 if again else 2) * once
 
 
-def _spared_bytes(config: Config, topology: Topology, again: bool) -> float:
-    """Of those, what the later steps of multi-token prediction need not gather: the first step's keys are there."""
-    if config.mtp.keys != INFERENCE or topology.context == 1 or not config.mtp.steps:
-        return 0.0
-    _, gathered = context_numbers("*", config.model, config, topology)
-    return (config.mtp.steps - 1) * _context_bytes("*", config, topology, again) if gathered else 0.0
-
-
 def context_numbers(symbol: str, model: ModelConfig, config: Config, topology: Topology) -> tuple[float, float]:
     """Numbers that a mixer exchanges head by head, and bytes that it gathers from every part, in a forward pass."""
     parts, tensor, tokens = topology.context, topology.tensor, _tokens(config, topology)
     if symbol == "*":
         queries, keys = model.attention_heads * model.head_dim, model.key_value_heads * model.head_dim
-        if model.key_value_heads // tensor % parts == 0:
-            return tokens * (2 * queries + 2 * keys) / tensor, 0.0
-        return 0.0, tokens * 2 * keys / tensor * ELEMENT_BYTES[model.dtype]
+        copies = key_head_copies(model.key_value_heads // tensor, parts)
+        return tokens * (2 * queries + 2 * keys * copies) / tensor, 0.0
     key, value = model.linear_key_heads * model.linear_key_dim, model.linear_value_heads * model.linear_value_dim
     per_token = (2 * key + 3 * value + 2 * model.linear_value_heads) // tensor
     state = model.linear_value_heads * model.linear_key_dim * (model.linear_key_dim + model.linear_value_dim) // tensor
-    length = config.data.seq_length // parts
-    if cost.passes_states(per_token, state, length, model.linear_key_heads // tensor, parts):
+    if passes_states(model.linear_key_heads // tensor, parts):
         return 0.0, config.batch.micro * state * layout_cost.FLOAT32_BYTES
     return tokens * per_token, 0.0

@@ -14,7 +14,7 @@ from model.cost.cost import TRAINING_FACTOR, forward_flops
 from model.layers.attention import GatedAttention
 from model.layers.deltanet import GatedDeltaNet
 from model.layers.experts import Experts, SharedExpert
-from model.layers.loss import linear_cross_entropy
+from model.layers.loss import Targets, linear_cross_entropy
 from model.layers.norm import ZeroCentredRMSNorm
 from model.layers.router import Router
 from model.network import LanguageModel
@@ -82,7 +82,7 @@ def head_milliseconds(network: LanguageModel, tokens: int, device: torch.device)
     share = torch.full((tokens,), 1 / tokens, device=device)
 
     def step(_: int) -> None:
-        linear_cross_entropy(hidden, weight, target, share, network.tp_group)[0].backward()
+        linear_cross_entropy([hidden], weight, [Targets(target, share)], network.tp_group)[0].backward()
 
     return statistics.median(run_steps(step, [weight, hidden], range(WARM_UP + 3), device))
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from model.config import LAYER, check_model
+from model.config import LAYER, ModelError, check_kernels, check_model
 from model.cost.cost import ROUTED, TRAINING_FACTOR, forward_flops
 from parallel.topology import RECOMPUTE_POLICIES, Topology, TopologyError, check_length, divisors, microbatches, resolve
 from train.job.footprint import Footprint, footprint, planned_vocab, recomputed
@@ -159,10 +159,11 @@ def valid(config: Config, world: int) -> Topology | None:
     """The layout, or None where it cannot be built."""
     try:
         topology = resolve(config.parallel, config.model, world)
-        check_length(topology, config.data.seq_length)
+        check_length(topology, config.data.seq_length, config.model)
+        check_kernels(config.model, topology)
         microbatches(topology, config.batch.global_, config.batch.micro)
         planned_vocab(config, topology)
-    except TopologyError:
+    except (TopologyError, ModelError):
         return None
     return topology
 

@@ -172,7 +172,7 @@ def check_plan(config: Config, world: int) -> Topology:
             raise TopologyError(f"batch.schedule from {begin:,} tokens on: {error}") from error
     for length in (config.data.seq_length, *(length for _, length in config.batch.length_schedule)):
         _check_divides("batch.length_schedule", length, "data.seq_length", config.data.seq_length)
-        check_length(topology, length)
+        check_length(topology, length, config.model)
     return topology
 
 
