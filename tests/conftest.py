@@ -30,6 +30,7 @@ LONG = (
     "train/test_commands.py",
     "train/test_dry_run.py",
     "train/test_front.py",
+    "train/test_hf_family_layouts.py",
     "train/test_hf_layouts.py",
     "train/test_hf_memory.py",
     "train/test_resize.py",

@@ -94,13 +94,14 @@ def parameter_lines(config: Config, vocab_size: int) -> list[str]:
     """Parameters by part, and the totals that papers quote."""
     counts = cost.parameters(config.model, config.mtp, vocab_size)
     total, active = cost.total_parameters(config.model, vocab_size), cost.active_parameters(config.model)
-    ends = counts[cost.EMBEDDING] + counts[cost.HEAD]
+    head = counts.get(cost.HEAD, counts[cost.EMBEDDING])  # tied, the embedding is the head too
+    ends = counts[cost.EMBEDDING] + counts.get(cost.HEAD, 0)
     rows = [(part, count) for part, count in counts.items() if part != cost.MTP]
     totals = [
         ("total", total),
         ("without embedding and head", total - ends),
         ("active, of these", active),
-        ("active with the head", active + counts[cost.HEAD]),
+        ("active with the head", active + head),
         ("MTP layer, beside the total", counts.get(cost.MTP, 0)),
     ]
     return ["parameters", *number_lines(rows, "B", 1e9), "", *number_lines(totals, "B", 1e9)]
