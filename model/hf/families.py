@@ -3,6 +3,7 @@
 Their trunks compute the same; names, config.json and the order of some rows differ. A checkpoint of Qwen3.5 comes in
 two forms: text alone, or inside a model that also sees, whose config.json holds that of the text as ``text_config`` and
 whose trunk stands one level deeper. Fields and their defaults are those of transformers' configurations (5.23).
+This needs no torch.
 """
 
 from collections.abc import Mapping
@@ -10,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from model.config import ModelConfig
-from model.hf.names import FLAT_IN_PROJ, FUSED_IN_PROJ, Rule
 
 TEXT_CONFIG = "text_config"  # of a model that also sees
 Field = tuple[str, str, Any]  # ours, theirs, and what theirs is where config.json leaves it out
@@ -24,7 +24,7 @@ class Family:
         model_type: of config.json, or of its ``text_config``. architecture: the class that loads it.
         wrapper: model type and class of the model around it that also sees; None: there is none.
         feed_forward: symbol of the second layer of every block.
-        in_proj: what the input projection of Gated DeltaNet is.
+        flat_in_proj: whether the input projection of Gated DeltaNet is four plain matrices instead of two by heads.
         packed: whether published files hold the experts of a trunk layer as one tensor each.
         fields: settings that both sides have.
         always: what the architecture leaves open and our layers do not.
@@ -36,7 +36,7 @@ class Family:
     architecture: str
     wrapper: tuple[str, str] | None
     feed_forward: str
-    in_proj: Rule
+    flat_in_proj: bool
     packed: bool
     fields: tuple[Field, ...]
     always: Mapping[str, Any]
@@ -82,7 +82,7 @@ QWEN3_NEXT = Family(
     "Qwen3NextForCausalLM",
     None,
     "E",
-    FUSED_IN_PROJ,
+    False,
     False,
     _fields(2048, 151936, 32, 2) + _experts(512, 10),
     PLAIN | {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
@@ -94,7 +94,7 @@ QWEN3_5 = Family(
     "Qwen3_5ForCausalLM",
     ("qwen3_5", "Qwen3_5ForConditionalGeneration"),
     "-",
-    FLAT_IN_PROJ,
+    True,
     False,
     _fields(4096, 248320, 32, 4) + (("dense_size", "intermediate_size", 12288),),
     GATED,
@@ -106,7 +106,7 @@ QWEN3_5_MOE = Family(
     "Qwen3_5MoeForCausalLM",
     ("qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration"),
     "E",
-    FLAT_IN_PROJ,
+    True,
     True,
     _fields(2048, 248320, 32, 2) + _experts(256, 8),
     GATED,

@@ -11,7 +11,19 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.hf.families import QWEN3_NEXT, Family
-from model.hf.names import EMBEDDING, EXPERTS, FEED_FORWARD, FINAL_NORM, HEAD, IN_PROJ, MIXERS, MTP_ENDS, Rule
+from model.hf.names import (
+    EMBEDDING,
+    EXPERTS,
+    FEED_FORWARD,
+    FINAL_NORM,
+    FLAT_IN_PROJ,
+    FUSED_IN_PROJ,
+    HEAD,
+    IN_PROJ,
+    MIXERS,
+    MTP_ENDS,
+    Rule,
+)
 
 
 @dataclass(frozen=True)
@@ -130,7 +142,7 @@ def pieces(
         experts_at_once: experts of one piece; None: all.
         family: the model type over there. wrapped: inside a model that also sees.
     """
-    trunk, in_proj = family.trunk(wrapped), family.in_proj
+    trunk, in_proj = family.trunk(wrapped), FLAT_IN_PROJ if family.flat_in_proj else FUSED_IN_PROJ
     mixers = {
         kind: tuple(in_proj if rule.ours == IN_PROJ else rule for rule in rules) for kind, rules in MIXERS.items()
     }
