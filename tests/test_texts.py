@@ -28,6 +28,8 @@ def code_of(text: str) -> list[str]:
 def is_set(command: str, name: str, value: str) -> bool:
     """Whether a command takes ``name=value``: a setting of that name, or a choice of a group."""
     known = {setting.path for setting in settings(usage.CONFIGS[command])}
+    if command in usage.ANYWHERE and name.startswith(("parallel.", "data.")):
+        known |= {setting.path for setting in settings(Config)}
     if command not in usage.WITH_RECIPE:
         return name in known or (name == "run" and "run.name" in known)
     known |= {setting.path for setting in settings(Config)}

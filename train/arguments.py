@@ -181,3 +181,9 @@ def run_by_name(arguments: list[str]) -> list[str]:
         else:
             found.append(f"run.name={value}")
     return found
+
+
+def layout_and_data(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Settings of a layout and of data, which a run is used with in place of its own, and the rest."""
+    asked = [argument for argument in arguments if argument.startswith(("parallel.", "data."))]
+    return asked, [argument for argument in arguments if argument not in asked]

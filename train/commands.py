@@ -1,52 +1,110 @@
 """The commands that take no recipe: what is done with a run, and with text. Those that take one stand in `__main__`."""
 
-from dataclasses import replace
+import json
+import math
+import os
+from pathlib import Path
 
 from data.config import PrepareConfig
 from data.read.corpus import check_corpus
+from data.text.tokenizer import TOKENIZER_FILE
 from parallel.topology import resolve
 from train import front
-from train.arguments import run_by_name
+from train.arguments import layout_and_data, run_by_name
 from train.hub.settings import ExportConfig, ImportConfig, check_export, check_import
 from train.job.directory import require_checkpoint
-from train.settings.commands import EvaluateConfig, GenerateConfig, check_draft, check_evaluate, check_generate
-from train.settings.run import load_config
+from train.job.footprint import fewest_processes
+from train.job.provenance import TOKENIZER_CONFIG_FILE
+from train.settings.commands import (
+    EvaluateConfig,
+    GenerateConfig,
+    check_decoding,
+    check_draft,
+    check_evaluate,
+    check_generate,
+    used_elsewhere,
+)
+from train.settings.run import Config, load_config
 from train.settings.tree import ConfigError, from_text
+
+SHARE = 0.8  # of a GPU's memory that weights may take: the rest is for what is computed
+LARGEST_VOCAB = 2**18  # where a run leaves its vocabulary to the tokenizer
+
+
+def with_tokenizer(checkpoint: Path, asked: list[str]) -> list[str]:
+    """The settings of data with the run's own tokenizer, where another corpus is named without one.
+
+    A corpus that prepare has made brings its own, which must be equal then.
+    """
+    names = {text.partition("=")[0] for text in asked}
+    file = checkpoint / TOKENIZER_FILE
+    if not names & {"data.corpus", "data.sources"} or "data.tokenizer" in names or not file.is_file():
+        return asked
+    eod_token = json.loads((checkpoint / TOKENIZER_CONFIG_FILE).read_text(encoding="utf-8"))["eos_token"]
+    return [*asked, f"data.tokenizer={file}", f"data.eod_token={eod_token}"]
+
+
+def elsewhere(config: Config, asked: list[str]) -> tuple[Config, list[str], int]:
+    """A run's configuration for its use here, the layout as arguments where none is asked for, and the processes.
+
+    Without parallel.* and NPROC a run is used on the fewest processes that hold its model, whatever it was trained on.
+
+    Raises:
+        USER_ERRORS: an unknown setting, a layout that does not fit, or GPUs that do not hold the model.
+    """
+    config, chosen = used_elsewhere(config, asked), [text for text in asked if text.startswith("parallel.")]
+    fewest: list[str] = []
+    if not chosen and not front.world_size() and "NPROC" not in os.environ:
+        import torch
+
+        gpus = [torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count())]
+        room = SHARE * min(gpus) if gpus else math.inf
+        parallel = fewest_processes(config, config.model.vocab_size or LARGEST_VOCAB, room, max(1, len(gpus)))
+        if parallel is None:
+            raise ConfigError(
+                f"the {len(gpus)} GPUs of this machine do not hold run.name={config.run.name}: use more, with "
+                f"parallel.expert=N, or CUDA_VISIBLE_DEVICES= for its CPU"
+            )
+        fewest = [f"parallel.tensor={parallel.tensor}", f"parallel.expert={parallel.expert}"]
+        config = used_elsewhere(config, fewest)
+    processes = front.world_size() or front.num_processes(front.layout_size(config.parallel))
+    resolve(config.parallel, config.model, processes)
+    return config, fewest, processes
 
 
 def evaluate(arguments: list[str]) -> int:
     """Measures a run's last checkpoint on held-out text."""
-    evaluation = from_text(EvaluateConfig, run_by_name(arguments))
+    asked, own = layout_and_data(arguments)
+    evaluation = from_text(EvaluateConfig, run_by_name(own))
     check_evaluate(evaluation)
     config = load_config(evaluation.run)
+    path = require_checkpoint(config.run, evaluation.step)
+    config, fewest, processes = elsewhere(config, with_tokenizer(path, asked))
     check_draft(evaluation.draft, config)
-    require_checkpoint(config.run, evaluation.step)
-    processes = front.world_size() or front.num_processes()
-    resolve(config.parallel, config.model, processes)
     if front.world_size():
         from train.use.evaluate import run_evaluation
 
         return run_evaluation(evaluation, config)
     front.ensure_corpus(config.data)
-    return front.launch(["-m", "train", "evaluate", *arguments], processes)
+    return front.launch(["-m", "train", "evaluate", *arguments, *fewest], processes)
 
 
 def generate(arguments: list[str]) -> int:
     """Writes text with a run's last checkpoint."""
-    generation = from_text(GenerateConfig, run_by_name(arguments))
+    asked, own = layout_and_data(arguments)
+    generation = from_text(GenerateConfig, run_by_name(own))
     check_generate(generation)
     config = load_config(generation.run)
+    path = require_checkpoint(config.run, generation.step)
+    config, fewest, processes = elsewhere(config, with_tokenizer(path, asked))
+    check_decoding(config.parallel)
     check_draft(generation.draft, config)
-    config = replace(config, parallel=replace(config.parallel, context=1))  # a growing prefix is not cut into parts
-    require_checkpoint(config.run, generation.step)
-    processes = front.world_size() or front.num_processes(front.layout_size(config.parallel))
-    resolve(config.parallel, config.model, processes)
     if front.world_size():
         from train.use.generate import run_generation
 
         return run_generation(generation, config)
     front.ensure_corpus(config.data)
-    return front.launch(["-m", "train", "generate", *arguments], processes)
+    return front.launch(["-m", "train", "generate", *arguments, *fewest], processes)
 
 
 def prepare(arguments: list[str]) -> int:

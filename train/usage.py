@@ -49,10 +49,12 @@ EXAMPLES = {
     "evaluate": (
         ("evaluate run=mine samples=256", "more held-out text than while training"),
         ("evaluate run=mine draft=3 prompts=200", "what drafts of three tokens are worth"),
+        ("evaluate run=mine data.corpus=corpora/other", "on another corpus of the same tokenizer"),
     ),
     "generate": (
         ("generate run=mine prompt='def main('", "the likeliest continuation"),
         ("generate run=mine temperature=0.8 seed=2", "a sampled one"),
+        ("generate run=mine prompt_file=prompt.txt", "of a file's text"),
         ("generate run=mine draft=2", "with drafts from the MTP layer: the same text in fewer passes"),
     ),
     "export": (
@@ -92,6 +94,7 @@ CONFIGS = {
     "doctor": Config,
 }
 SECTIONS = {setting.path.partition(".")[0] for setting in settings(Config) if "." in setting.path}
+ANYWHERE = ("evaluate", "generate")  # which take parallel.* and data.* in place of the run's
 WITH_RECIPE = ("train", "estimate", "bench", "doctor")
 
 
@@ -140,8 +143,14 @@ def command_help(command: str) -> str:
         lines += ["", "It starts as many processes as the layout needs (parallel.*), or NPROC."]
     if command in ("estimate", "bench"):
         lines += ["", "Every setting of train may be given too (train --help lists them); no corpus is needed."]
-    elif command in ("train", "evaluate", "generate"):
-        lines += ["", "NPROC=n sets the processes on this machine; else one a GPU, or 2 on CPU; generate: 1."]
+    elif command == "train":
+        lines += ["", "NPROC=n sets the processes on this machine; else one a GPU, or 2 on CPU."]
+    elif command in ANYWHERE:
+        lines += [
+            "",
+            "parallel.* and data.* may be given too (train --help lists them): the layout and the text of the run",
+        ]
+        lines += ["do not bind. Without parallel.* and NPROC it takes the fewest processes that hold the model."]
     where = ", used where the recipe says nothing" if command == "train" else ""
     lines += ["", f"settings with their defaults{where}:", ""]
     recipe_settings = [*_settings(Config), ""] if command == "train" else []

@@ -8,13 +8,14 @@ import yaml
 
 from data.errors import CorpusError
 from model.config import ModelError
-from parallel.topology import ParallelConfig, TopologyError
-from train.job.footprint import recomputed
+from parallel.topology import ParallelConfig, TopologyError, resolve
+from train.job.footprint import fewest_processes, held_weights, recomputed
 from train.settings.commands import (
     EvaluateConfig,
     GenerateConfig,
     check_evaluate,
     check_generate,
+    used_elsewhere,
 )
 from train.settings.run import (
     Config,
@@ -76,6 +77,7 @@ def test_check_returns_the_layout(config):
 @pytest.mark.parametrize(
     ("path", "value", "error", "says"),
     [
+        ("seed", -1, ConfigError, "seed=-1 is no seed: choose a whole number from 0 to"),
         ("run.steps", 0, ConfigError, "run.steps=0 must be at least 1"),
         ("run.log_every", 0, ConfigError, "run.log_every=0 must be at least 1"),
         ("run.save_every", -1, ConfigError, "run.save_every=-1 must be at least 0"),
@@ -196,5 +198,38 @@ def test_evaluate_and_generate_refuse_what_they_cannot_do():
         check_evaluate(EvaluateConfig(samples=0))
     with pytest.raises(ConfigError, match="tokens=0 must be at least 1"):
         check_generate(GenerateConfig(tokens=0))
+    for config, says in (
+        (GenerateConfig(temperature=1e-45), r"temperature=1e-45 is no temperature to divide by"),
+        (GenerateConfig(seed=10**20), r"seed=100000000000000000000 is no seed: choose a whole number from 0 to"),
+        (GenerateConfig(prompt="caf\udce9"), "prompt is not UTF-8"),
+        (GenerateConfig(prompt_file="nowhere.txt"), "prompt_file=nowhere.txt cannot be read: No such file"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            check_generate(config)
+    with pytest.raises(ConfigError, match=r"output=/dev/null/x\.json cannot be written: .*: choose another file"):
+        check_evaluate(EvaluateConfig(output="/dev/null/x.json"))
     with pytest.raises(ConfigError, match=r"temperature=-1\.0 must be at least 0\.0"):
         check_generate(GenerateConfig(temperature=-1.0))
+
+
+def test_a_run_is_used_elsewhere_on_any_layout_and_any_text(config):
+    trained = changed(changed(config, "parallel.pipeline", 2), "model.pattern", "GEGE|GE*E")
+    used = used_elsewhere(trained, ["data.corpus=corpora/other", "data.seq_length=64"])
+    assert used.parallel == ParallelConfig() and used.model.pattern == "GEGEGE*E"
+    assert (used.data.corpus, used.data.seq_length, used.data.vocab_size) == ("corpora/other", 64, 2048)
+    piped = used_elsewhere(trained, ["parallel.pipeline=2"])
+    assert (piped.parallel.pipeline, piped.model.pattern) == (2, "GEGE|GE*E")
+    with pytest.raises(ConfigError, match=r"unknown setting parallel\.tensors=2: did you mean parallel\.tensor"):
+        used_elsewhere(trained, ["parallel.tensors=2"])
+
+
+def test_the_fewest_processes_that_hold_a_model(config):
+    whole = fewest_processes(config, 2048, float("inf"), 8)
+    assert whole == ParallelConfig(expert=1)
+    size = sum(weight.numel for weight in held_weights(config, resolve(whole, config.model, 1), 2048, 0)) * 4
+    assert fewest_processes(config, 2048, size, 8) == whole
+    assert fewest_processes(config, 2048, 0.99 * size, 8) == ParallelConfig(expert=2)
+    assert fewest_processes(config, 2048, 0.01 * size, 2) is None
+    dense = changed(config, "model.pattern", "*-")
+    size = sum(weight.numel for weight in held_weights(dense, resolve(whole, dense.model, 1), 2048, 0)) * 4
+    assert fewest_processes(dense, 2048, 0.9 * size, 2) == ParallelConfig(tensor=2, expert=1)

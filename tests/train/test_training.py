@@ -58,8 +58,9 @@ class Commands:
     def __init__(self, runs: Path, corpus: Path) -> None:
         self.runs, self.corpus = runs, corpus
 
-    def start(self, *arguments: str, processes: int = 2) -> subprocess.Popen:
-        environment = os.environ | {"NPROC": str(processes), "OMP_NUM_THREADS": "1"}
+    def start(self, *arguments: str, processes: int | None = 2) -> subprocess.Popen:
+        environment = {name: value for name, value in os.environ.items() if name != "NPROC"} | {"OMP_NUM_THREADS": "1"}
+        environment |= {"NPROC": str(processes)} if processes else {}
         return subprocess.Popen(
             [sys.executable, "-m", "train", *arguments],
             cwd=ROOT,
@@ -69,7 +70,7 @@ class Commands:
             text=True,
         )
 
-    def run(self, *arguments: str, processes: int = 2, code: int = 0) -> str:
+    def run(self, *arguments: str, processes: int | None = 2, code: int = 0) -> str:
         process = self.start(*arguments, processes=processes)
         output, _ = process.communicate(timeout=300)
         assert process.returncode == code, output
@@ -133,12 +134,15 @@ def test_a_run_resumes_exactly_and_a_finished_one_says_so(commands: Commands):
     assert commands.metrics("parts")[-1]["step"] == 5 and "starting after step 4" in output
 
 
-def test_evaluate_and_generate_read_a_run_on_other_processes(commands: Commands):
-    commands.train("run", "run.steps=30", "run.log_every=30", "optim.warmup_steps=2")
+def test_a_run_is_used_on_other_processes_than_it_was_trained_on(commands: Commands, tmp_path: Path):
+    long = ("run.steps=30", "run.log_every=30", "optim.warmup_steps=2")
+    commands.train("run", *long, "parallel.expert=4", processes=4)
     last = commands.metrics("run")[-1]
     name = (f"run.dir={commands.runs}", "run=run")
-    for processes in (1, 2):
-        output = commands.run("evaluate", *name, "samples=6", processes=processes)
+    # The fewest that hold the model: one; then the experts over two; then each layer over two.
+    for layout, processes in (((), None), ((), 2), (("parallel.tensor=2",), None)):
+        output = commands.run("evaluate", *name, "samples=6", *layout, processes=processes)
+        assert f"starting {processes or 1 + len(layout)} process" in output
         # Four decimals of the same number; sums over processes differ in the last bits of a float64.
         assert f"held-out lm_loss {last['heldout_lm_loss']:.4f}" in output
     greedy = commands.run("generate", *name, "prompt=one two", "tokens=12", processes=1)
@@ -157,6 +161,10 @@ def test_evaluate_and_generate_read_a_run_on_other_processes(commands: Commands)
     commands.run("evaluate", *name, *few, f"output={path}", "dtype=bfloat16", processes=1)
     assert json.loads(path.read_text())["drafts"]["prompts"] == together["prompts"]
     assert "has no tokens" in commands.run("generate", *name, "prompt=", processes=1, code=2)
+    (tmp_path / "prompt.txt").write_text("one two\n")
+    assert commands.run("generate", *name, f"prompt_file={tmp_path / 'prompt.txt'}", "tokens=12", processes=1) == greedy
+    other = commands.run("evaluate", *name, "samples=6", "draft=0", "data.seq_length=24", processes=1)
+    assert "held-out lm_loss" in other and f"{last['heldout_lm_loss']:.4f}" not in other
 
 
 def test_an_interleaved_pipeline_trains_evaluates_and_resumes(commands: Commands):
@@ -173,8 +181,10 @@ def test_an_interleaved_pipeline_trains_evaluates_and_resumes(commands: Commands
     assert "starting after step 3" in commands.train("piped", *stages)
     heldout = commands.metrics("piped")[-1]["heldout_lm_loss"]
     name = (f"run.dir={commands.runs}", "run=piped")
-    assert f"held-out lm_loss {heldout:.4f}" in commands.run("evaluate", *name, "samples=6")
-    assert "generate needs all layers in one process" in commands.run("generate", *name, processes=2, code=2)
+    assert f"held-out lm_loss {heldout:.4f}" in commands.run("evaluate", *name, "samples=6", "parallel.pipeline=2")
+    assert f"held-out lm_loss {heldout:.4f}" in commands.run("evaluate", *name, "samples=6", "draft=0", processes=None)
+    refused = commands.run("generate", *name, "parallel.pipeline=2", processes=2, code=2)
+    assert "generate needs all layers in one process" in refused
 
 
 def test_ctrl_c_saves_and_the_run_goes_on(commands: Commands):

@@ -6,7 +6,7 @@ from model.config import HEAD_CHUNK, INFERENCE, LAYER, ModelConfig, key_head_cop
 from model.cost import activations, cost
 from model.cost.activations import ELEMENT_BYTES
 from parallel import layout_cost
-from parallel.topology import RECOMPUTABLE, ParallelConfig, Topology, TopologyError, microbatches
+from parallel.topology import RECOMPUTABLE, ParallelConfig, Topology, TopologyError, microbatches, resolve
 from train.settings.run import Config
 from train.settings.tree import ConfigError
 
@@ -79,6 +79,24 @@ def checkpoint_bytes(config: Config, vocab_size: int) -> int:
     return sum(
         weight.numel * ((wide if weight.float32 else narrow) + layout_cost.NUM_MOMENTS * wide) for weight in weights
     )
+
+
+def fewest_processes(config: Config, vocab_size: int, room: float, most: int) -> ParallelConfig | None:
+    """The layout of the fewest processes, up to ``most``, that hold the model's weights in ``room`` bytes each.
+
+    Experts are spread first, which costs the least to exchange; None where even all processes are too few.
+    """
+    for count in range(1, most + 1):
+        for parallel in (ParallelConfig(expert=count), ParallelConfig(tensor=count, expert=1)):
+            try:
+                topology = resolve(parallel, config.model, count)
+            except TopologyError:
+                continue
+            element = ELEMENT_BYTES[config.model.dtype]
+            held = layout_cost.state_bytes(held_weights(config, topology, vocab_size, 0), topology, element)["weights"]
+            if held <= room:
+                return parallel
+    return None
 
 
 def footprint(config: Config, topology: Topology, vocab_size: int, pipeline_rank: int) -> Footprint:

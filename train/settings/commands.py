@@ -3,9 +3,13 @@ checks."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
-from train.settings.run import Config, RunReference, check_choice, check_least, check_plan
-from train.settings.tree import ConfigError, setting
+from data.config import DataConfig
+from data.files import why_unwritable
+from parallel.topology import ParallelConfig
+from train.settings.run import Config, RunReference, check_choice, check_least, check_plan, check_seed
+from train.settings.tree import ConfigError, from_dict, over, setting, to_dict, values_of
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,9 @@ class EvaluateConfig:
     output: str | None = setting(None, "JSON file for prompts, texts and the acceptance of their drafts")
 
 
+LOWEST_TEMPERATURE = 1e-4  # below it a difference of logits overflows float32
+
+
 @dataclass(frozen=True)
 class GenerateConfig:
     """What `generate` writes."""
@@ -67,10 +74,28 @@ class GenerateConfig:
     run: RunReference = field(default_factory=RunReference)
     step: int | None = setting(None, "which checkpoint, by its step; null takes the last")
     prompt: str = setting("def ", "text to continue")
+    prompt_file: str | None = setting(None, "file whose text is the prompt, but for a last line break")
     tokens: int = setting(100, "tokens to write")
     temperature: float = setting(0.0, "0 takes the likeliest token; 1 samples from the model's distribution")
     seed: int = setting(1234, "seed of the sampling")
     draft: int = setting(0, "tokens that the MTP layer drafts ahead for one pass of the model to check; 0: none")
+
+    @property
+    def text(self) -> str:
+        """The prompt.
+
+        Raises:
+            ConfigError: it is not UTF-8, or a file that cannot be read.
+        """
+        try:
+            if self.prompt_file is None:
+                return self.prompt.encode().decode()
+            return Path(self.prompt_file).read_text(encoding="utf-8").removesuffix("\n")
+        except UnicodeError as error:
+            name = "prompt" if self.prompt_file is None else f"prompt_file={self.prompt_file}"
+            raise ConfigError(f"{name} is not UTF-8: give text in UTF-8") from error
+        except OSError as error:
+            raise ConfigError(f"prompt_file={self.prompt_file} cannot be read: {error.strerror}") from error
 
 
 def check_dry_run(config: Config, dry_run: DryRun, world: int) -> None:
@@ -81,11 +106,39 @@ def check_dry_run(config: Config, dry_run: DryRun, world: int) -> None:
         raise ConfigError(f"dry_run.rank={dry_run.rank} is not one of {world} processes: choose 0 to {world - 1}")
 
 
+@dataclass(frozen=True)
+class Elsewhere:
+    """What `evaluate` and `generate` may take in place of what the run was trained with."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+
+def used_elsewhere(config: Config, arguments: list[str]) -> Config:
+    """The configuration of a run, laid out as the arguments say, on the text that they name.
+
+    What they leave open is the run's text, and a layout for any number of processes: pipeline stages are joined.
+
+    Raises:
+        ConfigError: an argument that sets nothing of a layout or of data.
+    """
+    asked = values_of(Elsewhere, arguments)
+    model = config.model
+    if asked.get("parallel", {}).get("pipeline", 1) == 1:
+        model = replace(model, pattern=model.pattern.replace("|", ""))
+    return from_dict(Config, over(to_dict(replace(config, model=model, parallel=ParallelConfig())), asked))
+
+
 def check_generate(config: GenerateConfig) -> None:
     """Raises ConfigError for the first setting that cannot be used."""
     check_least("tokens", config.tokens, 1)
     check_least("temperature", config.temperature, 0.0)
+    if 0 < config.temperature < LOWEST_TEMPERATURE or config.temperature == float("inf"):
+        raise ConfigError(f"temperature={config.temperature} is no temperature to divide by: use 0 for the likeliest")
     check_least("draft", config.draft, 0)
+    check_seed("seed", config.seed)
+    if not config.text:
+        raise ConfigError("prompt='' has no tokens: give some text to continue")
 
 
 def check_bench(bench: BenchSettings) -> None:
@@ -122,6 +175,16 @@ def check_evaluate(config: EvaluateConfig) -> None:
         check_least(name, vars(config)[name], 1)
     if config.dtype is not None:
         check_choice("dtype", config.dtype, ("float32", "bfloat16"))
+    if config.output is not None and (reason := why_unwritable(Path(config.output).absolute().parent)):
+        raise ConfigError(f"output={config.output} cannot be written: {reason}: choose another file")
+
+
+def check_decoding(parallel: ParallelConfig) -> None:
+    """Raises ConfigError where a layout cannot write text."""
+    if parallel.pipeline > 1:
+        raise ConfigError(f"parallel.pipeline={parallel.pipeline}: generate needs all layers in one process")
+    if parallel.context > 1:
+        raise ConfigError(f"parallel.context={parallel.context}: generate does not cut a growing text into parts")
 
 
 def check_draft(draft: int | None, config: Config) -> None:

@@ -156,6 +156,7 @@ def check_plan(config: Config, world: int) -> Topology:
     Raises:
         USER_ERRORS: the first setting that cannot be used.
     """
+    check_seed("seed", config.seed)
     _check_run(config.run)
     _check_optim(config.optim)
     check_choice("wandb.mode", config.wandb.mode, ("offline", "online", "disabled"))
@@ -316,6 +317,12 @@ def _check_schedule(path: str, phases: tuple[tuple[int, int], ...]) -> None:
 def _check_divides(path: str, part: int, whole_path: str, whole: int) -> None:
     if whole % part:
         raise ConfigError(f"{path} has {part}, which does not divide {whole_path}={whole}: choose {whole // 2} or so")
+
+
+def check_seed(path: str, seed: int) -> None:
+    """Raises ConfigError where the seed is not one that every generator of random numbers takes."""
+    if not 0 <= seed < 2**63:
+        raise ConfigError(f"{path}={seed} is no seed: choose a whole number from 0 to {2**63 - 1}")
 
 
 def check_choice(path: str, value: str, choices: tuple[str, ...]) -> None:

@@ -116,6 +116,15 @@ def from_text[T](cls: type[T], arguments: list[str]) -> T:
     Raises:
         ConfigError: what is not ``key=value``, and all that ``from_dict`` refuses.
     """
+    return from_dict(cls, values_of(cls, arguments))
+
+
+def values_of(cls: type, arguments: list[str]) -> dict[str, Any]:
+    """What ``key=value`` arguments set of the tree of ``cls``, as nested dicts, and nothing else.
+
+    Raises:
+        ConfigError: what is not ``key=value``, or no setting of the tree.
+    """
     known = {setting.path: setting for setting in settings(cls)}
     values: dict[str, Any] = {}
     for argument in arguments:
@@ -129,7 +138,7 @@ def from_text[T](cls: type[T], arguments: list[str]) -> T:
         for section in sections:
             node = node.setdefault(section, {})
         node[last] = _parse(known[path].annotation, text)
-    return from_dict(cls, values)
+    return values
 
 
 def wanted(annotation: Any) -> str:

@@ -13,7 +13,6 @@ from train.job.checkpoint import load_model, require_whole
 from train.job.directory import require_checkpoint
 from train.settings.commands import GenerateConfig
 from train.settings.run import Config
-from train.settings.tree import ConfigError
 from train.use.acceptance import Tally, rounds
 
 
@@ -35,6 +34,7 @@ def stream_text(
     (network,) = job.chunks
     speculator = Speculator(network, [ids], generation.tokens, generation.draft, job.dataset.vocab_size, pick)
     written, ids, eod_id = tokenizer.decode(ids), list(ids), job.dataset.eod_id
+    text = written
     one = torch.ones(1, dtype=torch.bool, device=job.device)
     for (added,) in rounds(speculator, one, generation.tokens, eod_id, tally):
         ids += [token for token in added if token != eod_id]
@@ -43,26 +43,19 @@ def stream_text(
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):
             yield text[len(written) :]
             written = text
+    yield text[len(written) :]
 
 
 def run_generation(generation: GenerateConfig, config: Config) -> int:
-    """The generate command, in each of its processes.
-
-    Raises:
-        ConfigError: a prompt without tokens, or a run over several pipeline stages.
-    """
-    if config.parallel.pipeline > 1:
-        raise ConfigError(f"parallel.pipeline={config.parallel.pipeline}: generate needs all layers in one process")
+    """The generate command, in each of its processes."""
     path = require_checkpoint(config.run, generation.step)
     job = build_job(config)
     tokenizer = job.dataset.tokenizer
-    (ids,) = tokenizer.encode_batch([generation.prompt])
-    if not ids:
-        raise ConfigError("prompt='' has no tokens: give some text to continue")
+    (ids,) = tokenizer.encode_batch([generation.text])
     require_whole(job, path)
     load_model(job, path)
     if job.is_first:
-        sys.stdout.write(generation.prompt)
+        sys.stdout.write(generation.text)
     tally = Tally(generation.draft, job.device)
     for text in stream_text(job, tokenizer, ids, generation, tally):
         if job.is_first:
