@@ -46,7 +46,7 @@ def refused(*arguments: str) -> str:
         ("train -cd nowhere", "--config-dir nowhere is no directory"),
         ("train -cn ./tiny.yaml", "unknown recipe './tiny.yaml'"),
         ("train -cn optim/wsd", "unknown recipe 'optim/wsd'"),
-        ("train ~optim", "~optim: every run has its section optim: optim=CHOICE (cosine, wsd, wsd_80b) swaps it, "),
+        ("train ~optim", "~optim: every run has its section optim: optim=CHOICE (cosine, "),
         ("train optim", "optim: every run has its section optim: optim=CHOICE"),
         ("train ~mtp", "~mtp: every run has its section mtp: mtp.SETTING=VALUE changes one of its settings"),
         ("train -m seed=1,x", "seed='x' cannot be used: seed takes a whole number"),
