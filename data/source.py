@@ -77,7 +77,8 @@ def _direct(path: str, config: DataConfig, tokenizer: Tokenizer) -> Reader:
     prefix = megatron_prefix(path)
     if prefix is not None:
         return MegatronReader(path, prefix, tokenizer, config.unit_bytes)
-    return open_rows(path, config.column, tokenizer, config.split, config.on_corrupt == SKIP, config.unit_bytes)
+    cache, skips = Path(config.cache).expanduser(), config.on_corrupt == SKIP
+    return open_rows(path, config.column, tokenizer, config.split, skips, config.unit_bytes, cache)
 
 
 def _split_units(reader: Reader, heldout_fraction: float) -> tuple[Reader, Reader]:

@@ -1,6 +1,7 @@
 """Which reader reads files of which ending."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 from data.config import TRAIN_SPLIT, UNIT_BYTES
 from data.errors import CorpusError
@@ -23,6 +24,7 @@ def open_rows(
     split: str = TRAIN_SPLIT,
     skips: bool = False,
     unit_bytes: int = UNIT_BYTES,
+    cache: Path | None = None,
 ) -> RowReader:
     """The reader of the files of a path.
 
@@ -30,6 +32,7 @@ def open_rows(
         split: of those that the files' names tell apart.
         skips: leave out rows and files that cannot be used.
         unit_bytes: how much of JSON lines and arrow files is read together.
+        cache: directory that keeps what need not be found out by every process.
     Raises:
         CorpusError: there is none, or they are of several kinds.
     """
@@ -38,6 +41,6 @@ def open_rows(
     if len(readers) > 1:
         endings = sorted({ending_of(file.path) for file in listing.files})
         raise CorpusError(f"data.corpus={path} mixes {' and '.join(endings)}: give files of one kind")
-    reader = readers.pop()(path, listing.files, column, tokenizer, skips, unit_bytes)
+    reader = readers.pop()(path, listing.files, column, tokenizer, skips, unit_bytes, cache=cache)
     reader.left_out = (*listing.left_out, *reader.left_out)
     return reader

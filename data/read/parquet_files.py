@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,15 @@ import pyarrow.parquet as pq
 from data.errors import one_line
 from data.progress import count_bar
 from data.read.faults import BrokenUnit, Faults
+from data.read.index import Index, built_once
+from data.read.readers import digest_of
 from data.read.remote import File, RangeFile, fetch
 from data.read.rows import RowReader, column_path, take_column
 from data.read.units import Sizes
 
 FOOTER_BYTES = 2**16  # fetched at once from the end of a parquet file; longer footers take a second fetch
 FOOTER_THREADS = 16
+FOOTERS_VERSION = 1  # of the index that they are kept in
 
 
 class ParquetReader(RowReader):
@@ -27,52 +31,66 @@ class ParquetReader(RowReader):
 
     def __init__(self, path: str, files: list[File], *arguments: Any, **settings: Any) -> None:
         super().__init__(path, files, *arguments, **settings)
-        self._groups: list[tuple[int, int, int]] = []  # file, group within it, first row within the file
-        self._counts: list[tuple[int, int, int]] = []  # rows, values, lists without values (-1: not written down)
-        self._paths: dict[int, tuple[str, ...]] = {}  # file -> names down to the column
-        digest = sha256()
-        with ThreadPoolExecutor(FOOTER_THREADS) as pool, count_bar(f"footers of {path}", len(files)) as bar:
+        index = self._read_footers() if self.cache is None else built_once(self._place(self.cache), self._read_footers)
+        self._groups = index.arrays["groups"]  # int64 [units, 3]: file, group within it, first row within the file
+        self._counts = index.arrays["counts"]  # int64 [units, 3]: rows, values, lists without values (-1: unknown)
+        self._path_of = index.arrays["path_of"]  # int64 [files]
+        self._paths: list[list[str]] = index.notes["paths"]  # names down to the column
+        self._digest: str = index.notes["digest"]
+        self.left_out = tuple(index.notes["left_out"])
+
+    def _place(self, cache: Path) -> Path:
+        return cache / "index" / digest_of(["footers", FOOTERS_VERSION, self.identity, self.skips])[:32]
+
+    def _read_footers(self) -> Index:
+        """What the footers of all files say, which one process of a job asks for."""
+        files, digest = self.files, sha256()
+        groups: list[tuple[int, int, int]] = []
+        counts: list[tuple[int, int, int]] = []
+        paths: dict[tuple[str, ...], int] = {}
+        path_of = np.zeros(len(files), dtype=np.int64)
+        with ThreadPoolExecutor(FOOTER_THREADS) as pool, count_bar(f"footers of {self.path}", len(files)) as bar:
             footers: list[Future[tuple[bytes, pq.FileMetaData]]] = [pool.submit(_footer, file) for file in files]
             for number, (footer, metadata) in self.usable(files, map(Future.result, footers)):
                 digest.update(footer)
-                self._note(number, metadata)
+                path = self._column_path(number, metadata)
+                path_of[number] = paths.setdefault(path, len(paths))
+                for group, first, count in _row_groups(metadata, ".".join(path)):
+                    groups.append((number, group, first))
+                    counts.append(count)
                 bar.update()
-        self._digest = digest.hexdigest()
+        arrays = {
+            "groups": np.array(groups, dtype=np.int64).reshape(-1, 3),
+            "counts": np.array(counts, dtype=np.int64).reshape(-1, 3),
+            "path_of": path_of,
+        }
+        notes = {"paths": [list(path) for path in paths], "digest": digest.hexdigest(), "left_out": self.left_out}
+        return Index(arrays, notes)
 
-    def _note(self, number: int, metadata: pq.FileMetaData) -> None:
+    def _column_path(self, number: int, metadata: pq.FileMetaData) -> tuple[str, ...]:
         schema = metadata.schema.to_arrow_schema()
         path = column_path(schema, self.column)
         if path is None:
             raise self.absent(self.files[number].shown, sorted(schema.names))
-        self._paths[number] = path
-        dotted = ".".join(path)
-        leaves = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
-        leaf = next(i for i, leaf in enumerate(leaves) if leaf == dotted or leaf.startswith(f"{dotted}."))
-        first = 0
-        for group in range(metadata.num_row_groups):
-            chunk, rows = metadata.row_group(group).column(leaf), metadata.row_group(group).num_rows
-            nulls = chunk.statistics.null_count if chunk.statistics and chunk.statistics.has_null_count else -1
-            self._groups.append((number, group, first))
-            self._counts.append((rows, chunk.num_values, nulls))
-            first += rows
+        return path
 
     @property
     def num_units(self) -> int:
         return len(self._groups)
 
     def file_of(self, unit: int) -> int:
-        return self._groups[unit][0]
+        return int(self._groups[unit][0])
 
     def label(self, unit: int) -> str:
-        number, group, _ = self._groups[unit]
+        number, group, _ = self._groups[unit].tolist()
         return f"{self.files[number].shown} (row group {group})"
 
     def row_name(self, unit: int, row: int) -> str:
         return f"row group {self._groups[unit][1]}, row {row}"
 
     def batches(self, unit: int, faults: Faults) -> Iterator[tuple[int, pa.Array]]:
-        number, group, _ = self._groups[unit]
-        file, path = self.files[number], self._paths[number]
+        number, group, _ = self._groups[unit].tolist()
+        file, path = self.files[number], tuple(self._paths[self._path_of[number]])
         try:
             parquet = pq.ParquetFile(RangeFile(file, faults), metadata=_metadata(file), page_checksum_verification=True)
             table = parquet.read_row_group(group, columns=[".".join(path)], use_threads=False)
@@ -82,13 +100,25 @@ class ParquetReader(RowReader):
         yield 0, rows
 
     def known(self) -> Sizes | None:
-        rows, values, nulls = np.array(self._counts, dtype=np.int64).reshape(-1, 3).T
+        rows, values, nulls = self._counts.T
         if self.is_text or (nulls < 0).any():
             return None
         # A list that is missing or empty counts as one value, which is null.
         documents = rows - nulls
         tokens = values - nulls + (documents if self.appends_eod else 0)
         return Sizes(documents, tokens, nulls, self._digest)
+
+
+def _row_groups(metadata: pq.FileMetaData, dotted: str) -> Iterator[tuple[int, int, tuple[int, int, int]]]:
+    """(number, first row, (rows, values, lists without values)) of each row group of a file."""
+    leaves = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
+    leaf = next(i for i, leaf in enumerate(leaves) if leaf == dotted or leaf.startswith(f"{dotted}."))
+    first = 0
+    for group in range(metadata.num_row_groups):
+        chunk, rows = metadata.row_group(group).column(leaf), metadata.row_group(group).num_rows
+        nulls = chunk.statistics.null_count if chunk.statistics and chunk.statistics.has_null_count else -1
+        yield group, first, (rows, chunk.num_values, nulls)
+        first += rows
 
 
 def _footer(file: File) -> tuple[bytes, pq.FileMetaData]:

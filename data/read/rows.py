@@ -9,6 +9,7 @@ import itertools
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ class RowReader(Reader):
         column: its name; `a.b` is the field b of the column a where no column has that very name.
         skips: go on without rows and files that cannot be used, and list them.
         unit_bytes: how much is read together of files that have no parts of their own.
+        cache: directory that keeps what need not be found out by every process.
         setting: the name of the column's setting, for messages.
     """
 
@@ -47,10 +49,11 @@ class RowReader(Reader):
         skips: bool = False,
         unit_bytes: int = UNIT_BYTES,
         setting: str = "data.column",
+        cache: Path | None = None,
     ) -> None:
         self.path, self.files, self.column = path, files, column
         self.tokenizer, self.vocab_size = tokenizer, tokenizer.vocab_size
-        self.skips, self.unit_bytes, self.setting = skips, unit_bytes, setting
+        self.skips, self.unit_bytes, self.setting, self.cache = skips, unit_bytes, setting, cache
 
     @property
     def num_bytes(self) -> int:
