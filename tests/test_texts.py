@@ -44,6 +44,8 @@ def wrong_words(command: str, words: list[str]) -> list[str]:
         return [word for word in ",".join(words).split(",") if word and word not in EXTRAS]
     if command not in COMMANDS:
         return [command]
+    if (command, *words[:1]) == ("prepare", "--index"):  # takes a recipe, as train does
+        return wrong_words("train", words[1:])
     wrong = []
     for before, word in zip(["", *words], words, strict=False):
         name, equals, value = word.partition("=")

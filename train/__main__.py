@@ -17,6 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data.dataset import check_data
 from data.errors import one_line
 from data.secrets import hidden, hide
 from model.config import check_model
@@ -178,6 +179,19 @@ def _check_corpus(config: Config) -> None:
         require_same_data(before, dataset.identity(config.seed), config.data.on_change)
 
 
+def prepare(arguments: list[str]) -> int:
+    """What `commands.prepare` does; with ``--index`` and a recipe, the index of what its run will read."""
+    if arguments[:1] != ["--index"]:
+        return commands.prepare(arguments)
+    config = compose(arguments[1:])
+    check_data(config.data, config.mtp.steps)
+    samples = batch_schedule(config).samples(config.run.steps).start
+    dataset = front.ensure_corpus(config.data)
+    dataset.check_repeats(samples)
+    print("\n".join(map(hide, dataset.describe(samples))))
+    return 0
+
+
 def estimate(arguments: list[str]) -> int:
     """Says what a recipe would cost, without a GPU or a corpus."""
     own, arguments = command_line.own_settings(arguments, "estimate.")
@@ -222,7 +236,7 @@ def doctor(arguments: list[str]) -> int:
 COMMANDS = {
     "train": train,
     "estimate": estimate,
-    "prepare": commands.prepare,
+    "prepare": prepare,
     "evaluate": commands.evaluate,
     "generate": commands.generate,
     "export": commands.export,

@@ -45,6 +45,10 @@ EXAMPLES = {
     "prepare": (
         ("prepare input=texts/ output=corpora/mine", "a directory; after a kill the same line goes on"),
         ("prepare --check corpora/mine", "proves every file, token and document of a corpus"),
+        (
+            "prepare --index -cn tiny data.corpus=corpora/mine",
+            "counts ahead what a run will read",
+        ),
     ),
     "evaluate": (
         ("evaluate run=mine samples=256", "more held-out text than while training"),

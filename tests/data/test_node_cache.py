@@ -1,6 +1,7 @@
 """Processes of a machine read a unit once, and map what one of them has decoded."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,9 @@ def test_ranks_of_a_machine_read_each_shard_once(make_corpus, tmp_path: Path, re
     reads.clear()
     together = [steps(config, rank, shared=True) for rank in (*range(WORLD), 0)]  # and a tensor peer of rank 0
     assert len(reads) == len(set(reads)) < without
-    for one, other in zip([*alone, alone[0]], together, strict=True):
+    # Worker processes read into the same files, and send nothing.
+    together.append(steps(replace(config, workers=1), 1, shared=True))
+    for one, other in zip([*alone, alone[0], alone[1]], together, strict=True):
         np.testing.assert_array_equal(one, other)
     assert not list(cache.glob("*.lock"))
 

@@ -15,6 +15,8 @@ PATHS = (
     "data.sources",
     "data.tokenizer",
     "data.cache",
+    "data.node_cache",
+    "data.sources_file",
     "bench.output",
     "corpus",
     "hf",
