@@ -58,7 +58,7 @@ class DataConfig:
         UNIT_BYTES, "how much of JSON lines, arrow and Megatron files, read as they are, is read together"
     )
     shuffle_bytes: int = setting(
-        2**33, "bytes of tokens in open units, over all processes, that samples are drawn from at once"
+        2**34, "bytes of tokens in open units, over all processes, that samples are drawn from at once"
     )
     node_cache: str = setting(
         "", "directory where the processes of a machine share units, on its own disk; empty: a temporary one"

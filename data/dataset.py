@@ -19,7 +19,8 @@ from data.read.node_cache import Shared, node_directory
 from data.read.readers import Joined, Reader, Subset, digest_of
 from data.read.unit_cache import UnitCache
 from data.read.units import Sizes
-from data.source import check_source, common_tokenizer, prepared_directory, splits
+from data.source import check_source, common_vocabulary, prepared_directory, splits
+from data.text.tokenizer import Tokenizer
 
 
 def check_data(config: DataConfig, mtp_steps: int) -> None:
@@ -82,7 +83,7 @@ class Dataset:
         cache = Path(config.cache).expanduser()
         corpora = {path: map_corpus(directory, cache) for path, directory in prepared.items() if directory is not None}
         self.corpora = list(corpora.values())
-        self.tokenizer = common_tokenizer(config, corpora)
+        self.vocabulary = common_vocabulary(config, corpora)
         self.sources = [self._open(path, corpora.get(path)) for path in paths]
 
     @property
@@ -92,11 +93,18 @@ class Dataset:
 
     @property
     def vocab_size(self) -> int:
-        return self.tokenizer.vocab_size
+        return self.vocabulary.size
 
     @property
     def eod_id(self) -> int:
-        return self.tokenizer.eod_id
+        return self.vocabulary.eod_id
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The one tokenizer of all sources, loaded when it is asked for."""
+        if self.corpora:
+            return self.corpora[0].tokenizer()
+        return Tokenizer.from_path(self.config.tokenizer, self.config.eod_token)
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
@@ -158,7 +166,7 @@ class Dataset:
         corpus = [source.sizes.digest for source in self.sources]
         found: dict[str, str | int | float] = {
             "data.corpus": corpus[0] if len(corpus) == 1 else digest_of(corpus),
-            "data.tokenizer": self.tokenizer.sha256,
+            "data.tokenizer": self.vocabulary.sha256,
             "data.seq_length": config.seq_length,
             "data.packing": config.packing,
             "data.subset": config.subset,
@@ -244,7 +252,7 @@ class Dataset:
 
     def _open(self, path: str, corpus: Corpus | None) -> Source:
         config = self.config
-        train, heldout = splits(path, corpus, config, self.tokenizer)
+        train, heldout = splits(path, corpus, config, lambda: self.tokenizer)
         whole = None
         if config.subset < 1:
             whole = train.known()

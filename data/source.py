@@ -1,6 +1,8 @@
 """One source of a run: which reader its path names, what of it is held out, and the checks that cost no reading."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from data.config import EMBEDDED, SKIP, DataConfig
 from data.errors import CorpusError
@@ -48,28 +50,46 @@ def prepared_directory(path: str, config: DataConfig) -> Path | str | None:
     return place if is_corpus(place) else None
 
 
-def common_tokenizer(config: DataConfig, corpora: dict[str, Corpus]) -> Tokenizer:
-    """The one tokenizer of all sources."""
-    given = {path: corpus.tokenizer() for path, corpus in corpora.items()}
+class Vocabulary(NamedTuple):
+    """What training needs to know of a tokenizer, without the hundreds of megabytes that one may take."""
+
+    sha256: str
+    eod_id: int
+    size: int
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> "Vocabulary":
+        """Of a tokenizer that is there."""
+        return cls(tokenizer.sha256, tokenizer.eod_id, tokenizer.vocab_size)
+
+
+def common_vocabulary(config: DataConfig, corpora: dict[str, Corpus]) -> Vocabulary:
+    """The vocabulary of all sources, which must share a tokenizer. Prepared corpora know theirs."""
+    given = {
+        path: Vocabulary(corpus.manifest.tokenizer.sha256, corpus.eod_id, corpus.vocab_size)
+        for path, corpus in corpora.items()
+    }
     if config.tokenizer:
-        given["data.tokenizer"] = Tokenizer.from_path(config.tokenizer, config.eod_token)
+        given["data.tokenizer"] = Vocabulary.of(Tokenizer.from_path(config.tokenizer, config.eod_token))
     if not given:
         raise CorpusError(
             f"data.tokenizer must be given: {source_weights(config)[0][0]} is no corpus made by prepare, so name the "
             f"tokenizer.json that its tokens are of, or that its text is to be tokenized with"
         )
-    (first, tokenizer), *others = given.items()
+    (first, vocabulary), *others = given.items()
     for path, other in others:
-        if (other.sha256, other.eod_id) != (tokenizer.sha256, tokenizer.eod_id):
+        if (other.sha256, other.eod_id) != (vocabulary.sha256, vocabulary.eod_id):
             raise CorpusError(f"{path} and {first} have different tokenizers: sources that are mixed must share one")
-    return tokenizer
+    return vocabulary
 
 
-def splits(path: str, corpus: Corpus | None, config: DataConfig, tokenizer: Tokenizer) -> tuple[Reader, Reader]:
+def splits(
+    path: str, corpus: Corpus | None, config: DataConfig, tokenizer: Callable[[], Tokenizer]
+) -> tuple[Reader, Reader]:
     """Readers of a source for training and of its held-out documents."""
     if corpus is not None:
         return PreparedReader(corpus, TRAIN), PreparedReader(corpus, HELDOUT)
-    return _split_units(_direct(path, config, tokenizer), config.heldout_fraction)
+    return _split_units(_direct(path, config, tokenizer()), config.heldout_fraction)
 
 
 def _direct(path: str, config: DataConfig, tokenizer: Tokenizer) -> Reader:

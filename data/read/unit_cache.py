@@ -55,6 +55,11 @@ class UnitCache:
         """Units that are kept or on their way."""
         return len(self._kept) + len(self._coming)
 
+    @property
+    def kept_bytes(self) -> int:
+        """Of the tokens that are kept."""
+        return self._kept_bytes
+
     def ask(self, key: Key, last_use: int) -> None:
         """Begins to read a unit that will be needed, for the last time by sample `last_use` of its source."""
         self._last_use[key] = max(last_use, self._last_use.get(key, last_use))

@@ -27,6 +27,7 @@ from data.config import DataConfig
 from data.dataset import Dataset
 from data.loader import Loader
 from data.order.batches import BatchSchedule
+from data.order.mixture import MixedStream, Mixture
 from data.order.stream import TokenStream
 from data.prepare.documents import START
 from data.prepare.encoding import Encoded
@@ -107,7 +108,7 @@ def mixing_table(root: Path) -> str:
         "| `data.shuffle_bytes` | shards open | shards in a batch | kinds 4 | 10 | 30 | 100 |",
         "|---|---|---|---|---|---|---|",
     ]
-    for gib in (8, 32, 128):
+    for gib in (8, 16, 32, 128):
         stream = stream_of(MadeUp(SHARDS), gib * GIB)
         steps = np.random.default_rng(0).integers(0, stream.samples_per_epoch // GLOBAL, 100)
         batches = [shards_of(stream, range(step * GLOBAL, (step + 1) * GLOBAL)) for step in steps.tolist()]
@@ -118,8 +119,9 @@ def mixing_table(root: Path) -> str:
             expected = GLOBAL / kinds
             counts = [np.bincount(batch * kinds // SHARDS, minlength=kinds) for batch in batches]
             ratios.append(np.mean([((count - expected) ** 2 / expected).sum() for count in counts]) / (kinds - 1))
-        require(gib > 8 or max(ratios[:2]) <= 1.5, f"chi-square {ratios} times that of random drawing")
-        require(gib < 128 or max(ratios) <= 1.5, f"chi-square {ratios} times that of random drawing")
+        require(max(ratios[:2]) <= 1.5, f"chi-square {ratios} times that of random drawing")
+        require(gib < 16 or max(ratios[:3]) <= 1.5, f"chi-square {ratios} times that of random drawing")
+        require(gib < 32 or max(ratios) <= 1.5, f"chi-square {ratios} times that of random drawing")
         shown = " | ".join(f"{ratio:.2f}" for ratio in ratios)
         lines.append(f"| {gib} GiB | {stream.lanes.count} | {distinct} | {shown} |")
         print(lines[-1], file=sys.stderr, flush=True)
@@ -142,13 +144,14 @@ def node_reads(shuffle_bytes: int, node: int, batch: int, steps: int, warm: int)
 
 
 def reads_table(root: Path) -> str:
-    """Shards that the whole job reads, over those that it trains on, from four of its machines."""
+    """Shards that the whole job reads, over those that it trains on, from two of its machines."""
     lines = [
         "| `data.shuffle_bytes` | samples a step | shards read over trained on | open on a machine, at most |",
         "|---|---|---|---|",
     ]
-    steps, warm, nodes = 4000, 400, (0, 21, 42, 63)
-    for gib, batch in ((8, 1024), (8, 4096), (32, 1024), (8, 1536)):
+    samples, nodes = 2_000_000, (0, 42)  # of the job; after a tenth of them, reads are counted
+    for gib, batch in ((16, 1024), (16, 4096), (32, 1024), (16, 1536)):
+        steps, warm = samples // batch, samples // batch // 10
         found = [node_reads(gib * GIB, node, batch, steps, warm) for node in nodes]
         trained = (steps - warm) * batch * LENGTH / SHARD_TOKENS
         ratio = sum(reads for reads, _ in found) * NODES / len(nodes) / trained
@@ -210,6 +213,35 @@ def memory_table(root: Path) -> str:
         memory, held = [size for size, _ in found], [units for _, units in found]
         require(max(memory) - memory[0] < 2**24, f"memory grows: {memory}")
         lines.append(f"| {workers} | {memory[0] / 1e6:.0f} MB | {memory[-1] / 1e6:.0f} MB | {max(held)} |")
+        print(lines[-1], file=sys.stderr, flush=True)
+    return "\n".join(lines)
+
+
+def sources_table(root: Path) -> str:
+    """Memory of one process that reads 100 sources of equal weight, shards and budget a sixteenth of the real ones."""
+    lines = ["| sources | bytes kept, over `data.shuffle_bytes` | shards read over trained on |", "|---|---|---|"]
+    budget, tokens, steps, batch = 2**29, SHARD_TOKENS // 16, 240, 256
+    for count in (1, 10, 100):
+        readers = [MadeUp(1000, tokens, 1000) for _ in range(count)]
+        pairs = [(reader, reader.known()) for reader in readers]
+        cache = UnitCache(pairs, num_bytes=budget)
+        streams = [
+            TokenStream(reader, sizes, LENGTH, 0, budget // count, cache=cache, source=number)
+            for number, (reader, sizes) in enumerate(pairs)
+        ]
+        stream, most, before = MixedStream(streams, Mixture([(0, [1.0] * count)], seed=0), cache), 0, 0
+        for step in range(steps):
+            for index in stream.in_lanes(range(step * batch, (step + 1) * batch)):
+                stream.ask(index)
+                stream.sample(index)
+            most = max(most, cache.kept_bytes)
+            stream.release((step + 1) * batch)
+            if step == steps // 6:
+                before = sum(reader.reads for reader in readers)
+        trained = steps * 5 / 6 * batch * LENGTH / tokens
+        ratio = (sum(reader.reads for reader in readers) - before) / trained
+        require(most <= budget, f"{most} bytes are kept of {count} sources")
+        lines.append(f"| {count} | {most / budget:.2f} | {ratio:.2f} |")
         print(lines[-1], file=sys.stderr, flush=True)
     return "\n".join(lines)
 
@@ -292,6 +324,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "mixing": mixing_table,
     "subset": subset_table,
     "memory": memory_table,
+    "sources": sources_table,
 }
 
 
