@@ -15,6 +15,7 @@ from model.layers.context import LayerCache, LayerContext, run_stack
 from model.layers.experts import MixtureOfExperts
 from model.layers.head import Head
 from model.stack import HybridConfig, full_pattern, stack_spec
+from parallel.collectives import SumsTogether
 
 
 @dataclass
@@ -63,7 +64,9 @@ class LanguageModel(HybridModel):
             holds = not config.shape.tied_embeddings or not (pre_process or self.mtp_process)
             self.output_layer = Head(config, vocab_size, pg_collection.tp, holds)
             self.setup_embeddings_and_output_layer()  # once more: it marked the output layer that stood here
+        self.count_sums = SumsTogether(pg_collection.tp_dp_cp)
         for place, balance in self.balances().items():
+            balance.sums = self.count_sums
             if place == config.shape.layers.count("E"):
                 balance.set_uses(config.mtp.steps)
 
@@ -145,9 +148,10 @@ class LanguageModel(HybridModel):
 
     def forward(self, batch: MicroBatch) -> Losses | Tensor:
         """The losses of a micro-batch on the last pipeline stage, the states to send on elsewhere."""
+        states = self.predictions(batch) if self.post_process else [self.trunk_of(batch)]
+        self.count_sums.start()
         if not self.post_process:
-            return self.trunk_of(batch)
-        states = self.predictions(batch)
+            return states[0]
         if not batch.predict:
             none = torch.zeros(len(states), 0, device=states[0].device)
             return Losses(none.sum(), none.sum(dim=1), none)

@@ -39,6 +39,46 @@ def start_sum(x: Tensor, group: dist.ProcessGroup) -> PendingSum:
     return PendingSum(total, dist.all_reduce(total, group=group, async_op=True) if group.size() > 1 else None)
 
 
+class SumsTogether:
+    """Sums over a group that are collected one by one and then travel as one all-reduce."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group, self._collected = group, list[tuple[Tensor, LaterSum]]()
+
+    def add(self, x: Tensor) -> "LaterSum":
+        """The sum of x to come; all ranks add alike."""
+        later = LaterSum(self)
+        self._collected.append((x.detach().flatten(), later))
+        return later
+
+    def start(self) -> None:
+        """Starts the sum of what was collected, and returns at once."""
+        if not self._collected:
+            return
+        parts = [x for x, _ in self._collected]
+        pending, place = start_sum(torch.cat(parts), self._group), 0
+        for x, later in self._collected:
+            later.pending, later.part = pending, slice(place, place + x.numel())
+            place += x.numel()
+        self._collected.clear()
+
+
+class LaterSum:
+    """One of the sums of `SumsTogether`, flat."""
+
+    def __init__(self, together: SumsTogether) -> None:
+        self._together = together
+        self.pending: PendingSum | None = None
+        self.part = slice(0)
+
+    def wait(self) -> Tensor:
+        """The sum, which is started now if nobody has done so; on a GPU only the current stream waits."""
+        if self.pending is None:
+            self._together.start()
+        assert self.pending is not None
+        return self.pending.wait()[self.part]
+
+
 def max_over(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The elementwise maximum of x over a group, without gradient."""
     largest = x.detach().clone()
@@ -107,6 +147,25 @@ def gather_counts(counts: Tensor, group: dist.ProcessGroup) -> Tensor:
     gathered = counts.new_empty(group.size() * counts.numel())
     dist.all_gather_into_tensor(gathered, counts.flatten(), group=group)
     return gathered.view(group.size(), *counts.shape)
+
+
+class HostNumbers:
+    """Integers on their way from a GPU to the host, which waits for them alone and not for what was queued later."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._host = x
+        if x.is_cuda:
+            self._host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+            self._host.copy_(x, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def wait(self) -> list[int]:
+        """The integers."""
+        if self._event is not None:
+            self._event.synchronize()
+        return cast(list[int], self._host.tolist())
 
 
 class _AllToAll:

@@ -23,10 +23,15 @@ def local_device() -> torch.device:
 def start(device: torch.device, timeout_minutes: float = 30) -> None:
     """Joins the job's processes (as torchrun names them) over NCCL on GPUs and gloo on CPUs."""
     compat.apply(device)
+    timeout = datetime.timedelta(minutes=timeout_minutes)
     if device.type == "cuda":
+        # Rows received by experts differ in number from layer to layer and step to step: blocks of fixed sizes would
+        # fall to pieces. Whoever starts the job may choose otherwise.
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes))
+        dist.init_process_group("nccl", timeout=timeout, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=timeout)
 
 
 def start_fake(rank: int, world: int) -> None:
@@ -43,7 +48,7 @@ def lay_out(topology: Topology) -> ProcessGroupCollection:
         context_parallel_size=topology.context,
         expert_model_parallel_size=topology.expert,
         expert_tensor_parallel_size=topology.expert_tensor,
-        create_gloo_process_groups=dist.get_backend() != "fake",  # real ones would wait for the other processes
+        create_gloo_process_groups=False,  # beside those of the job's own backend: nothing here uses them
     )
     return ProcessGroupCollection.use_mpu_process_groups()
 

@@ -27,6 +27,7 @@ from train.settings.run import CONFIG_FILE, Config, RunReference, batch_schedule
 from train.settings.tree import ConfigError
 from train.use.evaluate import draft_metrics, heldout_line, heldout_metrics, microbatch
 from train.watch import metrics
+from train.watch.resources import resource_metrics
 from train.watch.speed import Speedometer
 from train.watch.trackers import Tracker, build_trackers
 
@@ -137,6 +138,7 @@ def fit(
             values = {metrics.TOKENS: schedule.samples(step).start * seq_length}
             values |= step_metrics(job, outputs, behind)
             values |= {metrics.GRAD_NORM: grad_norm, metrics.LR: lr, **speed.take(), **data_metrics(job, loader)}
+            values |= resource_metrics(job)
             progress = job.dataset.progress(schedule.samples(step).start)
             values |= {hide(name): value for name, value in progress.items()}
         if due(step, run.eval_every, run.steps):

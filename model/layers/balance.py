@@ -6,9 +6,9 @@ scores 1.0, whatever the layout. f carries no gradient, so
 
     d loss / d score_{t,i} = E * f_i * w_t        (w_t: the token's weight in the mean over the global batch)
 
-needs f only when the gradient passes by. Each forward pass starts a sum of its counts over the ranks, and the
-backward pass reads all that have arrived: with one micro-batch that is the whole batch. With several, all are counted
-in a pass ahead of the step ("exact"), or f is estimated ("online", see `Online.fractions`).
+needs f only when the gradient passes by. Each forward pass of a stage starts one sum of all its layers' counts
+over the ranks, and the backward pass reads all that have arrived: with one micro-batch that is the whole batch. With
+several, all are counted in a pass ahead of the step ("exact"), or f is estimated ("online", see `Online.fractions`).
 
 Shape suffixes: T tokens, E experts, K experts per token, R sequences of a micro-batch, M micro-batches, U uses.
 """
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from model.layers.forecast import Forecast
 from model.layers.recompute import first_time
-from parallel.collectives import PendingSum, start_sum, sum_over
+from parallel.collectives import LaterSum, PendingSum, SumsTogether, start_sum, sum_over
 
 # Online: how much of what earlier micro-batches were given wrongly is made good by those that follow. At 0 nothing of
 # the error in the mean over micro-batches is taken back, at 1 all of it, at the price of large swings in the last ones.
@@ -82,7 +82,7 @@ class Online:
 
     def __init__(self, k: int, expected_ME: Tensor):
         self.k, self.expected_ME = k, expected_ME
-        self.forward_sums: list[PendingSum] = []
+        self.forward_sums: list[LaterSum] = []
         self.seen_E = torch.zeros(expected_ME.shape[1], dtype=torch.int64, device=expected_ME.device)
         self.added = self.backward_passes = 0
         self.done: Any = 0.0  # share of the batch's assignments behind us; a tensor once there are some
@@ -141,7 +141,8 @@ class Balance(nn.Module):
         self.global_weight = settings.weight if is_global else 0.0
         self.local_weight = settings.weight * (settings.micro_weight if is_global else 1.0)
         self.bias_rate = settings.bias_rate
-        self.group, self.local_group = pg_collection.tp_dp_cp, pg_collection.tp_cp
+        self.local_group = pg_collection.tp_cp
+        self.sums = SumsTogether(pg_collection.tp_dp_cp)  # `LanguageModel` gives all balances of a stage the same
         self.register_buffer("bias", torch.zeros(self.num_experts) if self.bias_rate else None)
         self.ahead: list[list[Tensor]] | None = None  # counts of each use's passes, while they are counted ahead
         self.online: list[Online] = []
@@ -165,7 +166,7 @@ class Balance(nn.Module):
             return weights_TK
         if first_time() and self.counted_UME is None:
             counts_E = self.count(experts_TK, tokens)[0]
-            self.online[tokens.use].forward_sums.append(start_sum(counts_E, self.group))
+            self.online[tokens.use].forward_sums.append(self.sums.add(counts_E))
         if not torch.is_grad_enabled() or not (self.global_weight or self.local_weight or self.recording):
             return weights_TK
         local = None

@@ -7,6 +7,7 @@ row is multiplied by its probability (the router's weight) between the two produ
 Shape suffixes: T tokens, K experts per token, N = T*K rows, E local experts, H hidden, F local width of an expert.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -14,14 +15,16 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from model.kernels.backends import accelerated
 from model.layers.balance import RoutedTokens
 from model.layers.dense import SwiGLU, SwiGLUSubmodules
+from model.layers.dispatch import DispatchPlan, add_parts, repeat_parts
 from model.layers.norm import at_least_float32
 from model.layers.recompute import recomputable
 from model.layers.router import Router
-from parallel.collectives import gather_counts, start_all_to_all
+from parallel.collectives import start_all_to_all
 from parallel.main_grads import add_weight_gradient, dummy_gradient, with_main_grad
 
 WIDTH_DIM = 2  # of both weights of the experts
@@ -98,19 +101,6 @@ def invert(order: Tensor) -> Tensor:
     return inverse
 
 
-def repeat_parts(x: Tensor, sizes: list[int], copies: int) -> Tensor:
-    """Each of the parts of x of these sizes, ``copies`` times in a row."""
-    return x if copies == 1 else torch.cat([part for part in x.split(sizes) for _ in range(copies)])
-
-
-def add_parts(x: Tensor, sizes: list[int], copies: int) -> Tensor:
-    """The way back of `repeat_parts`: the sum of the ``copies`` of each part."""
-    if copies == 1:
-        return x
-    parts = x.split([size * copies for size in sizes])
-    return torch.cat([part.view(copies, size, -1).sum(dim=0) for part, size in zip(parts, sizes, strict=True)])
-
-
 @accelerated("model.kernels.experts")
 def permute(x_TH: Tensor, order_N: Tensor, inverse_TK: Tensor) -> Tensor:
     """K copies of each token's row, sorted: out[n] = x[order[n] // K]; ``inverse`` is that of the permutation order."""
@@ -157,6 +147,24 @@ def fused_moe(
     return unpermute(grouped_mlp(rows, weight1_E2FH, weight2_EHF, probs_N, counts_E, main_grads), order_N, inverse_TK)
 
 
+def in_chunks(function: Callable, x_NH: Tensor, probs_N: Tensor, counts_E: Tensor, chunk: int) -> Tensor:
+    """``function(rows, probs, counts)`` of rows sorted by expert; of more than ``chunk`` rows so many at a time.
+
+    Those are computed again in the backward pass, so that what is kept and worked with does not grow with them.
+    """
+    number = x_NH.shape[0]
+    if number <= chunk:
+        return function(x_NH, probs_N, counts_E)
+    ends_E, results = counts_E.cumsum(0), []
+    for first in range(0, number, chunk):
+        part = slice(first, min(first + chunk, number))
+        borders_E = ends_E.clamp(part.start, part.stop)
+        counts = borders_E.diff(prepend=borders_E.new_tensor([part.start]))
+        again = (function, x_NH[part], probs_N[part], counts)
+        results.append(checkpoint(*again, use_reentrant=False, preserve_rng_state=False))
+    return torch.cat(results)
+
+
 class Experts(MegatronModule):
     """This rank's part of the routed experts as two stacked weights: gate and up [E, 2, F, H], down [E, H, F].
 
@@ -191,16 +199,21 @@ class Experts(MegatronModule):
         counts_E: Tensor,
         order_N: Tensor | None = None,
         inverse_TK: Tensor | None = None,
+        chunk: int | None = None,
     ) -> Tensor:
         """What all experts make of tokens x [T, H], on a rank that holds them all: see `fused_moe`.
 
         Without an order, what this rank's experts make of the sorted rows x [N, H] that were sent to them: see
-        `grouped_mlp`. An addend where the width of experts is spread.
+        `grouped_mlp`; more than ``chunk`` of them so many at a time, and again in the backward pass. An addend where
+        the width of experts is spread.
         """
         weights = (self.weight1, self.weight2)
         if order_N is None:
-            return grouped_mlp(x, *weights, probs_N, counts_E, self.main_grads)
+            return in_chunks(partial(self._grouped, weights), x, probs_N, counts_E, chunk or x.shape[0])
         return fused_moe(x, *weights, probs_N, counts_E, order_N, inverse_TK, self.main_grads)
+
+    def _grouped(self, weights: tuple[Tensor, Tensor], x_NH: Tensor, probs_N: Tensor, counts_E: Tensor) -> Tensor:
+        return grouped_mlp(x_NH, *weights, probs_N, counts_E, self.main_grads)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets=(), metadata=None):
         """One tensor of all experts, cut along the experts and along their width."""
@@ -248,6 +261,7 @@ class MixtureOfExperts(MegatronModule):
         self.tp_ep_group = pg_collection.tp_ep
         self.router = Router(config, pg_collection)
         self.experts = Experts(config, pg_collection)
+        self.fullest = 0.0  # rows that any rank received at once since this was set, over an even share
         has_shared = config.shape.shared_expert_size > 0
         self.shared_expert = SharedExpert(config, submodules, pg_collection) if has_shared else None
 
@@ -269,8 +283,7 @@ class MixtureOfExperts(MegatronModule):
         counts = count_sorted(ordered, self.router.num_experts)
         probs = reorder(weights.flatten(), order, inverse.flatten())
         if self.tp_ep_group.size() > 1:
-            rows = permute(flat, order, inverse)
-            rows, shared = self.experts_over_group(rows, probs, counts, hidden_states)
+            rows, shared = self.dispatch_and_combine(flat, probs, counts, order, inverse, hidden_states)
             mixed = unpermute(rows, order, inverse)
         else:
             mixed = self.experts(flat, probs, counts, order, inverse)
@@ -278,34 +291,38 @@ class MixtureOfExperts(MegatronModule):
         mixed = mixed.view_as(hidden_states)
         return (mixed if shared is None else mixed + shared), None
 
-    def experts_over_group(
-        self, rows: Tensor, probs: Tensor, counts: Tensor, hidden_T1H: Tensor
+    def dispatch_and_combine(
+        self, flat: Tensor, probs: Tensor, counts: Tensor, order: Tensor, inverse: Tensor, hidden_T1H: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Sends rows (sorted by global expert) to the ranks that hold their experts, and the results back.
+        """Sends each token's rows to the ranks that hold their experts (dispatch), and the results back (combine).
 
-        Meanwhile the shared expert is computed: its first half while rows travel, its second while results return,
-        and likewise the other way round in the backward pass.
+        Meanwhile the shared expert is computed: its up and gate projections while rows are under way, its down
+        projection while results return, and likewise the other way round in the backward pass.
         Where several hold parts of an expert, each gets its rows and returns addends: as much traffic as a gather and
         a reduce-scatter among them, in the exchanges that are there anyway.
+        Rows that nothing reads any more have no name here, so that their memory is free while experts compute.
 
         Returns:
             The results, in the order of the rows, and what the shared expert makes of hidden, if there is one.
         """
-        group, local, copies = self.tp_ep_group, self.experts.local, self.experts.etp_group.size()
-        sent = counts.view(-1, local)
-        received = gather_counts(sent, group)[:, self.experts.ep_group.rank()]
-        sizes = torch.cat([sent.sum(1), received.sum(1)]).tolist()
-        parts, receive = sizes[: len(sent)], sizes[len(sent) :]
-        send = [size for size in parts for _ in range(copies)]
-        leaving = [start_all_to_all(repeat_parts(x, parts, copies), send, receive, group) for x in (rows, probs)]
+        group, copies = self.tp_ep_group, self.experts.etp_group.size()
+        plan = DispatchPlan(counts, group, self.experts)
+        dispatched = permute(flat, order, inverse)  # the GPU does this while the host waits for the counts
+        plan.wait()
+        self.fullest = max(self.fullest, plan.fullest)
+        parts, send, receive = plan.parts, plan.send, plan.receive
+        pending = [start_all_to_all(repeat_parts(x, parts, copies), send, receive, group) for x in (dispatched, probs)]
+        del dispatched, probs
         gated = self.shared_expert.up_gate(hidden_T1H) if self.shared_expert else None
-        # Rows arrive ordered by (source, expert); the grouped products want them by expert.
-        expert = torch.arange(local, device=rows.device).repeat(group.size())
-        expert = expert.repeat_interleave(received.flatten(), output_size=sum(receive))  # known: no wait for the GPU
-        order = expert.argsort(stable=True)
-        inverse = invert(order)
-        arrived, probs = (pending.wait() for pending in leaving)
-        out = self.experts(reorder(arrived, order, inverse), reorder(probs, order, inverse), received.sum(0))
-        returning = start_all_to_all(reorder(out, inverse, order), receive, send, group)
+        there, back = plan.by_expert()
+        results = self.experts(
+            reorder(pending[0].wait(), there, back),
+            reorder(pending[1].wait(), there, back),
+            plan.received_E,
+            None,
+            None,
+            plan.chunk,
+        )
+        results = start_all_to_all(reorder(results, back, there), receive, send, group)
         shared = self.shared_expert(hidden_T1H, gated) if self.shared_expert else None
-        return add_parts(returning.wait(), parts, copies), shared
+        return add_parts(results.wait(), parts, copies), shared

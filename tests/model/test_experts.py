@@ -8,7 +8,16 @@ import torch
 from model.config import MtpConfig
 from model.kernels.backends import column_linear, row_linear
 from model.layers.dense import SwiGLUSubmodules
-from model.layers.experts import Experts, MixtureOfExperts, SharedExpert, grouped_linear, invert, reorder
+from model.layers.dispatch import DispatchPlan
+from model.layers.experts import (
+    Experts,
+    MixtureOfExperts,
+    SharedExpert,
+    grouped_linear,
+    grouped_mlp,
+    invert,
+    reorder,
+)
 from model.reference import layers as reference
 from model.stack import hybrid_config
 from tests.model.helpers import (
@@ -119,3 +128,29 @@ def test_every_token_is_computed_alone(groups) -> None:
     alone = torch.cat([moe(hidden[t : t + 1])[0] for t in range(30)])
     assert_close(together, alone, FLOAT64_TOLERANCE, "the output")
     assert weights_of(moe).keys() >= {"router.weight", "experts.weight1", "experts.weight2"}
+
+
+def test_rows_computed_a_few_at_a_time_are_those_of_all_at_once(groups) -> None:
+    """Also their gradients; chunks end inside an expert's rows, and some hold none of an expert's."""
+    module = Experts(hybrid_config(SMALL, MtpConfig()), groups).double()
+    randomise(module)
+    counts, probs = torch.tensor([0, 7, 1, 0, 3, 0]), torch.rand(11, dtype=torch.float64)
+    assert_module_twin(
+        module,
+        lambda x: module(x, probs, counts, None, None, 4),
+        lambda x, weights: grouped_mlp(x, weights["weight1"], weights["weight2"], probs, counts),
+        normal(11, SMALL.hidden_size),
+    )
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_order_by_expert_is_that_of_a_sort(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    ranks, local = 4, 5
+    counts_PE = torch.randint(0, 4, (ranks, local), generator=generator)
+    plan = object.__new__(DispatchPlan)
+    plan.received_PE, plan.receive = counts_PE, counts_PE.sum(1).tolist()
+    expert = torch.arange(local).repeat(ranks).repeat_interleave(counts_PE.flatten())
+    there, back = plan.by_expert()
+    assert torch.equal(there, expert.argsort(stable=True))
+    assert torch.equal(back, invert(there))
