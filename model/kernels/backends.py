@@ -28,7 +28,7 @@ def accelerated(module: str, applies: Callable[[Tensor], bool] = on_kernels) -> 
     def mark(plain: Callable) -> Callable:
         @wraps(plain)
         def run(x: Tensor, *args, **others):
-            return (run.kernel() if applies(x) else plain)(x, *args, **others)
+            return (run.kernel() if applies(x) else run.__wrapped__)(x, *args, **others)
 
         run.kernel = lambda: vars(import_module(module))[plain.__name__]
 
