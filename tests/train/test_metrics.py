@@ -2,10 +2,12 @@
 
 import json
 import math
+import time
+import tracemalloc
 
 import pytest
 
-from train.watch.metrics import MetricsLog, console_line, duration, mtp_loss, read_metrics
+from train.watch.metrics import MetricsLog, console_line, duration, last_entries, mtp_loss, read_metrics
 
 
 @pytest.fixture
@@ -58,6 +60,45 @@ def test_a_line_torn_off_by_a_crash_is_dropped(path):
     assert [entry["step"] for entry in read_metrics(path)] == [10, 20]
     write(path, 20, [30])
     assert [entry["step"] for entry in read_metrics(path)] == [10, 20, 30]
+
+
+@pytest.mark.parametrize("junk", [b"\0" * 300_000, b'{"step": 25, "lo\n', b"\xff\xfe\n", b"[1]\n", b"\n"])
+def test_what_a_crash_leaves_in_the_log_stops_nothing(path, junk):
+    """A file system may leave blocks of zeros, or the end of a line, where power was lost."""
+    write(path, 0, [10, 20])
+    with path.open("ab") as file:
+        file.write(junk)
+    write(path, 20, [30])
+    assert [entry["step"] for entry in read_metrics(path)] == [10, 20, 30]
+    with path.open("ab") as file:
+        file.write(junk + b'\n{"step": 40}\n')
+    assert [entry["step"] for entry in read_metrics(path)] == [10, 20, 30, 40]
+    assert [entry["step"] for entry in last_entries(path)] == [40, 30, 20, 10]
+    write(path, 30, [35])
+    assert [entry["step"] for entry in read_metrics(path)] == [10, 20, 30, 35]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 700, 5000])
+def test_a_log_is_cut_at_any_place(path, steps):
+    """Lines before, in and behind the blocks that are read from the end."""
+    write(path, 0, range(1, 5001))
+    lines = path.read_bytes().splitlines(keepends=True)
+    write(path, steps, [])
+    assert path.read_bytes() == b"".join(lines[:steps])
+
+
+def test_a_long_log_is_taken_up_at_once_and_in_little_memory(path):
+    """100,000 logged steps of 2 KB: the whole file would be 0.2 GB, and as objects several times that."""
+    values = json.dumps({f"metric/{number}": number / 3 for number in range(50)})[1:]
+    with path.open("w") as file:
+        file.writelines(f'{{"step": {step}, {values}\n' for step in range(1, 100_001))
+    tracemalloc.start()
+    begin = time.perf_counter()
+    MetricsLog(path, 99_500).close()
+    seconds, (_, peak) = time.perf_counter() - begin, tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert seconds < 2 and peak < 10e6
+    assert next(last_entries(path))["step"] == 99_500
 
 
 def test_console_line():

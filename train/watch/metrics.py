@@ -3,8 +3,9 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 STEP = "step"
 TOKENS = "tokens"  # trained on since the start of the run
@@ -45,6 +46,7 @@ HELDOUT_ACCEPTANCE = "heldout_acceptance"
 HELDOUT_ACCEPTED_LENGTH = "heldout_accepted_length"  # tokens that a pass of the trunk yields with MTP drafts
 
 METRICS_FILE = "metrics.jsonl"
+BLOCK = 2**16  # bytes of a log that are read at once from its end
 
 
 def mtp_loss(depth: int) -> str:
@@ -94,9 +96,17 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The objects of a log, in order; a last line that was torn off by a crash is left out."""
-    whole = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in whole if line.endswith("\n")]
+    """The objects of a log, in order; lines that a crash has torn or filled with zeros are left out."""
+    with path.open("rb") as file:
+        return [entry for line in file if (entry := _entry(line)) is not None]
+
+
+def last_entries(path: Path) -> Iterator[dict[str, float]]:
+    """The objects of a log from its end on; reads no more of the file than is asked for."""
+    with path.open("rb") as file:
+        for _, line in _lines_from_end(file):
+            if (entry := _entry(line)) is not None:
+                yield entry
 
 
 def console_line(step: int, steps: int, values: Mapping[str, float], eta_s: float) -> str:
@@ -133,10 +143,39 @@ def _short(number: float) -> str:
 
 
 def _cut(path: Path, start_step: int) -> None:
-    """Keeps the whole lines of steps up to ``start_step``."""
+    """Ends the log after its last whole line of a step up to ``start_step``, found from the end on."""
     if not path.exists():
         return
-    kept = [entry for entry in read_metrics(path) if entry[STEP] <= start_step]
-    draft = path.with_suffix(".draft")
-    draft.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
-    os.replace(draft, path)
+    with path.open("r+b") as file:
+        kept = 0
+        for start, line in _lines_from_end(file) if start_step else ():
+            entry = _entry(line)
+            if entry is not None and entry[STEP] <= start_step:
+                kept = start + len(line)
+                break
+        file.truncate(kept)
+
+
+def _entry(line: bytes) -> dict[str, float] | None:
+    """The object of a line; None where it is not whole."""
+    try:
+        entry = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:  # also bytes that are no UTF-8
+        return None
+    return entry if isinstance(entry, dict) and STEP in entry else None
+
+
+def _lines_from_end(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """(place of its first byte, line with its end) of a file, the last first."""
+    start, rest = file.seek(0, os.SEEK_END), b""
+    while start > 0:
+        size = min(BLOCK, start)
+        start = file.seek(start - size)
+        first, *lines = (file.read(size) + rest).splitlines(keepends=True)
+        place = start + len(first) + sum(map(len, lines))
+        for line in reversed(lines):
+            place -= len(line)
+            yield place, line
+        rest = first
+    if rest:
+        yield 0, rest
