@@ -1,5 +1,6 @@
 """Who hears of a run's metrics: metrics.jsonl, the console and Weights & Biases, all behind one protocol."""
 
+import contextlib
 import sys
 import time
 import uuid
@@ -11,7 +12,9 @@ from data.errors import one_line
 from data.secrets import hidden
 from train.settings.run import Config, WandbConfig
 from train.settings.tree import ConfigError, to_dict
-from train.watch.metrics import METRICS_FILE, MetricsLog, console_line
+from train.watch.metrics import METRICS_FILE, STEP, MetricsLog, console_line
+
+RETRY_S = 300.0  # before W&B is started again where it has failed
 
 
 class Tracker(Protocol):
@@ -65,53 +68,72 @@ class ConsoleTracker:
 
 
 class WandbTracker:
-    """Weights & Biases without prompts or output. Once under way, its failures end only the tracking.
+    """Weights & Biases without prompts or output. Once under way, its failures cost only what is logged meanwhile.
+
+    Values are logged over ``step``, not over W&B's own count, which drops what is logged a second time: steps that are
+    done again after a crash draw their new values.
 
     Raises:
-        ConfigError: wandb.mode=online cannot start; offline says so on stderr and goes on without.
+        ConfigError: wandb.mode=online cannot start; offline says so on stderr, and tries again later.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, clock: Callable[[], float] = time.monotonic) -> None:
         import wandb
 
         check_login(config.wandb)
-        mode: Any = config.wandb.mode  # one of the names that wandb knows: `train.settings.run` has checked it
         self._failures = (wandb.Error, OSError)  # OSError: its background process is gone
-        self._run = None
+        self._config, self._clock, self._failed = config, clock, clock()
+        self._run: Any = None
         try:
-            self._run = wandb.init(
-                mode=mode,
-                project=config.wandb.project,
-                entity=config.wandb.entity,
-                name=config.run.name,
-                id=_run_id(config.run.path / "wandb" / "run_id.txt"),
-                resume="allow",
-                dir=str(config.run.path),
-                config=hidden(to_dict(config)),
-                settings=wandb.Settings(silent=True, console="off"),
-            )
+            self._start()
         except self._failures as error:
             if config.wandb.mode == "online":
                 raise _cannot_start(error) from error
             self._give_up(error)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._try(lambda run: run.log(dict(values), step=step))
+        if self._run is None and self._clock() - self._failed >= RETRY_S:
+            self._try(self._start)
+        if self._run is not None:
+            self._try(lambda: self._run.log({STEP: step, **values}))
 
     def close(self) -> None:
-        self._try(lambda run: run.finish())
+        if self._run is not None:
+            self._try(lambda: self._run.finish())
 
-    def _try(self, action: Callable[[Any], None]) -> None:
-        if self._run is None:
-            return
+    def _start(self) -> None:
+        import wandb
+
+        config = self._config
+        mode: Any = config.wandb.mode  # one of the names that wandb knows: `train.settings.run` has checked it
+        with contextlib.suppress(*self._failures):
+            wandb.teardown()  # of a background process that is gone
+        self._run = wandb.init(
+            mode=mode,
+            project=config.wandb.project,
+            entity=config.wandb.entity,
+            name=config.run.name,
+            id=_run_id(config.run.path / "wandb" / "run_id.txt", config.run.name),
+            resume="allow",
+            dir=str(config.run.path),
+            config=hidden(to_dict(config)),
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+        self._run.define_metric(STEP, hidden=True)
+        self._run.define_metric("*", step_metric=STEP)
+
+    def _try(self, action: Callable[[], object]) -> None:
         try:
-            action(self._run)
+            action()
         except self._failures as error:
             self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
-        self._run = None
-        print(f"warning: no W&B from here on ({one_line(error)}); {METRICS_FILE} goes on", file=sys.stderr)
+        self._run, self._failed = None, self._clock()
+        print(
+            f"warning: no W&B for {RETRY_S / 60:.0f} minutes ({one_line(error)}); {METRICS_FILE} goes on",
+            file=sys.stderr,
+        )
 
 
 def check_login(wandb_config: WandbConfig) -> None:
@@ -135,12 +157,14 @@ def build_trackers(config: Config, rank: int, start_step: int) -> Tracker:
     return CompositeTracker([log, ConsoleTracker(start_step, config.run.steps), *wandb_tracker])
 
 
-def _run_id(path: Path) -> str:
-    """The run's id at W&B, the same whenever the run is resumed."""
-    if not path.exists():
+def _run_id(path: Path, name: str) -> str:
+    """The run's id at W&B, the same whenever the run is resumed; a copy under another name gets one of its own."""
+    found = path.read_text(encoding="utf-8").split(maxsplit=1) if path.exists() else []
+    if found[1:] != [name]:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
-    return path.read_text(encoding="utf-8")
+        found = [uuid.uuid4().hex[:12], name]
+        path.write_text(" ".join(found), encoding="utf-8")
+    return found[0]
 
 
 def _cannot_start(reason: object) -> ConfigError:
