@@ -5,6 +5,7 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+import wandb
 from wandb.proto.wandb_internal_pb2 import Record
 
 BLOCK, HEADER, FILE_HEADER = 2**15, 7, 7
@@ -31,6 +32,7 @@ def records(path: Path) -> Iterator[Record]:
 
 def history(run: Path) -> list[dict[str, float]]:
     """The logged values of a run's offline files, in the order in which they were written."""
+    wandb.teardown()  # its background process has written everything when it ends
     found = []
     for path in sorted(run.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.parent.name):
         for record in records(path):

@@ -93,7 +93,7 @@ class WandbTracker:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         if self._run is None and self._clock() - self._failed >= RETRY_S:
-            self._try(self._start)
+            self._try(self._start_again)
         if self._run is not None:
             self._try(lambda: self._run.log({STEP: step, **values}))
 
@@ -101,13 +101,18 @@ class WandbTracker:
         if self._run is not None:
             self._try(lambda: self._run.finish())
 
+    def _start_again(self) -> None:
+        import wandb
+
+        with contextlib.suppress(*self._failures):
+            wandb.teardown()  # forgets the background process that is gone
+        self._start()
+
     def _start(self) -> None:
         import wandb
 
         config = self._config
         mode: Any = config.wandb.mode  # one of the names that wandb knows: `train.settings.run` has checked it
-        with contextlib.suppress(*self._failures):
-            wandb.teardown()  # of a background process that is gone
         self._run = wandb.init(
             mode=mode,
             project=config.wandb.project,
