@@ -19,7 +19,7 @@ from data.read.node_cache import Shared, node_directory
 from data.read.readers import Joined, Reader, Subset, digest_of
 from data.read.unit_cache import UnitCache
 from data.read.units import Sizes
-from data.source import check_source, common_vocabulary, prepared_directory, splits
+from data.source import Vocabulary, check_source, common_vocabulary, prepared_directory, splits
 from data.text.tokenizer import Tokenizer
 
 
@@ -70,12 +70,18 @@ class Source:
 class Dataset:
     """The sources of a run. Every process opens them alike; what had to be counted is found in `data.cache`.
 
+    Args:
+        tokenizer: opens no source: there are only this tokenizer, its tokens and what ends a document.
     Raises:
         CorpusError: a source that cannot be used, in one line.
     """
 
-    def __init__(self, config: DataConfig) -> None:
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer | None = None) -> None:
         self.config = config
+        if tokenizer is not None:
+            self.corpora, self.sources, self.tokenizer = [], [], tokenizer
+            self.vocabulary = Vocabulary.of(tokenizer)
+            return
         paths = [path for path, _ in source_weights(config)]
         if "" in paths:
             raise CorpusError("data.corpus is empty: set it to a directory made by prepare, or to embedded")

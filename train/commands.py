@@ -14,7 +14,7 @@ from train.arguments import layout_and_data, run_by_name
 from train.hub.settings import ExportConfig, ImportConfig, check_export, check_import
 from train.job.directory import require_checkpoint
 from train.job.footprint import fewest_processes
-from train.job.provenance import TOKENIZER_CONFIG_FILE
+from train.job.provenance import TOKENIZER_CONFIG_FILE, kept_tokenizer
 from train.settings.commands import (
     EvaluateConfig,
     GenerateConfig,
@@ -103,7 +103,8 @@ def generate(arguments: list[str]) -> int:
         from train.use.generate import run_generation
 
         return run_generation(generation, config)
-    front.ensure_corpus(config.data)
+    if kept_tokenizer(path) is None:
+        front.ensure_corpus(config.data)
     return front.launch(["-m", "train", "generate", *arguments, *fewest], processes)
 
 

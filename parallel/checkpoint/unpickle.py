@@ -2,14 +2,13 @@
 
 A pickle is a program: whoever reads it runs it. Checkpoints come from elsewhere too, so that reading one must not run
 what its writer chose. Everything in this project that unpickles bytes from a file goes through here.
+torch is imported when it is needed.
 """
 
 import importlib
 import io
 import pickle
 from typing import IO, Any
-
-import torch
 
 # Module -> its names that PyTorch's distributed checkpoint (2.11 to 2.13) writes into `.metadata`.
 ALLOWED = {
@@ -40,8 +39,10 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name in ALLOWED.get(module, ()):
             return vars(importlib.import_module(module))[name]
-        if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
-            return vars(torch)[name]
+        if module == "torch":
+            torch = importlib.import_module("torch")
+            if isinstance(vars(torch).get(name), torch.dtype):
+                return vars(torch)[name]
         raise UnsafePickle(f"it names {module}.{name}, which no checkpoint holds: whoever reads it would run that")
 
 
@@ -65,6 +66,8 @@ def require_plain(content: io.BytesIO, where: str) -> io.BytesIO:
     Raises:
         UnsafePickle: they hold more than tensors, numbers, texts and collections of them.
     """
+    import torch
+
     try:
         torch.load(io.BytesIO(content.getvalue()), weights_only=True)
     except Exception as error:

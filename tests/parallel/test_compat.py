@@ -29,6 +29,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU me
 
 ROWS = 4
 P2P = "megatron.core.pipeline_parallel.p2p_communication"
+REPLICAS = "megatron.core.dist_checkpointing.strategies.fully_parallel"
 STAND_IN = compat._torch_on_cpu()
 REPLACED = sorted(name for name in vars(STAND_IN) if not name.startswith("_") and name != "cuda")
 REPLACED_CUDA = sorted(name for name in vars(STAND_IN.cuda) if not name.startswith("_"))
@@ -57,10 +58,10 @@ def _without_name(name: str) -> Iterator[None]:
         names[name] = replaced
 
 
-def _job(runs: Path) -> Job:
+def _job(runs: Path, parallel: ParallelConfig = ParallelConfig(tensor=2)) -> Job:  # noqa: B008
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-    config = tiny_config(replace(MODEL, pattern="GE*E"), ParallelConfig(tensor=2), run=RunConfig("compat", str(runs)))
+    config = tiny_config(replace(MODEL, pattern="GE*E"), parallel, run=RunConfig("compat", str(runs)))
     return build_tiny(replace(config, batch=BatchConfig(ROWS, ROWS)))
 
 
@@ -71,6 +72,22 @@ def _train_and_save(runs: Path) -> None:
     train_step(job, engine, [random_batch(ROWS, seed=0)], lr=1e-3)
     load(engine, save(job, engine, 1, {}))
     train_step(job, engine, [random_batch(ROWS, seed=1)], lr=1e-3)
+
+
+def _load_on_replicas(runs: Path) -> None:
+    """A checkpoint into two data-parallel ranks, which send each other what both need."""
+    job = _job(runs, ParallelConfig(expert=1))
+    engine = start_engine(job)
+    engine.sharded_state_dict(is_loading=True)  # AdamW has its moments, as after a step
+    load(engine, save(job, engine, 1, {}))
+
+
+def _load_with_devices_as_they_are(runs: Path) -> None:
+    compat.loading_context, kept = contextlib.nullcontext, compat.loading_context
+    try:
+        _load_on_replicas(runs)
+    finally:
+        compat.loading_context = kept
 
 
 def _send_round(runs: Path) -> None:
@@ -143,7 +160,7 @@ def _take_away(runs: Path) -> dict[str, str | None]:
     found = {"nothing": _complaint(_train_and_save, runs), "nothing, sending": _complaint(_send_round, runs)}
     for name in compat.CUDA_BOUND_MODULES:
         with _without_module(name):
-            found[name] = _complaint(_send_round if name == P2P else _train_and_save, runs)
+            found[name] = _complaint({P2P: _send_round, REPLICAS: _load_on_replicas}.get(name, _train_and_save), runs)
     for name in REPLACED + REPLACED_CUDA:
         with _without_name(name):
             found[name] = _complaint(_train_and_save, runs)
@@ -151,6 +168,8 @@ def _take_away(runs: Path) -> dict[str, str | None]:
     found["type names when clipping"] = _complaint(_clip_outside, runs)
     for name, patched in (("nothing, beside Transformer Engine", True), ("torch's AdamW", False)):
         found[name] = _complaint(_build_beside_transformer_engine, runs, patched)
+    found["nothing, loading"] = _complaint(_load_on_replicas, runs)
+    found["the device of exchanged parts"] = _complaint(_load_with_devices_as_they_are, runs)
     found["sums of gradients"] = _complaint(_without_sums, runs)
     found["nothing, clipping"] = _complaint(_clip_inside, runs)
     return found
@@ -161,7 +180,7 @@ def complaints(tmp_path_factory) -> list[dict[str, str | None]]:
     return run_ranks(_take_away, 2, tmp_path_factory.mktemp("runs"), timeout=300)
 
 
-WORKING = ["nothing", "nothing, sending", "nothing, clipping", "nothing, beside Transformer Engine"]
+WORKING = ["nothing", "nothing, sending", "nothing, loading", "nothing, clipping", "nothing, beside Transformer Engine"]
 
 
 @pytest.mark.parametrize("what", WORKING)
@@ -180,6 +199,12 @@ def test_without_one_replacement_it_asks_for_cuda(complaints, name: str):
 def test_without_torchs_adamw_it_takes_transformer_engines(complaints):
     for rank in complaints:
         assert "FusedAdam" in rank["torch's AdamW"], "megatron-core no longer chooses by what is installed"
+
+
+def test_without_a_device_exchanged_parts_ask_for_cuda(complaints):
+    for rank in complaints:
+        found = rank["the device of exchanged parts"]
+        assert found and ("NVIDIA" in found or "CUDA" in found), "megatron-core exchanges parts on their own device"
 
 
 def test_without_sums_of_gradients_it_looks_for_apex(complaints):

@@ -314,6 +314,8 @@ def test_a_run_may_go_on_in_other_pipeline_stages_but_not_with_another_model(beg
 
 def test_a_checkpoint_of_an_earlier_version_says_how_to_go_on(begun):
     state = {"step": HALF, "fingerprint": "abc", "layout": {"world": 2}}
-    (Shelf(begun.run.checkpoints).path(HALF) / "state.json").write_text(json.dumps(state))
+    path = Shelf(begun.run.checkpoints).path(HALF)
+    (path / "integrity.json").unlink()
+    (path / "state.json").write_text(json.dumps(state))
     with pytest.raises(ConfigError, match=r"format 1, .* resumes format 3: .* run\.init=begun"):
         steps_done(begun)

@@ -63,7 +63,7 @@ def _train(job: Job, engine: MegatronEngine, first: int, last: int) -> list[dict
     return values
 
 
-def _pieces(engine: MegatronEngine) -> Pieces:
+def held_pieces(engine: MegatronEngine) -> Pieces:
     """What this process holds of every float of the model and the optimizer."""
     found: Pieces = {}
     for entry in nested_values(engine.sharded_state_dict(is_loading=False)):
@@ -86,10 +86,10 @@ def _part(part: int, runs: Path) -> dict:
         engine = start_engine(job)
         if part:
             load(engine, Shelf(job.config.run.checkpoints).path(part))
-        loaded = _pieces(engine) if part else None
+        loaded = held_pieces(engine) if part else None
         values = _train(job, engine, part + 1, part + 1)
         save(job, engine, part + 1, {})
-        found[name] = {"straight": straight, "loaded": loaded, "values": values, "saved": _pieces(engine)}
+        found[name] = {"straight": straight, "loaded": loaded, "values": values, "saved": held_pieces(engine)}
     return found
 
 

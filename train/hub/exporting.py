@@ -21,6 +21,8 @@ from train.hub.safetensors_files import PlannedTensor, SafetensorsReader, Safete
 from train.hub.settings import HF_CONFIG, TOKENIZER_DIR, ExportConfig, max_length, read_json
 from train.hub.tokenizer_files import TOKENIZER_CONFIG_FILE, TOKENIZER_FILES, write_tokenizer
 from train.job.directory import COUNTS
+from train.job.provenance import kept_tokenizer
+from train.job.shelf import why_broken
 from train.settings.run import Config
 from train.settings.tree import ConfigError
 
@@ -81,6 +83,8 @@ def export_run(config: ExportConfig, run: Config, checkpoint: Path) -> None:
     Raises:
         ConfigError: weights that are not those of the run's model, or not finite.
     """
+    if fault := why_broken(checkpoint, deep=True):
+        raise ConfigError(f"{checkpoint} is damaged: {fault}: export another one (step=...)")
     form = export_form(config, run)
     source = stored.StoredTensors(checkpoint)
     rows, _ = source.shapes.get("embedding.word_embeddings.weight", (run.model.vocab_size, None))
@@ -93,7 +97,7 @@ def export_run(config: ExportConfig, run: Config, checkpoint: Path) -> None:
         name: shape for name, shape in source.shapes.items() if name.startswith(WEIGHTS) and not name.endswith(COUNTS)
     }
     compare(weights, {piece.ours: piece.whole for piece in pieces}, str(checkpoint), "Train or save that run again.")
-    tokenizer, eod_id = _tokenizer(run)
+    tokenizer, eod_id = _tokenizer(run, checkpoint)
     dtype = config.dtype or run.model.dtype
     with appearing(Path(config.out)) as building:
         exact = _write_weights(pieces, source, building, dtype, config, form, str(checkpoint))
@@ -151,14 +155,15 @@ def _write_weights(
     return exact
 
 
-def _tokenizer(run: Config) -> tuple[Tokenizer | None, int | None]:
+def _tokenizer(run: Config, checkpoint: Path) -> tuple[Tokenizer | None, int | None]:
     """The tokenizer of a run, and the token that ends its documents.
 
-    An imported model brings its own, which may name no such token; other runs have their corpus's.
+    An imported model brings its own, which may name no such token; the checkpoints of other runs have that of their
+    corpus, which is opened for it where an older version wrote them.
     """
     imported = run.run.path / TOKENIZER_DIR
     if not imported.is_dir():
-        tokenizer = Dataset(run.data).tokenizer
+        tokenizer = kept_tokenizer(checkpoint) or Dataset(run.data).tokenizer
         return tokenizer, tokenizer.eod_id
     token = _end_token(imported)
     if token is None:

@@ -7,6 +7,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from data.dataset import Dataset
 from data.secrets import hide
+from data.text.tokenizer import Tokenizer
 from model.config import check_kernels
 from model.init import initialise, narrowed, suspicious
 from model.network import LanguageModel
@@ -119,15 +120,19 @@ def build_chunks(
     ]
 
 
-def build_job(config: Config) -> Job:
-    """Joins the process group, lays it out, opens the corpus and builds this process's part of the model."""
+def build_job(config: Config, tokenizer: Tokenizer | None = None) -> Job:
+    """Joins the process group, lays it out, opens the corpus and builds this process's part of the model.
+
+    Args:
+        tokenizer: takes the place of the corpus where none is read.
+    """
     device = process_groups.local_device()
     process_groups.start(device)
     topology = resolve(config.parallel, config.model, torch.distributed.get_world_size())
     if device.type == "cuda":
         check_kernels(config.model, topology)
     groups = process_groups.lay_out(topology)
-    dataset = Dataset(config.data)
+    dataset = Dataset(config.data, tokenizer)
     with torch.device(device):
         chunks = build_chunks(config, topology, groups, padded_vocab(config, dataset, topology))
     return Job(config, topology, groups, device, dataset, chunks)

@@ -57,6 +57,11 @@ class Checkpoints:
         self._step: int | None = None  # being written
         self.blocked, self.failed, self._last = 0.0, "", time.monotonic()
 
+    @property
+    def busy(self) -> bool:
+        """Whether a state is still being written."""
+        return self._step is not None
+
     def overdue(self) -> bool:
         """Whether run.save_minutes have passed since the last save, by this process's clock."""
         minutes = self._job.config.run.save_minutes
@@ -113,9 +118,9 @@ class Checkpoints:
 
     def _complete(self, step: int, data: dict[str, Any], directory: Path) -> Callable[[dict[str, Digest]], None]:
         job, run = self._job, self._job.config.run
-        tokenizer = job.dataset.tokenizer if job.dataset else None
 
         def complete(digests: dict[str, Digest]) -> None:
+            tokenizer = job.dataset.tokenizer if job.dataset else None
             for name, content in sidecars(job.config, tokenizer, job.topology.world).items():
                 digests[name] = write_synced(directory / name, content)
             write_state(directory, step, data, vars(job.topology), digests)

@@ -1,6 +1,6 @@
 """Whether a checkpoint is what was written: `integrity.json`, the hash and size of each of its files. No torch.
 
-The format is megatron-core's (`dist_checkpointing.load(verify_integrity=True)` reads it), with sizes beside the hashes
+The format is megatron-core's (its `verify_integrity` reads it), with sizes beside the hashes
 and a hash of its own. There every file is hashed by the first process, once when all is written, once before loading;
 here each writer hashes what it writes while it writes it, and the processes of a job share out the reading.
 """

@@ -20,10 +20,11 @@ from typing import Any
 
 import yaml
 
+from data.errors import one_line
 from data.secrets import hidden
 from data.text.tokenizer import TOKENIZER_FILE, Tokenizer
 from train.settings.run import CONFIG_FILE, Config
-from train.settings.tree import leaves, to_dict
+from train.settings.tree import ConfigError, leaves, to_dict
 
 PROVENANCE_FILE, HISTORY_FILE = "provenance.json", "history.jsonl"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
@@ -70,6 +71,24 @@ def sidecars(config: Config, tokenizer: Tokenizer | None, world: int) -> dict[st
         files[TOKENIZER_FILE] = tokenizer.text
         files[TOKENIZER_CONFIG_FILE] = json.dumps({"eos_token": tokenizer.eod_token}) + "\n"
     return {name: text.encode() for name, text in files.items()}
+
+
+def kept_tokenizer(checkpoint: Path) -> Tokenizer | None:
+    """The tokenizer that lies in a checkpoint, or came with an imported run; None where there is none.
+
+    Raises:
+        ConfigError: its settings cannot be read. CorpusError: it cannot be read itself.
+    """
+    for directory in (checkpoint, checkpoint.parents[1] / "tokenizer"):
+        if (directory / TOKENIZER_FILE).is_file() and (directory / TOKENIZER_CONFIG_FILE).is_file():
+            path = directory / TOKENIZER_CONFIG_FILE
+            try:
+                token = json.loads(path.read_text(encoding="utf-8"))["eos_token"]
+                token = token["content"] if isinstance(token, dict) else token
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise ConfigError(f"{path} names no eos_token that can be read: {one_line(error)}") from error
+            return Tokenizer.from_path(directory / TOKENIZER_FILE, token)
+    return None
 
 
 def note_start(config: Config, before: Config | None, step: int, world: int) -> None:

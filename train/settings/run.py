@@ -12,10 +12,11 @@ from data.files import why_unwritable, write_whole
 from data.order.batches import BatchSchedule
 from data.secrets import hidden
 from model.config import BalanceConfig, ModelConfig, ModelError, MtpConfig, check_balance, check_model
+from parallel.checkpoint.unpickle import UnsafePickle
 from parallel.topology import ParallelConfig, Topology, TopologyError, check_length, microbatches, resolve
 from train.settings.tree import ConfigError, from_dict, hint_known, leaves, setting, to_dict
 
-USER_ERRORS = (ConfigError, ModelError, TopologyError, CorpusError)
+USER_ERRORS = (ConfigError, ModelError, TopologyError, CorpusError, UnsafePickle)
 CONFIG_FILE = "config.yaml"
 
 

@@ -11,6 +11,7 @@ from model.decode.speculate import Speculator
 from train.job.build import Job, build_job
 from train.job.checkpoint import load_model, require_whole
 from train.job.directory import require_checkpoint
+from train.job.provenance import kept_tokenizer
 from train.settings.commands import GenerateConfig
 from train.settings.run import Config
 from train.use.acceptance import Tally, rounds
@@ -49,7 +50,7 @@ def stream_text(
 def run_generation(generation: GenerateConfig, config: Config) -> int:
     """The generate command, in each of its processes."""
     path = require_checkpoint(config.run, generation.step)
-    job = build_job(config)
+    job = build_job(config, kept_tokenizer(path))
     tokenizer = job.dataset.tokenizer
     (ids,) = tokenizer.encode_batch([generation.text])
     require_whole(job, path)
