@@ -56,6 +56,15 @@ def test_gpu_hours_and_money(said) -> None:
     assert GPUS["B200"].peak > 2 * GPUS["H200"].peak and GPUS["H200"].memory > GPUS["H100"].memory
 
 
+def test_the_disk_of_a_whole_run(said) -> None:
+    line = next(x for x in said("-cn", "qwen3_next_80b_a3b").splitlines() if x.startswith("checkpoints:"))
+    # 3,576,279 steps, of which every 100,000th stays, and the newest three; kept all, they would be 4 PB.
+    assert "GB each; 3 newest and 35 for good are kept" in line
+    size = float(line.split()[1].replace(",", ""))
+    assert 1_100 < size < 1_200
+    assert line.endswith(f"{39 * size / 1e3:,.3f} TB of disk at the end")
+
+
 def test_the_published_comparison(said) -> None:
     text = said("-cn", "qwen3_next_80b_a3b", "estimate.compare=true")
     table = text[text.index("operations beside peers") :]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from model.config import MtpConfig
 from model.cost import cost
 from parallel.topology import Topology
-from train.job.footprint import Footprint, exact_balance, footprint, planned_vocab
+from train.job.footprint import Footprint, checkpoint_bytes, exact_balance, footprint, planned_vocab
 from train.settings.run import Config, run_tokens
 from train.settings.tree import ConfigError, setting
 
@@ -163,6 +163,18 @@ def cost_lines(config: Config, topology: Topology, vocab_size: int, budget: Budg
     ]
 
 
+def disk_lines(config: Config, vocab_size: int) -> list[str]:
+    """What the checkpoints of the whole run take, under the rule by which they are kept."""
+    run, size = config.run, checkpoint_bytes(config, vocab_size)
+    by_steps = run.steps // run.save_every if run.save_every else 1
+    newest = min(run.keep or by_steps, by_steps)
+    for_good = run.steps // run.keep_every if run.keep_every and run.keep else 0
+    return [
+        f"checkpoints: {size / 1e9:,.3f} GB each; {newest} newest and {for_good} for good are kept, beside one being "
+        f"written: {(newest + for_good + 1) * size / 1e12:,.3f} TB of disk at the end",
+    ]
+
+
 def comparison_lines(config: Config, vocab_size: int, budget: Budget, peers: dict[str, Config]) -> list[str]:
     """The recipe's operations beside its peers', and what of the published comparison follows from them."""
     lines = [f"operations beside peers, {budget.tokens:.3g} tokens against theirs (without MTP; with one MTP step)"]
@@ -211,6 +223,7 @@ def estimate_text(config: Config, topology: Topology, budget: Budget, peers: dic
         memory_lines(config, topology, fullest, budget.gpu),
         traffic_lines(places),
         cost_lines(config, topology, vocab_size, budget),
+        disk_lines(config, vocab_size),
     ]
     if peers:
         parts.append(comparison_lines(config, vocab_size, budget, peers))
