@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
 from model.config import ModelConfig
 from tests.train.hf_runs import SHAPE, add_checkpoint, export_run, import_as, make_corpus, make_run, read_all, telling
@@ -195,6 +195,45 @@ def test_fp8_is_read_into_the_type_of_training(tmp_path: Path, run: Config, caps
         # e4m3 has three bits after the point: at most 1/16 off, of the block's largest at the small end 2^-9 / 448.
         error = (weight.float() - tensors_of(plain)[name].float()).abs()
         assert (error <= tensors_of(plain)[name].float().abs() / 15 + 1e-4).all(), name
+
+
+# Sizes are multiples of a block or smaller than one: transformers takes a block to be a whole part of the matrix.
+WIDE = replace(
+    EXPERTS,
+    hidden_size=256,
+    expert_size=128,
+    shared_expert_size=128,
+    linear_value_heads=4,
+    linear_key_dim=32,
+    linear_value_dim=32,
+)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_next", "qwen3_5_moe_text"])
+def test_an_export_in_fp8_is_what_transformers_and_we_read(tmp_path: Path, corpus: Path, model_type: str) -> None:
+    run = made(tmp_path, corpus, WIDE)
+    plain = export_run(run, tmp_path / "plain", model_type=model_type)
+    out = export_run(run, tmp_path / "out", model_type=model_type, quantize="fp8")
+    stored = tensors_of(out)
+    in_fp8_now = [name for name, x in stored.items() if x.dtype == torch.float8_e4m3fn]
+    assert 2 * len(in_fp8_now) + len(tensors_of(plain)) - len(in_fp8_now) == len(stored)
+    assert not [
+        name for name in in_fp8_now if any(part in name for part in ("lm_head", "embed", "gate.", "norm", "fc"))
+    ]
+    config = FineGrainedFP8Config(**config_of(out)["quantization_config"] | {"dequantize": True})
+    theirs, report = AutoModelForCausalLM.from_pretrained(
+        out, quantization_config=config, dtype="bfloat16", output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["mismatched_keys"]
+    back = export_run(as_run(run, import_as(out, tmp_path, "back")), tmp_path / "back_out")
+    # The same numbers on both sides: those in FP8 times their scales, those beside them untouched.
+    ours = AutoModelForCausalLM.from_pretrained(back, dtype="bfloat16")
+    assert_same(*({name: x.bfloat16() for name, x in model.state_dict().items()} for model in (theirs, ours)))
+    whole = tensors_of(plain)
+    for name in in_fp8_now:
+        scale = stored[name + SCALE].amax()
+        error = (tensors_of(back)[name].float() - whole[name].float()).abs()
+        assert (error <= whole[name].float().abs() / 15 + scale / 400).all(), name
 
 
 def test_fp8_without_its_scales_is_refused(tmp_path: Path, run: Config) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from data.dataset import Dataset
 from data.progress import byte_bar
@@ -14,11 +15,11 @@ from model.hf import pieces as hf
 from model.hf.families import FAMILIES, TEXT_CONFIG, Family, family_of
 from model.stack import PARAMS_DTYPES
 from parallel.checkpoint import stored
-from train.hub import carried
+from train.hub import carried, fp8
 from train.hub.files import EXACT_FILE, appearing, compare, copy_files, refuse_broken, write_json
 from train.hub.safetensors_files import TORCH_DTYPES as READABLE
-from train.hub.safetensors_files import PlannedTensor, SafetensorsReader, SafetensorsWriter
-from train.hub.settings import HF_CONFIG, TOKENIZER_DIR, ExportConfig, max_length, read_json
+from train.hub.safetensors_files import PlannedTensor, SafetensorsWriter
+from train.hub.settings import FP8_BLOCKS, HF_CONFIG, TOKENIZER_DIR, ExportConfig, max_length, read_json
 from train.hub.tokenizer_files import TOKENIZER_CONFIG_FILE, TOKENIZER_FILES, write_tokenizer
 from train.job.directory import COUNTS
 from train.job.provenance import kept_tokenizer
@@ -100,9 +101,16 @@ def export_run(config: ExportConfig, run: Config, checkpoint: Path) -> None:
     tokenizer, eod_id = _tokenizer(run, checkpoint)
     dtype = config.dtype or run.model.dtype
     with appearing(Path(config.out)) as building:
-        exact = _write_weights(pieces, source, building, dtype, config, form, str(checkpoint))
+        storage = Storage(PARAMS_DTYPES[dtype], config.quantize == FP8_BLOCKS)
+        limit = int(config.shard_size * 1e9)
+        exact = _write_weights(pieces, source, building, storage, limit, form, str(checkpoint))
         length = max_length(config, run)
         values = hf_config.to_hf(run.model, mtp, run.balance.weight, length, dtype, eod_id, form.family, form.config)
+        if storage.fp8:
+            names = [
+                part.name for piece in pieces for part in piece.parts if not fp8.quantizable(part.name, part.shape)
+            ]
+            values["quantization_config"] = fp8.quantization_config(names)
         write_json(building / HF_CONFIG, values)
         ids = {} if eod_id is None else {"eos_token_id": eod_id, "pad_token_id": eod_id}
         write_json(building / GENERATION_CONFIG, {**ids, "do_sample": False})
@@ -115,28 +123,42 @@ def export_run(config: ExportConfig, run: Config, checkpoint: Path) -> None:
             copy_files(form.directory, building, carried.SIDE_FILES)
 
 
+@dataclass(frozen=True)
+class Storage:
+    """In which types tensors are written: norms and their like in float32, projections perhaps in FP8."""
+
+    dtype: torch.dtype
+    fp8: bool
+
+    def planned(self, piece: hf.Piece, part: hf.Part) -> list[PlannedTensor]:
+        """One of their tensors, and its scales where it has some."""
+        if self.fp8 and fp8.quantizable(part.name, part.shape):
+            scales = (*part.shape[:-2], *(-(-size // fp8.EXPORT_BLOCK) for size in part.shape[-2:]))
+            return [
+                PlannedTensor(part.name, part.shape, torch.float8_e4m3fn),
+                PlannedTensor(part.name + fp8.SCALE, scales, torch.float32),
+            ]
+        return [PlannedTensor(part.name, part.shape, torch.float32 if piece.float32 else self.dtype)]
+
+    def tensors(self, planned: list[PlannedTensor], tensor: Tensor) -> list[Tensor]:
+        """What is written for `planned`."""
+        return list(fp8.block_scales(tensor, (fp8.EXPORT_BLOCK,) * 2)) if len(planned) > 1 else [tensor]
+
+
 def _write_weights(
     pieces: list[hf.Piece],
     source: stored.StoredTensors,
     directory: Path,
-    dtype: str,
-    config: ExportConfig,
+    storage: Storage,
+    limit: int,
     form: Form,
     where: str,
 ) -> dict[str, list[float]]:
     """Writes all weights; returns, by their name, what those were that lose digits when something is added."""
-
-    def written(piece: hf.Piece) -> torch.dtype:
-        return torch.float32 if piece.float32 else PARAMS_DTYPES[dtype]
-
-    along = (
-        SafetensorsReader(form.directory)
-        if form.wrapped and form.directory and any(form.directory.glob("*.safetensors"))
-        else None
-    )
+    along = carried.tower(form.directory) if form.wrapped else None
     beside = [PlannedTensor(name, x.shape, READABLE[x.dtype]) for name, x in along.entries.items()] if along else []
-    planned = [PlannedTensor(part.name, part.shape, written(piece)) for piece in pieces for part in piece.parts]
-    writer, broken, exact = SafetensorsWriter(directory, planned + beside, int(config.shard_size * 1e9)), [], {}
+    planned = [tensor for piece in pieces for part in piece.parts for tensor in storage.planned(piece, part)]
+    writer, broken, exact = SafetensorsWriter(directory, planned + beside, limit), [], {}
     with byte_bar("exporting", sum(tensor.num_bytes for tensor in planned)) as bar:
         for piece in pieces:
             ours = source.read(piece.ours)
@@ -145,8 +167,10 @@ def _write_weights(
             for part, tensor in zip(piece.parts, piece.to_theirs(ours), strict=True):
                 if not tensor.isfinite().all():
                     broken.append(part.name)
-                writer.write(part.name, tensor)
-                bar.update(tensor.numel() * written(piece).itemsize)
+                plan = storage.planned(piece, part)
+                for its_plan, numbers in zip(plan, storage.tensors(plan, tensor), strict=True):
+                    writer.write(its_plan.name, numbers)
+                    bar.update(its_plan.num_bytes)
             del ours
     if along:
         carried.copy(along, writer, beside)

@@ -7,6 +7,7 @@ A weight without its scales would load as noise of the wrong size, so a checkpoi
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from train.hub.safetensors_files import Entry, SafetensorsReader
 from train.settings.tree import ConfigError
 
 FP8, SCALE = "F8_E4M3", "_scale_inv"
+EXPORT_BLOCK = 128
+PROJECTIONS = ("_proj", "in_proj_qkvz", "in_proj_qkv", "in_proj_z")
 LISTED = 5
 
 
@@ -77,11 +80,37 @@ def _listed(names: object) -> str:
 
 
 def block_scales(weight: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The opposite: [R, C] -> FP8 [R, C], and the float32 scales that spread each block over all of FP8's range."""
-    rows, columns = weight.shape
+    """The opposite: [..., R, C] -> FP8, and the float32 scales that spread each block over all of FP8's range."""
+    rows, columns = weight.shape[-2:]
     padded = torch.nn.functional.pad(weight.float(), (0, -columns % block[1], 0, -rows % block[0]))
-    blocks = padded.unflatten(1, (-1, block[1])).unflatten(0, (-1, block[0]))
-    largest = blocks.abs().amax(dim=(1, 3)).clamp(min=torch.finfo(torch.float32).tiny)
+    blocks = padded.unflatten(-1, (-1, block[1])).unflatten(-3, (-1, block[0]))
+    largest = blocks.abs().amax(dim=(-3, -1)).clamp(min=torch.finfo(torch.float32).tiny)
     scale = largest / torch.finfo(torch.float8_e4m3fn).max
-    quantized = (blocks / scale[:, None, :, None]).flatten(2).flatten(0, 1)[:rows, :columns]
+    quantized = (blocks / scale[..., :, None, :, None]).flatten(-2).flatten(-3, -2)[..., :rows, :columns]
     return quantized.to(torch.float8_e4m3fn), scale
+
+
+def quantizable(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether an export in FP8 takes a tensor: the large projections and the experts.
+
+    Left as they are: embedding and head, routers and gates, the narrow projections of decay and beta, convolutions,
+    norms, and the MTP layer's joining projection.
+    """
+    kind = name.removesuffix(".weight").rpartition(".")[2]
+    return len(shape) > 1 and kind.endswith(PROJECTIONS)
+
+
+def quantization_config(kept: list[str]) -> dict[str, Any]:
+    """What config.json says of an export in FP8.
+
+    Args:
+        kept: names of tensors that are not in FP8; modules among them are listed.
+    """
+    modules = sorted(name.removesuffix(".weight") for name in kept if name.endswith(".weight"))
+    return {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [EXPORT_BLOCK, EXPORT_BLOCK],
+        "modules_to_not_convert": modules,
+    }

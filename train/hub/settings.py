@@ -23,6 +23,7 @@ HF_CONFIG = "config.json"
 TOKENIZER_DIR = "tokenizer"  # of an imported run: the files that came with the model
 EXPERT_LAYOUTS = ("separate", "stacked")
 EXPORT_DTYPES = ("bfloat16", "float32")
+FP8_BLOCKS = "fp8"
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ class ExportConfig:
     )
     visual: bool = setting(
         True, "with what an import carried along, the tower that sees included; false: the text model alone"
+    )
+    quantize: str | None = setting(
+        None,
+        "fp8: projections and experts in FP8 (e4m3) with a scale for each 128 x 128 numbers, as published -FP8 files; "
+        "null: as dtype says",
     )
     shard_size: float = setting(4.0, "GB of a file, at most (but a tensor is never cut)")
     max_length: int | None = setting(
@@ -90,6 +96,8 @@ def check_export(config: ExportConfig) -> tuple[Config, Path]:
         check_choice("model_type", config.model_type, tuple(FAMILIES))
     if config.dtype is not None:
         check_choice("dtype", config.dtype, EXPORT_DTYPES)
+    if config.quantize is not None:
+        check_choice("quantize", config.quantize, (FP8_BLOCKS,))
     for name in ("shard_size", "max_length"):
         value = getattr(config, name)
         if value is not None and not 0 < value < float("inf"):
