@@ -31,7 +31,7 @@ ODD_SHAPES = {
     "four value heads a key head, head_dim 256, bfloat16": replace(
         SHAPE, linear_value_heads=8, head_dim=256, pattern="*EGE", dtype="bfloat16"
     ),
-    "512 experts": replace(SHAPE, experts=512, expert_size=4, hidden_size=16, pattern="GE", dtype="bfloat16"),
+    "512 experts": replace(SHAPE, experts=512, expert_size=8, hidden_size=16, pattern="GE", dtype="bfloat16"),
     "YaRN, an odd number of experts": replace(
         SHAPE, experts=9, head_dim=64, yarn_factor=4.0, yarn_original_length=1000, repeats=2, pattern="GE|*E"
     ),

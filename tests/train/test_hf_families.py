@@ -212,8 +212,10 @@ WIDE = replace(
 @pytest.mark.parametrize("model_type", ["qwen3_next", "qwen3_5_moe_text"])
 def test_an_export_in_fp8_is_what_transformers_and_we_read(tmp_path: Path, corpus: Path, model_type: str) -> None:
     run = made(tmp_path, corpus, WIDE)
-    plain = export_run(run, tmp_path / "plain", model_type=model_type)
+    plain = export_run(run, tmp_path / "plain", model_type=model_type, experts="separate")
     out = export_run(run, tmp_path / "out", model_type=model_type, quantize="fp8")
+    with pytest.raises(ConfigError, match="experts=stacked is not written in FP8"):
+        export_run(run, tmp_path / "stacks", model_type=model_type, quantize="fp8", experts="stacked")
     stored = tensors_of(out)
     in_fp8_now = [name for name, x in stored.items() if x.dtype == torch.float8_e4m3fn]
     assert 2 * len(in_fp8_now) + len(tensors_of(plain)) - len(in_fp8_now) == len(stored)

@@ -71,7 +71,9 @@ def export_form(config: ExportConfig, run: Config) -> Form:
     wrapped = old is not None and TEXT_CONFIG in old
     trunk = (f"{family.trunk(wrapped)}layers.",)
     packed: tuple[str, ...] = trunk if family.packed else ()
-    if config.experts is not None:
+    if config.quantize is not None:
+        packed = ()  # as published; transformers reads stacks of FP8 without their scales, in silence
+    elif config.experts is not None:
         packed = (*trunk, "mtp.layers.") if config.experts == "stacked" else ()
     elif directory is not None:
         packed = tuple(carried.packed_layers(directory))

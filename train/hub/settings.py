@@ -98,6 +98,11 @@ def check_export(config: ExportConfig) -> tuple[Config, Path]:
         check_choice("dtype", config.dtype, EXPORT_DTYPES)
     if config.quantize is not None:
         check_choice("quantize", config.quantize, (FP8_BLOCKS,))
+        if config.experts == "stacked":
+            raise ConfigError(
+                "experts=stacked is not written in FP8: transformers loads such stacks without their scales; "
+                "leave experts out"
+            )
     for name in ("shard_size", "max_length"):
         value = getattr(config, name)
         if value is not None and not 0 < value < float("inf"):
