@@ -12,7 +12,7 @@ from train.__main__ import COMMANDS
 from train.settings.run import Config
 from train.settings.tree import settings
 
-TEXTS = ("README.md", "CONTRIBUTING.md", "recipes/README.md")
+TEXTS = ("README.md", "CONTRIBUTING.md", "OPERATIONS.md", "recipes/README.md")
 PLACEHOLDERS = {"COMMAND", "RECIPE", "NAME", "DIR", "PATH", "key", "arguments", "pytest"}
 EXTRAS = {"gpu", "te", "deepspeed"}
 FLAGS = {"--help", "-h", "-cn", "-cd", "-m", "--cfg"}
