@@ -12,7 +12,7 @@ STOP, SKIP = ON_CORRUPT = ("stop", "skip")
 CONTINUE = "continue"
 ON_CHANGE = (STOP, CONTINUE)
 SAMPLE_BY = ("document", "paragraph", "line")
-HELDOUT_FRACTION = 0.05  # of a prepared corpus
+HELDOUT_FRACTION, HELDOUT_TOKENS = 0.01, 10_000_000  # the smaller of them is held out
 
 
 def setting[T](default: T, text: str) -> T:
@@ -79,23 +79,32 @@ class PrepareConfig:
 
     input: str = field(
         metadata={
-            "help": "file or directory of .parquet, .jsonl, .json, .txt or .arrow (text also .gz, .xz, .bz2), "
-            "a URL of such files (s3://..., hf://..., https://...), the name of a dataset on the "
-            "Hugging Face hub, or embedded: the standard-library sources of this Python"
+            "help": "file, directory, pattern or URL (s3://..., hf://..., https://...) of .parquet, .jsonl, .json, "
+            ".arrow or .txt (JSON and text also .gz, .bz2, .xz, .zst), the name of a dataset on the Hugging Face hub, "
+            "or embedded: the standard-library sources of this Python"
         }
     )
-    output: str = field(metadata={"help": "corpus directory to make; must not exist yet, or be empty"})
+    output: str = field(metadata={"help": "directory or URL of the corpus to make; must not exist yet, or be empty"})
     tokenizer: str = setting(
         TRAIN_TOKENIZER, "tokenizer.json of any Hugging Face model or its directory, or train: a byte-level BPE"
     )
     vocab_size: int = setting(32768, "tokens of the BPE, with tokenizer=train")
     train_bytes: int = setting(2**30, "how much text from the start the BPE learns from, with tokenizer=train")
     eod_token: str = setting(EOD_TOKEN, "the token of the given tokenizer that ends each document")
-    text_column: str = setting("text", "column that holds a document's text")
+    text_column: str = setting("text", "column of text, or of lists of the given tokenizer's ids; a.b for nested ones")
     sample_by: str = setting("document", "a document of a .txt file: the whole file (document), a paragraph or a line")
     dataset_config: str | None = setting(None, "configuration (subset) of a hub dataset")
-    dataset_split: str = setting("train", "split of a hub dataset to read")
+    dataset_split: str = setting(TRAIN_SPLIT, "split to read of a directory, by its names, or of a hub dataset")
     shard_tokens: int = setting(2**24, "tokens after which a new shard begins")
     heldout_fraction: float = setting(HELDOUT_FRACTION, "share of documents kept for evaluation; 0 keeps none")
+    heldout_tokens: int = setting(HELDOUT_TOKENS, "about how many tokens are kept for evaluation at most")
     seed: int = setting(0, "chooses which documents are held out")
+    shuffle: int | None = setting(
+        None, "seed of an order that mixes documents from all over the input; null: as they lie"
+    )
+    on_corrupt: str = setting(STOP, "a row or file that cannot be read ends the work (stop), or is left out (skip)")
+    piece_bytes: int | None = setting(
+        None, "how much text one process works on at a time; null: a 1024th of the input, from 16 MiB to 1 GiB"
+    )
+    part: str | None = setting(None, "3/64: work on the third of 64 parts, on another machine, for prepare --join")
     processes: int | None = setting(None, "processes that tokenize; null: one a core; the corpus does not depend on it")

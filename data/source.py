@@ -19,6 +19,7 @@ from data.read.mapped_corpus import map_corpus
 from data.read.megatron_files import MegatronReader, megatron_prefix
 from data.read.readers import ChosenUnits, PreparedReader, Reader
 from data.read.remote import is_url
+from data.read.row_reader import RowReader
 from data.text.tokenizer import Tokenizer, check_vocab_size
 
 
@@ -98,7 +99,8 @@ def _direct(path: str, config: DataConfig, tokenizer: Tokenizer) -> Reader:
     if prefix is not None:
         return MegatronReader(path, prefix, tokenizer, config.unit_bytes)
     cache, skips = Path(config.cache).expanduser(), config.on_corrupt == SKIP
-    return open_rows(path, config.column, tokenizer, config.split, skips, config.unit_bytes, cache)
+    listing = list_files(path, ROW_ENDINGS, config.split)
+    return RowReader(open_rows(path, listing, config.column, skips, config.unit_bytes, cache=cache), tokenizer)
 
 
 def _split_units(reader: Reader, heldout_fraction: float) -> tuple[Reader, Reader]:

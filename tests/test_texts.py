@@ -15,6 +15,7 @@ from train.settings.tree import settings
 TEXTS = ("README.md", "CONTRIBUTING.md", "OPERATIONS.md", "recipes/README.md")
 PLACEHOLDERS = {"COMMAND", "RECIPE", "NAME", "DIR", "PATH", "key", "arguments", "pytest"}
 EXTRAS = {"gpu", "te", "deepspeed"}
+OF_PREPARE = {"--check", "--join", "--repair"}
 FLAGS = {"--help", "-h", "-cn", "-cd", "-m", "--cfg"}
 
 
@@ -49,7 +50,7 @@ def wrong_words(command: str, words: list[str]) -> list[str]:
     wrong = []
     for before, word in zip(["", *words], words, strict=False):
         name, equals, value = word.partition("=")
-        if word in PLACEHOLDERS or name in PLACEHOLDERS or (command, before) == ("prepare", "--check"):
+        if word in PLACEHOLDERS or name in PLACEHOLDERS or (command == "prepare" and before in OF_PREPARE):
             continue
         if before in ("-cn", "-cd"):
             known = word in usage.recipes() or "/" in word
@@ -58,7 +59,7 @@ def wrong_words(command: str, words: list[str]) -> list[str]:
         elif equals:
             known = is_set(command, name, value)
         else:
-            known = word in FLAGS or (command, word) == ("prepare", "--check")
+            known = word in FLAGS or (command == "prepare" and word in OF_PREPARE)
         if not known:
             wrong.append(word)
     return wrong

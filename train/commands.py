@@ -109,17 +109,34 @@ def generate(arguments: list[str]) -> int:
 
 
 def prepare(arguments: list[str]) -> int:
-    """Turns raw text into a corpus of tokenized shards, or proves one that is there (``--check DIR``)."""
-    if arguments[:1] == ["--check"]:
-        if len(arguments) != 2:
-            raise ConfigError("--check takes one corpus directory: prepare --check corpora/mine")
-        print(check_corpus(arguments[1]))
+    """Turns raw text into a corpus of tokenized shards; its options work on one that is there."""
+    if arguments and arguments[0] in ("--check", "--join", "--repair"):
+        print(_with_corpus(*arguments))
         return 0
     from data.prepare.prepare import prepare as prepare_corpus
 
-    path = prepare_corpus(from_text(PrepareConfig, arguments))
-    print(f"corpus ready: ./launch.sh train data.corpus={path}")
+    config = from_text(PrepareConfig, arguments)
+    path = prepare_corpus(config)
+    if config.part is not None:
+        print(f"part {config.part} is ready; when all are: ./launch.sh prepare --join {config.output}")
+    else:
+        print(f"corpus ready: ./launch.sh train data.corpus={path}")
     return 0
+
+
+def _with_corpus(option: str, *words: str) -> str:
+    """What an option of ``prepare`` does with a corpus, in a line."""
+    if not words or (len(words) > 1 and option != "--repair"):
+        raise ConfigError(f"{option} takes one corpus directory: prepare {option} corpora/mine")
+    if option == "--check":
+        return check_corpus(words[0])
+    if option == "--join":
+        from data.prepare.join import join_parts
+
+        return join_parts(words[0])
+    from data.prepare.repair import repair
+
+    return repair(words[0], words[1:])
 
 
 def export(arguments: list[str]) -> int:

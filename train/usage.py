@@ -44,7 +44,10 @@ EXAMPLES = {
     ),
     "prepare": (
         ("prepare input=texts/ output=corpora/mine", "a directory; after a kill the same line goes on"),
+        ("prepare input=s3://b/web output=s3://b/mine tokenizer=tok.json part=3/64", "one of 64 machines"),
+        ("prepare --join s3://b/mine", "makes a corpus of the parts"),
         ("prepare --check corpora/mine", "proves every file, token and document of a corpus"),
+        ("prepare --repair corpora/mine", "makes lost and damaged files again from the input"),
         (
             "prepare --index -cn tiny data.corpus=corpora/mine",
             "counts ahead what a run will read",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from data.config import EMBEDDED
 from data.errors import CorpusError
-from data.prepare.documents import Document, Source
+from data.prepare.inputs import Document, DocumentsInput
 
 # Installed packages differ from machine to machine; tests would double the corpus with repetitive text.
 EXCLUDED_DIRECTORIES = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
@@ -24,7 +24,7 @@ def library_root() -> Path:
     return root
 
 
-def embedded_source(max_files: int | None = None) -> Source:
+def embedded_input(max_files: int | None = None) -> DocumentsInput:
     """The library's files sorted by relative path, each a document; `max_files` keeps the first ones only."""
     root = library_root()
     documents, undecodable = [], 0
@@ -35,12 +35,8 @@ def embedded_source(max_files: int | None = None) -> Source:
             undecodable += 1
             continue
         # Split by path: it stays when a file changes between two patch releases.
-        documents.append(Document(text, name, split_key=name))
-    return Source.of(
-        {"input": EMBEDDED, "files": len(documents), "undecodable_files": undecodable},
-        lambda: iter(documents),
-        num_bytes=sum(len(document.text.encode()) for document in documents),
-    )
+        documents.append(Document(text, name, key=name.encode()))
+    return DocumentsInput({"input": EMBEDDED, "files": len(documents), "undecodable_files": undecodable}, documents)
 
 
 def _library_files(root: Path) -> list[str]:

@@ -1,49 +1,57 @@
-"""Raw text to a corpus directory: a tokenizer, token shards, and the manifest that makes them a corpus."""
+"""Raw text to a corpus: a tokenizer, token shards, and the manifest that makes them a corpus."""
 
-import os
 import platform
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow
 import tokenizers
 
-from data.config import EMBEDDED, TRAIN_TOKENIZER, DataConfig, PrepareConfig
+from data.config import EMBEDDED, SKIP, TRAIN_TOKENIZER, DataConfig, PrepareConfig
 from data.errors import CorpusError, one_line
 from data.files import locked
-from data.prepare.check import check_prepare
-from data.prepare.documents import Source, is_held_out
-from data.prepare.embedded import embedded_source
-from data.prepare.encoding import Encoder, encode_all
-from data.prepare.shard_writer import ShardWriter
-from data.prepare.sources import dataset_source
+from data.prepare.check import check_prepare, part_of
+from data.prepare.embedded import embedded_input
+from data.prepare.file_input import file_input
+from data.prepare.heldout import heldout_share, is_held_out
+from data.prepare.inputs import Input
+from data.prepare.join import PIECES, finish
+from data.prepare.pieces import Job, cut_into_pieces, make_pieces
 from data.prepare.staging import Staging, check_free, staged
 from data.progress import byte_bar
-from data.read.manifest import HELDOUT, MANIFEST_VERSION, SPLITS, TRAIN, Manifest, file_info, is_corpus, write_manifest
+from data.read.faults import Faults
+from data.read.manifest import MANIFEST_VERSION, is_corpus
 from data.read.readers import digest_of
+from data.read.remote import exists, is_url, join, read_file, redacted, write_file
+from data.read.workers import available_cores
 from data.text.tokenizer import TOKENIZER_FILE, Tokenizer, train_bpe
 
-TOKEN_BYTES_FILE = "token_bytes.npy"
+EMBEDDED_HELDOUT = 0.05  # of a small corpus
 # Settings that do not change what a corpus holds.
-FREE = ("output", "processes")
+FREE = ("output", "part", "processes")
 
 
-def prepare(config: PrepareConfig) -> Path:
-    """Makes the corpus `config.output`. The same input and settings give the same bytes, whatever happens on the way.
+def prepare(config: PrepareConfig) -> str:
+    """Makes the corpus `config.output`, or a part of it; returns its directory or URL.
 
-    What ends it early leaves its finished shards in `OUTPUT.partial`, from where the same call goes on.
+    The same input and settings give the same bytes, whatever happens on the way. What ends it early leaves its finished
+    pieces in `OUTPUT.partial`, from where the same call goes on.
 
     Raises:
         CorpusError: whatever is wrong with the settings or the text.
     """
     check_prepare(config)
-    output = Path(config.output).expanduser()
+    output = config.output if is_url(config.output) else str(Path(config.output).expanduser())
     check_free(output)
-    source = embedded_source() if config.input == EMBEDDED else dataset_source(config)
-    return write_corpus(config, source, output)
+    given = None if config.tokenizer == TRAIN_TOKENIZER else Tokenizer.from_path(config.tokenizer, config.eod_token)
+    return write_corpus(config, open_input(config, given), output, given)
+
+
+def open_input(config: PrepareConfig, tokenizer: Tokenizer | None) -> Input:
+    """The documents of `config.input`. CorpusError at once where there is no such path."""
+    return embedded_input() if config.input == EMBEDDED else file_input(config, tokenizer)
 
 
 def embedded_corpus(config: DataConfig, max_files: int | None = None) -> Path:
@@ -56,9 +64,11 @@ def embedded_corpus(config: DataConfig, max_files: int | None = None) -> Path:
     output = Path(config.cache).expanduser() / name
     if is_corpus(output):
         return output
-    settings = PrepareConfig(input=EMBEDDED, output=str(output), vocab_size=config.vocab_size)
+    settings = PrepareConfig(
+        input=EMBEDDED, output=str(output), vocab_size=config.vocab_size, heldout_fraction=EMBEDDED_HELDOUT
+    )
     check_prepare(settings)
-    source = embedded_source(max_files)
+    documents = embedded_input(max_files)
     lock = output.with_name(f".{output.name}.lock")
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
@@ -69,96 +79,96 @@ def embedded_corpus(config: DataConfig, max_files: int | None = None) -> Path:
         if is_corpus(output):
             return output
         try:
-            return write_corpus(settings, source, output)
+            write_corpus(settings, documents, str(output), None)
         except CorpusError:
-            if is_corpus(output):  # another machine on a shared disk was faster
-                return output
-            raise
-
-
-def write_corpus(config: PrepareConfig, source: Source, output: Path) -> Path:
-    """Tokenizes `source` into the directory `output`, which appears when it is whole and not before."""
-    with staged(output, _plan(config, source)) as staging:
-        directory = staging.directory
-        tokenizer = _tokenizer(config, source, directory / TOKENIZER_FILE)
-        np.save(directory / TOKEN_BYTES_FILE, tokenizer.token_bytes)
-        writers = {split: ShardWriter(staging, split, config.shard_tokens) for split in SPLITS}
-        _tokenize(config, source, tokenizer, staging, writers)
-        _check_splits(config, *(writers[split].documents for split in (TRAIN, HELDOUT)))
-        manifest = Manifest(
-            vocab_size=tokenizer.vocab_size,
-            eod_token=tokenizer.eod_token,
-            eod_id=tokenizer.eod_id,
-            tokenizer=file_info(directory / TOKENIZER_FILE),
-            token_bytes=file_info(directory / TOKEN_BYTES_FILE),
-            splits={split: writer.finish() for split, writer in writers.items()},
-            source=source.description
-            | {"blank_documents": sum(writer.blank for writer in writers.values()), "split_seed": config.seed},
-        )
-        write_manifest(directory, manifest)
+            if not is_corpus(output):  # else another machine on a shared disk was faster
+                raise
     return output
 
 
-def _plan(config: PrepareConfig, source: Source) -> dict[str, Any]:
+def write_corpus(config: PrepareConfig, source: Input, output: str, given: Tokenizer | None) -> str:
+    """Tokenizes `source` into `output`, which is a corpus when it is whole and not before.
+
+    Args:
+        given: the tokenizer, where it is not to be trained.
+    """
+    for line in source.left_out:
+        print(f"left out: {line}", flush=True)
+    pieces = cut_into_pieces(source.sizes, config.piece_bytes, config.shuffle)
+    plan = plan_of(config, source, len(pieces), given)
+    with staged(output, plan, config.part) as staging:
+        tokenizer = given_tokenizer(config, source, staging, given)
+        job = job_of(config, source, pieces, tokenizer, staging)
+        part, parts = part_of(config.part)
+        _make_missing(job, range(part, len(pieces), parts), config)
+        if parts == 1:
+            finish(staging, plan)
+    return output
+
+
+def plan_of(config: PrepareConfig, source: Input, num_pieces: int, given: Tokenizer | None) -> dict[str, Any]:
     """What the bytes of a corpus follow from, as JSON gives it back."""
     plan = {name: value for name, value in asdict(config).items() if name not in FREE}
-    if config.tokenizer != TRAIN_TOKENIZER:
-        plan["the tokenizer's content"] = Tokenizer.from_path(config.tokenizer, config.eod_token).sha256
-    plan["the input's files"] = digest_of(list(source.identity))
+    plan["input"] = redacted(config.input)
+    if given is not None:
+        plan["the tokenizer's content"] = given.sha256
+    plan["the input's files"] = digest_of(source.identity)
     plan["corpus format"] = MANIFEST_VERSION
-    return plan | {package.__name__: package.__version__ for package in (tokenizers, pyarrow)}
+    plan |= {package.__name__: package.__version__ for package in (tokenizers, pyarrow)}
+    return plan | {PIECES: num_pieces, "description": source.description}
 
 
-def _tokenizer(config: PrepareConfig, source: Source, file: Path) -> Tokenizer:
-    """The tokenizer of the corpus, which lies in `file` from now on."""
-    if not file.is_file():
-        if config.tokenizer == TRAIN_TOKENIZER:
-            tokenizer = train_bpe(_training_texts(config, source), config.vocab_size)
-        else:
-            tokenizer = Tokenizer.from_path(config.tokenizer, config.eod_token)
-        temporary = file.parent.with_name(f".{file.name}.{os.getpid()}")
-        tokenizer.save(temporary)
-        os.replace(temporary, file)
-    return Tokenizer.from_path(file, config.eod_token)
+def job_of(
+    config: PrepareConfig, source: Input, pieces: tuple[tuple[int, ...], ...], tokenizer: Tokenizer, staging: Staging
+) -> Job:
+    """The work that settings ask for."""
+    return Job(
+        source,
+        pieces,
+        tokenizer,
+        staging,
+        config.shard_tokens,
+        heldout_share(config.heldout_fraction, config.heldout_tokens, int(source.sizes.sum())),
+        config.seed,
+        config.shuffle,
+        config.on_corrupt == SKIP,
+    )
 
 
-def _training_texts(config: PrepareConfig, source: Source) -> Iterator[str]:
+def given_tokenizer(config: PrepareConfig, source: Input, staging: Staging, given: Tokenizer | None) -> Tokenizer:
+    """The tokenizer of the corpus, given or trained, which lies in the staging directory from now on."""
+    path = join(staging.root, TOKENIZER_FILE)
+    if not exists(path):
+        write_file(path, (given or train_bpe(_training_texts(config, source), config.vocab_size)).text)
+    return Tokenizer(read_file(path, Faults()).decode(), config.eod_token, f"tokenizer={config.tokenizer}")
+
+
+def _training_texts(config: PrepareConfig, source: Input) -> Iterator[str]:
     """The first `train_bytes` of the training split: held-out text must not shape the tokenizer."""
+    share = heldout_share(config.heldout_fraction, config.heldout_tokens, int(source.sizes.sum()))
     num_bytes = 0
-    for document in source.documents():
-        if is_held_out(document, config.heldout_fraction, config.seed):
-            continue
-        yield document.text
-        num_bytes += len(document.text.encode())
-        if num_bytes >= config.train_bytes:
-            return
+    for unit in range(len(source.sizes)):
+        for document in source.documents(unit, Faults()):
+            if document is None or is_held_out(document.key, share, config.seed):
+                continue
+            yield str(document.content)
+            num_bytes += len(str(document.content).encode())
+            if num_bytes >= config.train_bytes:
+                return
 
 
-def _tokenize(
-    config: PrepareConfig, source: Source, tokenizer: Tokenizer, staging: Staging, writers: dict[str, ShardWriter]
-) -> None:
-    """Encodes every document that is in no finished shard into its split's writer."""
-    encoder = Encoder(tokenizer, config.heldout_fraction, config.seed, staging.cursors)
-    done = sum(finished.shard.bytes for shards in staging.finished.values() for finished in shards)
-    if staging.count:
-        print(f"going on after {staging.count} finished shards in {staging.root}", flush=True)
-    processes = config.processes or os.cpu_count() or 1
-    with byte_bar("tokenizing", source.num_bytes, done=done) as bar:
-        for begin, splits in encode_all(encoder, source.batches(staging.begin), processes):
-            for split, encoded in splits.items():
-                writers[split].add(encoded, begin)
-                bar.update(sum(encoded.num_bytes))
-
-
-def _check_splits(config: PrepareConfig, num_train: int, num_heldout: int) -> None:
-    if num_train + num_heldout == 0:
-        raise CorpusError(f"input={config.input} is empty: there is no text to prepare")
-    if num_train == 0:
-        raise CorpusError(
-            f"heldout_fraction={config.heldout_fraction} held out all {num_heldout} documents: lower it or add text"
+def _make_missing(job: Job, numbers: range, config: PrepareConfig) -> None:
+    """Makes the pieces among `numbers` that are not finished."""
+    finished = job.staging.records()
+    missing = [number for number in numbers if number not in finished]
+    done = sum(record.num_bytes for number, record in finished.items() if number in numbers)
+    if done:
+        print(
+            f"going on after {len(numbers) - len(missing)} finished pieces in {redacted(job.staging.root)}", flush=True
         )
-    if num_heldout == 0 and config.heldout_fraction > 0:
-        raise CorpusError(
-            f"heldout_fraction={config.heldout_fraction} held out none of {num_train} documents: "
-            "raise it, or set it to 0 for a corpus without evaluation"
-        )
+    total = int(job.input.sizes[[unit for number in numbers for unit in job.pieces[number]]].sum())
+    with byte_bar("tokenizing", max(total, done), done=done) as bar:
+        for record in make_pieces(job, missing, config.processes or available_cores()):
+            bar.update(record.num_bytes)
+            for line in record.skipped:
+                print(f"left out: {line}", flush=True)

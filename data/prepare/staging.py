@@ -1,8 +1,14 @@
-"""The directory in which a corpus is made: what of it is finished, for which input and settings, and its last move.
+"""A corpus while it is being made, in a directory or below a URL beside where it will lie.
 
-OUTPUT.partial/plan.json       what the corpus is made from
-OUTPUT.partial/finished.jsonl  a line for each finished shard, written after the shard itself has reached the disk
-OUTPUT.partial/corpus/         the files, which become OUTPUT all at once
+OUTPUT.partial/plan.json           what it is made from and how: only the same plan goes on
+OUTPUT.partial/tokenizer.json      its tokenizer
+OUTPUT.partial/pieces/00012.json   a record for each finished piece of the input, written after its shards
+OUTPUT.partial/heldout/            the held-out documents of each piece
+OUTPUT.partial/corpus/             the training shards, which become OUTPUT all at once
+
+On a file system of objects nothing can be renamed: there the training shards lie in OUTPUT from the start, and the
+manifest, which comes last, makes them a corpus. Every file is written whole, and the same piece gives the same bytes,
+so that processes and machines may work on one corpus, be killed, and go on.
 """
 
 import json
@@ -10,128 +16,110 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from data.errors import CorpusError, changes, one_line
-from data.files import locked, write_whole
-from data.prepare.documents import START, Place
-from data.read.manifest import SPLITS, ShardInfo
+from data.files import locked
+from data.read.faults import Faults
+from data.read.listing import MANIFEST_FILE
+from data.read.manifest import SPLITS, TRAIN, ShardInfo
+from data.read.remote import exists, is_url, join, list_sizes, read_file, redacted, remove_tree, write_file
 
 
 @dataclass(frozen=True)
-class Finished:
-    """A finished shard of a split, and what making the next one must know.
+class PieceRecord:
+    """What a finished piece of the input gave: shards by split, blank documents, and what was skipped, by name."""
 
-    Attributes:
-        following: number of the first document that is not in this shard or those before.
-        blank: documents of this split before `following` that were left out as blank.
-        place: where the batch of documents begins that this shard ended in.
-    """
-
-    split: str
-    shard: ShardInfo
-    following: int
+    shards: dict[str, tuple[ShardInfo, ...]]
     blank: int
-    place: Place
+    skipped: tuple[str, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of text."""
+        return sum(shard.bytes for shards in self.shards.values() for shard in shards)
 
 
 class Staging:
-    """A corpus that is being made."""
+    """A corpus that is being made. Picklable."""
 
-    def __init__(self, output: Path) -> None:
-        self.root = output.with_name(f"{output.name}.partial")
-        self.directory = self.root / "corpus"
-        self.finished: dict[str, list[Finished]] = {split: [] for split in SPLITS}
+    def __init__(self, output: str) -> None:
+        self.output = output
+        self.root = f"{output.rstrip('/')}.partial"
+        self.corpus = output if is_url(output) else join(self.root, "corpus")
 
-    @property
-    def begin(self) -> Place:
-        """Where the first document lies that may be needed."""
-        return min((shards[-1].place if shards else START for shards in self.finished.values()), key=lambda p: p.number)
-
-    @property
-    def cursors(self) -> dict[str, int]:
-        """For each split the number of the first document that is not in a finished shard."""
-        return {split: shards[-1].following if shards else 0 for split, shards in self.finished.items()}
-
-    @property
-    def count(self) -> int:
-        """Finished shards."""
-        return sum(map(len, self.finished.values()))
+    def folder(self, split: str) -> str:
+        """Where the shards of a split are written."""
+        return self.corpus if split == TRAIN else join(self.root, "heldout")
 
     def open(self, plan: dict[str, Any]) -> None:
-        """Makes the directory, or takes up what one with the same plan holds.
+        """Writes the plan, or finds the same one there.
 
         Raises:
-            CorpusError: finished shards of another plan are there.
+            CorpusError: pieces of another plan are there.
         """
-        before = self._read_plan()
-        if before == plan:
-            self._read_finished()
-        elif before is not None:
-            self._read_finished()
-            if self.count:
-                self._refuse(before, plan)
+        before = self.plan()
+        if before is not None and before != plan:
+            if finished := len(list_sizes(join(self.root, "pieces"))):
+                raise CorpusError(
+                    f"{redacted(self.root)} holds {finished} finished pieces that were made otherwise: "
+                    f"{changes(before, plan)}: set this as before to go on, or delete {redacted(self.root)} to start "
+                    f"over"
+                )
             self.discard()
-        self.directory.mkdir(parents=True, exist_ok=True)
-        write_whole(self.root / "plan.json", json.dumps(plan))
+        if before != plan:
+            write_file(join(self.root, "plan.json"), json.dumps(plan, indent=1))
 
-    def note(self, finished: Finished) -> None:
-        """Records a shard; its file must lie on the disk."""
-        self.finished[finished.split].append(finished)
-        with (self.root / "finished.jsonl").open("a", encoding="utf-8") as journal:
-            journal.write(json.dumps(asdict(finished)) + "\n")
-            journal.flush()
-            os.fsync(journal.fileno())
+    def plan(self) -> dict[str, Any] | None:
+        """What is being made here; None where nothing is."""
+        path = join(self.root, "plan.json")
+        if not exists(path):
+            return None
+        try:
+            return json.loads(read_file(path, Faults()))
+        except ValueError as error:
+            raise CorpusError(
+                f"{redacted(path)} is damaged ({one_line(error)}): delete {redacted(self.root)}"
+            ) from error
 
-    def publish(self, output: Path) -> None:
+    def note(self, piece: int, record: PieceRecord) -> None:
+        """Records a finished piece."""
+        write_file(join(self.root, f"pieces/{piece:05d}.json"), json.dumps(asdict(record)))
+
+    def records(self) -> dict[int, PieceRecord]:
+        """Finished pieces whose shards are all there."""
+        sizes = {split: list_sizes(self.folder(split)) for split in SPLITS}
+        found = {}
+        for name in sorted(list_sizes(join(self.root, "pieces"))):
+            fields = json.loads(read_file(join(self.root, f"pieces/{name}"), Faults()))
+            shards = {split: tuple(ShardInfo(**shard) for shard in fields["shards"][split]) for split in SPLITS}
+            if all(sizes[split].get(shard.file) == shard.size for split in SPLITS for shard in shards[split]):
+                record = PieceRecord(shards, fields["blank"], tuple(fields["skipped"]))
+                found[int(name.removesuffix(".json"))] = record
+        return found
+
+    def publish(self) -> None:
         """Gives the finished corpus its name."""
-        self.directory.rename(output)
+        if not is_url(self.output):
+            check_free(self.output)
+            for left in Path(self.corpus).glob(".*"):  # torn off by a kill while it was written
+                left.unlink()
+            os.rename(self.corpus, self.output)
         self.discard()
 
     def discard(self) -> None:
-        """Deletes everything."""
-        shutil.rmtree(self.root, ignore_errors=True)
-        self.finished = {split: [] for split in SPLITS}
-
-    def _refuse(self, before: dict[str, Any], plan: dict[str, Any]) -> None:
-        raise CorpusError(
-            f"{self.root} holds {self.count} finished shards that were made otherwise: {changes(before, plan)}: set "
-            f"this as before to go on, or delete {self.root} to start over"
-        )
-
-    def _read_plan(self) -> dict[str, Any] | None:
-        try:
-            return json.loads((self.root / "plan.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-
-    def _read_finished(self) -> None:
-        """Shards of the journal whose files are there; a line torn off by a crash is left out, and what follows it."""
-        journal = self.root / "finished.jsonl"
-        lines = journal.read_text(encoding="utf-8").splitlines(keepends=True) if journal.is_file() else []
-        kept = []
-        for line in lines:
-            if not line.endswith("\n"):
-                break
-            fields = json.loads(line)
-            shard, place = ShardInfo(**fields.pop("shard")), Place(*fields.pop("place"))
-            file = self.directory / shard.file
-            if not file.is_file() or file.stat().st_size != shard.size:
-                break
-            self.finished[fields["split"]].append(Finished(**fields, shard=shard, place=place))
-            kept.append(line)
-        if len(kept) < len(lines):
-            write_whole(journal, "".join(kept))
+        """Deletes everything but what is published."""
+        remove_tree(self.root)
 
 
 @contextmanager
-def staged(output: Path, plan: dict[str, Any]) -> Iterator[Staging]:
-    """The directory of a corpus that becomes `output` at the end.
+def staged(output: str, plan: dict[str, Any], part: str | None) -> Iterator[Staging]:
+    """The place where a corpus, or a part of one, is made.
 
-    A mistake before the first shard is finished leaves nothing behind; whatever else ends the work leaves what is
+    A mistake before the first piece is finished leaves nothing behind; whatever else ends the work leaves what is
     finished, and the next call with the same plan goes on from there.
 
     Raises:
@@ -139,32 +127,34 @@ def staged(output: Path, plan: dict[str, Any]) -> Iterator[Staging]:
     """
     check_free(output)
     staging = Staging(output)
-    try:
-        staging.root.mkdir(parents=True, exist_ok=True)
-        with locked(staging.root / "lock", wait=False):
-            yield from _used(staging, output, plan)
-    except BlockingIOError as error:
-        raise CorpusError(f"output={output} is being made by another process: wait for it, or end it") from error
-    except OSError as error:
-        raise CorpusError(f"output={output} cannot be written: {one_line(error)}") from error
+    with ExitStack() as stack:
+        try:
+            if not is_url(output):
+                Path(staging.root).mkdir(parents=True, exist_ok=True)
+                name = "lock" if part is None else f"lock-{part.replace('/', '-of-')}"
+                stack.enter_context(locked(Path(staging.root) / name, wait=False))
+            staging.open(plan)
+            yield staging
+        except BlockingIOError as error:
+            raise CorpusError(f"output={output} is being made by another process: wait for it, or end it") from error
+        except OSError as error:
+            raise CorpusError(f"output={redacted(output)} cannot be written: {one_line(error)}") from error
+        except CorpusError:
+            if part is None and not is_url(output) and not list_sizes(join(staging.root, "pieces")):
+                shutil.rmtree(staging.root, ignore_errors=True)
+            raise
+        except (KeyboardInterrupt, SystemExit):
+            finished = len(list_sizes(join(staging.root, "pieces")))
+            print(f"{finished} finished pieces stay in {staging.root}: the same command goes on", file=sys.stderr)
+            raise
 
 
-def _used(staging: Staging, output: Path, plan: dict[str, Any]) -> Iterator[Staging]:
-    staging.open(plan)
-    try:
-        yield staging
-        check_free(output)
-        staging.publish(output)
-    except CorpusError:
-        if not staging.count:
-            staging.discard()
-        raise
-    except (KeyboardInterrupt, SystemExit):
-        print(f"{staging.count} finished shards stay in {staging.root}: the same command goes on", file=sys.stderr)
-        raise
-
-
-def check_free(output: Path) -> None:
-    """Refuses a directory that holds something."""
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise CorpusError(f"output={output} exists already: name a new directory, or delete it first")
+def check_free(output: str) -> None:
+    """Refuses a place that holds something."""
+    if is_url(output):
+        taken = exists(join(output, MANIFEST_FILE))
+    else:
+        path = Path(output)
+        taken = path.exists() and not (path.is_dir() and not any(path.iterdir()))
+    if taken:
+        raise CorpusError(f"output={redacted(output)} exists already: name a new directory, or delete it first")

@@ -4,15 +4,16 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from data.errors import CorpusError, one_line
 from data.read.faults import BrokenUnit, Faults
 from data.read.remote import File, is_url
-from data.read.rows import RowReader, column_path, take_column
+from data.read.rows import Rows, column_path, take_column
 
 
-class ArrowReader(RowReader):
+class ArrowRows(Rows):
     """A unit is rows of about `unit_bytes` together."""
 
     def __init__(self, path: str, files: list[File], *arguments: Any, **settings: Any) -> None:
@@ -28,6 +29,10 @@ class ArrowReader(RowReader):
     @property
     def num_units(self) -> int:
         return len(self._windows)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        return np.full(self.num_units, self.unit_bytes, dtype=np.int64)
 
     def file_of(self, unit: int) -> int:
         return self._windows[unit][0]

@@ -132,6 +132,18 @@ class Corpus:
             raise broken_file(self.root, path.name, f"cannot be read: {one_line(error)}") from error
 
 
+def damaged_files(directory: Path, manifest: Manifest) -> list[FileInfo]:
+    """The files of a corpus that are missing, or are not as prepare left them."""
+    found = []
+    with byte_bar("proving the corpus", sum(info.size for info in manifest.files)) as bar:
+        for info in manifest.files:
+            path = directory / info.file
+            if not path.is_file() or (file_info(path).size, file_info(path).sha256) != (info.size, info.sha256):
+                found.append(info)
+            bar.update(info.size)
+    return found
+
+
 def check_corpus(path: str) -> str:
     """A line about a corpus of which every hash, count, token and end of a document has been proved.
 

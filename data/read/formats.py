@@ -1,46 +1,54 @@
-"""Which reader reads files of which ending."""
+"""Which class reads files of which ending."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
-from data.config import TRAIN_SPLIT, UNIT_BYTES
+from data.config import UNIT_BYTES
 from data.errors import CorpusError
-from data.read.arrow_files import ArrowReader
+from data.read.arrow_files import ArrowRows
 from data.read.compressed import ending_of
-from data.read.json_files import JsonReader
-from data.read.listing import ROW_ENDINGS, list_files
-from data.read.parquet_files import ParquetReader
-from data.read.rows import RowReader
-from data.text.tokenizer import Tokenizer
+from data.read.json_files import JsonRows
+from data.read.listing import ROW_ENDINGS, Listing
+from data.read.parquet_files import ParquetRows
+from data.read.rows import Rows
+from data.read.text_files import TextRows
 
-KINDS: tuple[Callable[..., RowReader], ...] = (ParquetReader, JsonReader, JsonReader, ArrowReader)
+KINDS: tuple[Callable[..., Rows], ...] = (ParquetRows, JsonRows, JsonRows, ArrowRows)
 READERS = dict(zip(ROW_ENDINGS, KINDS, strict=True))
+TEXT_ENDING = ".txt"
 
 
 def open_rows(
     path: str,
+    listing: Listing,
     column: str,
-    tokenizer: Tokenizer,
-    split: str = TRAIN_SPLIT,
     skips: bool = False,
     unit_bytes: int = UNIT_BYTES,
+    setting: str = "data.column",
+    sample_by: str = "document",
     cache: Path | None = None,
-) -> RowReader:
-    """The reader of the files of a path.
+) -> Rows:
+    """The rows of a column of listed files.
 
     Args:
-        split: of those that the files' names tell apart.
+        path: what the user calls them.
         skips: leave out rows and files that cannot be used.
         unit_bytes: how much of JSON lines and arrow files is read together.
+        setting: the name of the column's setting, for messages.
+        sample_by: what a document is in plain text.
         cache: directory that keeps what need not be found out by every process.
     Raises:
-        CorpusError: there is none, or they are of several kinds.
+        CorpusError: they are of several kinds.
     """
-    listing = list_files(path, ROW_ENDINGS, split)
-    readers = {READERS[ending_of(file.path)] for file in listing.files}
-    if len(readers) > 1:
-        endings = sorted({ending_of(file.path) for file in listing.files})
-        raise CorpusError(f"data.corpus={path} mixes {' and '.join(endings)}: give files of one kind")
-    reader = readers.pop()(path, listing.files, column, tokenizer, skips, unit_bytes, cache=cache)
-    reader.left_out = (*listing.left_out, *reader.left_out)
-    return reader
+    endings = {ending_of(file.path) for file in listing.files}
+    kinds = READERS | {TEXT_ENDING: partial(TextRows, sample_by=sample_by)}
+    if len({kinds[ending] for ending in endings}) > 1:
+        raise CorpusError(f"{path} mixes {_and(endings)}: give files of one kind")
+    rows = kinds[endings.pop()](path, listing.files, column, skips, unit_bytes, setting, cache)
+    rows.left_out = (*listing.left_out, *rows.left_out)
+    return rows
+
+
+def _and(endings: Iterable[str]) -> str:
+    return " and ".join(sorted(endings))

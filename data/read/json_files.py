@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.json as pj
 
@@ -17,20 +18,23 @@ from data.errors import CorpusError, one_line
 from data.read.compressed import ending_of, is_compressed, line_blocks, unpacked
 from data.read.faults import BrokenUnit, Faults
 from data.read.remote import File, fetch
-from data.read.rows import RowReader, take_column
+from data.read.rows import Rows, take_column
 
+PACKED = 3  # bytes of text in a byte of a compressed file, roughly
 COUNTED_BYTES = 2**30  # lines of a file are counted so far when one is named; further on its byte has to do
 
 
-class JsonReader(RowReader):
+class JsonRows(Rows):
     """A unit is what begins in a piece of `unit_bytes`, to the end of its last line; what is compressed is whole."""
 
     def __init__(self, path: str, files: list[File], *arguments: Any, **settings: Any) -> None:
         super().__init__(path, files, *arguments, **settings)
         self._lists: set[int] = set()
+        self._wholes: set[int] = set()
         self._pieces: list[tuple[int, int]] = []  # file, first byte
         for number, is_whole in self.usable(files, map(self._is_whole, range(len(files)))):
             stop = 1 if is_whole else files[number].size
+            self._wholes |= {number} if is_whole else set()
             self._pieces += [(number, start) for start in range(0, stop, self.unit_bytes)]
 
     def _is_whole(self, number: int) -> bool:
@@ -45,6 +49,12 @@ class JsonReader(RowReader):
     @property
     def num_units(self) -> int:
         return len(self._pieces)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        whole = {number: PACKED * self.files[number].size for number in self._wholes}
+        pieces = [whole.get(n, min(self.unit_bytes, self.files[n].size - start)) for n, start in self._pieces]
+        return np.array(pieces, dtype=np.int64)
 
     def file_of(self, unit: int) -> int:
         return self._pieces[unit][0]

@@ -38,7 +38,7 @@ SIDE_FILES = frozenset(
 )
 ROW_ENDINGS = (".parquet", ".jsonl", ".json", ".arrow")  # of files that training reads as they are
 MANIFEST_FILE = "manifest.json"
-PREPARED_SHARD = re.compile(r"(train|heldout)-\d{5}(-\d{5})?\.parquet")
+PREPARED_SHARD = re.compile(r"(train|heldout)-\d{5,}(-\d{5,})?\.parquet")
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,8 @@ def list_files(path: str, endings: tuple[str, ...], split: str = TRAIN_SPLIT, se
     files = {_relative(file, found): file for file in found.files}
     data = {name: file for name, file in files.items() if is_data(name, endings)}
     _refuse_prepared(path, files, setting)
+    if found.root is None and split != TRAIN_SPLIT:
+        raise CorpusError(f"{setting}={redacted(path)} is no directory, so it has no split {split}: name its files")
     left_out: list[str] = []
     if found.root is not None:
         data = _without_caches(data, files, left_out)

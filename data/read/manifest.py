@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import CorpusError, one_line
-from data.files import write_whole
 from data.read.compressed import ending_of
 from data.read.faults import Faults
 from data.read.listing import MANIFEST_FILE, ROW_ENDINGS
-from data.read.remote import exists, is_url, join, read_file, redacted
+from data.read.remote import exists, is_url, join, read_file, redacted, write_file
 
 FORMAT = "token-corpus"
 MANIFEST_VERSION = 1
@@ -49,7 +48,10 @@ class Totals:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything about a corpus but its tokens. `token_bytes` is the file of `Tokenizer.token_bytes`."""
+    """Everything about a corpus but its tokens.
+
+    `token_bytes` is the file of `Tokenizer.token_bytes`; `plan` what the corpus was prepared from and how, for repairs.
+    """
 
     vocab_size: int
     eod_token: str
@@ -58,6 +60,7 @@ class Manifest:
     token_bytes: FileInfo
     source: dict[str, str | int]
     splits: Mapping[str, Sequence[ShardInfo]]
+    plan: dict[str, Any] | None = None
 
     @property
     def files(self) -> list[FileInfo]:
@@ -102,14 +105,19 @@ def file_info(path: Path) -> FileInfo:
     return FileInfo(path.name, path.stat().st_size, digest)
 
 
-def write_manifest(directory: Path, manifest: Manifest) -> None:
+def info_of(name: str, content: bytes) -> FileInfo:
+    """What a manifest says of a file with this content."""
+    return FileInfo(name, len(content), hashlib.sha256(content).hexdigest())
+
+
+def write_manifest(root: str, manifest: Manifest) -> None:
     """The manifest makes a directory a corpus, so it comes last and all at once."""
     fields = asdict(manifest)
     fields["splits"] = {
         split: asdict(manifest.totals(split)) | {"shards": shards} for split, shards in fields["splits"].items()
     }
     header = {"format": FORMAT, "version": MANIFEST_VERSION, "fingerprint": manifest.fingerprint}
-    write_whole(directory / MANIFEST_FILE, json.dumps(header | fields, indent=1) + "\n")
+    write_file(join(root, MANIFEST_FILE), json.dumps(header | fields, indent=1) + "\n")
 
 
 def read_manifest(root: str) -> Manifest:
@@ -148,6 +156,7 @@ def _from_fields(fields: dict[str, Any]) -> Manifest:
         token_bytes=FileInfo(**fields["token_bytes"]),
         source=fields["source"],
         splits=splits,
+        plan=fields.get("plan"),
     )
 
 

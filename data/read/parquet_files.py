@@ -18,15 +18,14 @@ from data.read.faults import BrokenUnit, Faults
 from data.read.index import Index, built_once
 from data.read.readers import digest_of
 from data.read.remote import File, RangeFile, fetch
-from data.read.rows import RowReader, column_path, take_column
-from data.read.units import Sizes
+from data.read.rows import Counts, Rows, column_path, take_column
 
 FOOTER_BYTES = 2**16  # fetched at once from the end of a parquet file; longer footers take a second fetch
 FOOTER_THREADS = 16
-FOOTERS_VERSION = 1  # of the index that they are kept in
+FOOTERS_VERSION = 2  # of the index that they are kept in
 
 
-class ParquetReader(RowReader):
+class ParquetRows(Rows):
     """Footers tell how many values each row group holds, so token lists are never read to be counted."""
 
     def __init__(self, path: str, files: list[File], *arguments: Any, **settings: Any) -> None:
@@ -34,6 +33,7 @@ class ParquetReader(RowReader):
         index = self._read_footers() if self.cache is None else built_once(self._place(self.cache), self._read_footers)
         self._groups = index.arrays["groups"]  # int64 [units, 3]: file, group within it, first row within the file
         self._counts = index.arrays["counts"]  # int64 [units, 3]: rows, values, lists without values (-1: unknown)
+        self._sizes = index.arrays["sizes"]  # int64 [units]: bytes of the column, not compressed
         self._path_of = index.arrays["path_of"]  # int64 [files]
         self._paths: list[list[str]] = index.notes["paths"]  # names down to the column
         self._digest: str = index.notes["digest"]
@@ -47,6 +47,7 @@ class ParquetReader(RowReader):
         files, digest = self.files, sha256()
         groups: list[tuple[int, int, int]] = []
         counts: list[tuple[int, int, int]] = []
+        sizes: list[int] = []
         paths: dict[tuple[str, ...], int] = {}
         path_of = np.zeros(len(files), dtype=np.int64)
         with ThreadPoolExecutor(FOOTER_THREADS) as pool, count_bar(f"footers of {self.path}", len(files)) as bar:
@@ -55,13 +56,15 @@ class ParquetReader(RowReader):
                 digest.update(footer)
                 path = self._column_path(number, metadata)
                 path_of[number] = paths.setdefault(path, len(paths))
-                for group, first, count in _row_groups(metadata, ".".join(path)):
+                for group, first, count, size in _row_groups(metadata, ".".join(path)):
                     groups.append((number, group, first))
                     counts.append(count)
+                    sizes.append(size)
                 bar.update()
         arrays = {
             "groups": np.array(groups, dtype=np.int64).reshape(-1, 3),
             "counts": np.array(counts, dtype=np.int64).reshape(-1, 3),
+            "sizes": np.array(sizes, dtype=np.int64),
             "path_of": path_of,
         }
         notes = {"paths": [list(path) for path in paths], "digest": digest.hexdigest(), "left_out": self.left_out}
@@ -77,6 +80,10 @@ class ParquetReader(RowReader):
     @property
     def num_units(self) -> int:
         return len(self._groups)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        return self._sizes
 
     def file_of(self, unit: int) -> int:
         return int(self._groups[unit][0])
@@ -99,25 +106,20 @@ class ParquetReader(RowReader):
             raise BrokenUnit(f"{self.label(unit)} is corrupt: {one_line(error)}") from error
         yield 0, rows
 
-    def known(self) -> Sizes | None:
+    def counts(self) -> Counts | None:
         rows, values, nulls = self._counts.T
-        if self.is_text or (nulls < 0).any():
-            return None
-        # A list that is missing or empty counts as one value, which is null.
-        documents = rows - nulls
-        tokens = values - nulls + (documents if self.appends_eod else 0)
-        return Sizes(documents, tokens, nulls, self._digest)
+        return None if (nulls < 0).any() else Counts(rows, values, nulls, self._digest)
 
 
-def _row_groups(metadata: pq.FileMetaData, dotted: str) -> Iterator[tuple[int, int, tuple[int, int, int]]]:
-    """(number, first row, (rows, values, lists without values)) of each row group of a file."""
+def _row_groups(metadata: pq.FileMetaData, dotted: str) -> Iterator[tuple[int, int, tuple[int, int, int], int]]:
+    """(number, first row, (rows, values, lists without values), bytes) of each row group of a file."""
     leaves = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
     leaf = next(i for i, leaf in enumerate(leaves) if leaf == dotted or leaf.startswith(f"{dotted}."))
     first = 0
     for group in range(metadata.num_row_groups):
         chunk, rows = metadata.row_group(group).column(leaf), metadata.row_group(group).num_rows
         nulls = chunk.statistics.null_count if chunk.statistics and chunk.statistics.has_null_count else -1
-        yield group, first, (rows, chunk.num_values, nulls)
+        yield group, first, (rows, chunk.num_values, nulls), chunk.total_uncompressed_size
         first += rows
 
 

@@ -2,6 +2,8 @@
 
 import glob
 import io
+import os
+import shutil
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -13,6 +15,7 @@ from typing import Any
 import fsspec
 
 from data.errors import CorpusError, one_line
+from data.files import write_whole
 from data.read.faults import Faults, retrying
 
 TIMEOUT_S = 60
@@ -90,6 +93,45 @@ def read_file(path: str, faults: Faults) -> bytes:
         filesystem, name = _filesystem(path)
         return retrying(redacted(path), lambda: filesystem.cat_file(name), faults)
     return retrying(path, Path(path).expanduser().read_bytes, faults)
+
+
+def write_file(path: str, content: bytes | str) -> None:
+    """Writes a file so that it is there whole or not at all, with the directories above it."""
+    if is_url(path):
+        filesystem, name = _filesystem(path)
+        written = content.encode() if isinstance(content, str) else content
+        retrying(redacted(path), lambda: filesystem.pipe_file(name, written), Faults())
+        return
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_whole(Path(path), content)
+
+
+def list_sizes(folder: str) -> dict[str, int]:
+    """Name and size of each file directly in a directory or below a URL; nothing where there is none."""
+    if not is_url(folder):
+        found = os.scandir(folder) if os.path.isdir(folder) else ()
+        return {entry.name: entry.stat().st_size for entry in found if entry.is_file() and entry.name[0] != "."}
+    filesystem, name = _filesystem(folder)
+
+    def read() -> dict[str, int]:
+        filesystem.invalidate_cache()
+        try:
+            infos = filesystem.ls(name, detail=True)
+        except FileNotFoundError:
+            return {}
+        return {info["name"].rpartition("/")[2]: info["size"] for info in infos if info["type"] == "file"}
+
+    return retrying(redacted(folder), read, Faults())
+
+
+def remove_tree(folder: str) -> None:
+    """Deletes a directory, or everything below a URL."""
+    if not is_url(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    filesystem, name = _filesystem(folder)
+    if filesystem.exists(name):
+        filesystem.rm(name, recursive=True)
 
 
 def join(root: str, name: str) -> str:

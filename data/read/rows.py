@@ -1,16 +1,13 @@
-"""Rows of a column of files as documents: lists of token ids, or text that is tokenized here.
+"""Rows of a column of files: lists of token ids, or text. The type of the column decides.
 
-The type of the column decides. Whether token lists bring their end-of-document token is found out from the first
-documents and then demanded of all others; where they do not, it is appended. A row without text is left out and
-counted. A row that cannot be used is named by file and place; `data.on_corrupt=skip` goes on without it.
+A row without text is left out and counted. A row that cannot be used is named by file and place, or skipped and listed.
 """
 
-import itertools
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,18 +16,24 @@ import pyarrow.compute as pc
 from data.config import UNIT_BYTES
 from data.errors import CorpusError, one_line
 from data.read.faults import BrokenUnit, Faults
-from data.read.readers import Reader
 from data.read.remote import File
-from data.read.units import Unit, ended
-from data.text.tokenizer import Tokenizer
 
 TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
 BYTES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
 LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
 
 
-class RowReader(Reader):
-    """Rows of one column of files.
+class Counts(NamedTuple):
+    """What the files say of the units of a column of lists, and a digest of what says it."""
+
+    rows: np.ndarray  # int64 [units]
+    values: np.ndarray  # int64 [units]: token ids; a list that is missing or empty counts as one
+    nulls: np.ndarray  # int64 [units]: lists that are missing or empty
+    digest: str
+
+
+class Rows(ABC):
+    """Rows of one column of files, in units that are read whole. Picklable: worker processes get a copy.
 
     Args:
         column: its name; `a.b` is the field b of the column a where no column has that very name.
@@ -40,19 +43,19 @@ class RowReader(Reader):
         setting: the name of the column's setting, for messages.
     """
 
+    left_out: tuple[str, ...] = ()
+
     def __init__(
         self,
         path: str,
         files: list[File],
         column: str,
-        tokenizer: Tokenizer,
         skips: bool = False,
         unit_bytes: int = UNIT_BYTES,
         setting: str = "data.column",
         cache: Path | None = None,
     ) -> None:
         self.path, self.files, self.column = path, files, column
-        self.tokenizer, self.vocab_size = tokenizer, tokenizer.vocab_size
         self.skips, self.unit_bytes, self.setting, self.cache = skips, unit_bytes, setting, cache
 
     @property
@@ -62,7 +65,20 @@ class RowReader(Reader):
     @property
     def identity(self) -> list[Any]:
         files = [[file.path, file.size, file.version] for file in self.files]
-        return ["rows", self.column, self.tokenizer.sha256, self.tokenizer.eod_id, files]
+        return ["rows", self.column, files]
+
+    @property
+    @abstractmethod
+    def num_units(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def sizes(self) -> np.ndarray:
+        """int64 [units]: bytes of the column in each, roughly and the same whenever it is asked."""
+
+    @abstractmethod
+    def label(self, unit: int) -> str:
+        """A unit's file and place, for messages."""
 
     @abstractmethod
     def file_of(self, unit: int) -> int:
@@ -83,6 +99,10 @@ class RowReader(Reader):
             return parts[0]
         return pa.concat_arrays(parts) if parts else pa.array([], pa.string())
 
+    def counts(self) -> Counts | None:
+        """How much each unit holds, where the files say it; None where they do not."""
+        return None
+
     def row_label(self, unit: int, row: int) -> str:
         """A row's file and place."""
         return f"{self.files[self.file_of(unit)].shown} ({self.row_name(unit, row)})"
@@ -94,7 +114,7 @@ class RowReader(Reader):
         Raises:
             CorpusError: neither text nor lists of whole numbers.
         """
-        found = self._first[1].type
+        found = self.first[1].type
         is_tokens = any(test(found) for test in LISTS) and pa.types.is_integer(found.value_type)
         if not is_tokens and not any(test(found) for test in TEXT + BYTES):
             raise self.unusable(str(found))
@@ -105,16 +125,7 @@ class RowReader(Reader):
         return is_text(self.column_type)
 
     @cached_property
-    def appends_eod(self) -> bool:
-        """Whether an end-of-document token is put behind each document."""
-        if self.is_text:
-            return True
-        rows = self._first[1]
-        filled = rows.filter(pc.greater(pc.fill_null(pc.list_value_length(rows), 0), 0)).slice(0, 1)
-        return not len(filled) or filled.flatten()[-1].as_py() != self.tokenizer.eod_id
-
-    @cached_property
-    def _first(self) -> tuple[int, pa.Array]:
+    def first(self) -> tuple[int, pa.Array]:
         """The first unit with a row that is not null, and its rows."""
         for unit in range(self.num_units):
             try:
@@ -126,18 +137,6 @@ class RowReader(Reader):
             if len(rows) > rows.null_count:
                 return unit, rows
         return 0, pa.array([], pa.string())
-
-    def read(self, unit: int, faults: Faults) -> Unit:
-        appends, label = self.appends_eod, self.label(unit)
-        rows = self.rows(unit, faults)
-        if self.is_text:
-            texts = [text for text in self.texts(rows, unit, 0, faults) if text and text.strip()]
-            tokens, lengths = self._encode(texts)
-        else:
-            tokens, lengths = self.tokens(rows, unit, 0, faults)
-        lengths = lengths[lengths > 0]
-        empty = len(rows) - len(lengths)
-        return ended(tokens, lengths, appends, self.tokenizer.eod_id, self.vocab_size, label, empty)
 
     def texts(self, rows: pa.Array, unit: int, first: int, faults: Faults) -> list[str | None]:
         """The text of each row, None for one that is missing or skipped; `first` is the number of the first row.
@@ -160,56 +159,6 @@ class RowReader(Reader):
         except UnicodeDecodeError as error:
             self.refuse(f"{self.row_label(unit, row)} holds text that is not UTF-8: {one_line(error)}", faults)
             return None
-
-    def tokens(self, rows: pa.Array, unit: int, first: int, faults: Faults) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of all rows end to end, and the number of each row's; rows that are missing or skipped have none.
-
-        Raises:
-            BrokenUnit: a row cannot be trained on, and such rows are not skipped.
-        """
-        if not len(rows):
-            return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-        if is_text(rows.type) or not pa.types.is_integer(rows.type.value_type):
-            raise BrokenUnit(f"{self.label(unit)} holds {rows.type}, and the files before hold lists of token ids")
-        values = rows.flatten()
-        lengths = pc.fill_null(pc.list_value_length(rows), 0).to_numpy(zero_copy_only=False).astype(np.int64)
-        gaps = np.zeros(0, dtype=np.int64)
-        if values.null_count:
-            gaps = np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))
-            values = pc.fill_null(values, 0)
-        tokens = values.to_numpy(zero_copy_only=False)
-        wrong = self._wrong_rows(tokens, lengths, gaps)
-        if not wrong:
-            return tokens, lengths
-        for row, reason in sorted(wrong.items()):
-            self.refuse(f"{self.row_label(unit, first + row)} {reason}", faults)
-        dropped = np.isin(np.arange(len(lengths)), list(wrong))
-        return tokens[~np.repeat(dropped, lengths)], np.where(dropped, 0, lengths)
-
-    def _wrong_rows(self, tokens: np.ndarray, lengths: np.ndarray, gaps: np.ndarray) -> dict[int, str]:
-        """Row -> what is wrong with it."""
-        ends = np.cumsum(lengths)
-        filled = np.flatnonzero(lengths)
-        has_eod = tokens[ends[filled] - 1] == self.tokenizer.eod_id
-        mixed = filled[has_eod if self.appends_eod else ~has_eod]
-        reason = (
-            f"is one of documents with and without the end-of-document token {self.tokenizer.eod_id} as their last: "
-            f"all must have it, or none"
-        )
-        wrong = dict.fromkeys(mixed.tolist(), reason)
-        for place in np.flatnonzero((tokens >= self.vocab_size) | (tokens < 0)):
-            row = int(np.searchsorted(ends, place, side="right"))
-            wrong[row] = f"holds token {tokens[place]}, outside the vocabulary of {self.vocab_size}"
-        for place in gaps:
-            wrong[int(np.searchsorted(ends, place, side="right"))] = "holds lists with missing token ids"
-        return wrong
-
-    def _encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of every text, end to end, and the number of each."""
-        encoded = self.tokenizer.encode_batch(texts)
-        lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
-        tokens = np.fromiter(itertools.chain.from_iterable(encoded), dtype=np.int32, count=int(lengths.sum()))
-        return tokens, lengths
 
     def refuse(self, message: str, faults: Faults) -> None:
         """Lists what cannot be used, or raises it as BrokenUnit."""

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +83,7 @@ class Tokenizer:
         """The text of `ids`, special tokens included; bytes that are no UTF-8 become U+FFFD."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
-    @property
+    @cached_property
     def token_bytes(self) -> np.ndarray:
         """int32 [vocab_size]: how many UTF-8 bytes of text each token stands for; special tokens none.
 

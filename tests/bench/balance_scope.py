@@ -26,7 +26,8 @@ from torch import Tensor
 
 from data.dataset import Dataset
 from data.order.batches import Batch
-from data.prepare.embedded import embedded_source
+from data.prepare.embedded import embedded_input
+from data.read.faults import Faults
 from model.batch import count_targets
 from model.layers.balance import load_fractions
 from parallel import compat
@@ -65,10 +66,10 @@ def rows_of_kinds(job: Job) -> Tensor:
         ValueError: a package that is too short.
     """
     texts = dict.fromkeys(KINDS, "")
-    for document in embedded_source().documents():
+    for document in filter(None, embedded_input().documents(0, Faults())):
         kind = document.name.split("/")[0]
         if kind in texts:
-            texts[kind] += document.text
+            texts[kind] += str(document.content)
     size, found = ROWS * (job.config.data.seq_length + 1), []
     for kind, ids in zip(texts, job.dataset.tokenizer.encode_batch(list(texts.values())), strict=True):
         if len(ids) < size:

@@ -29,15 +29,12 @@ from data.loader import Loader
 from data.order.batches import BatchSchedule
 from data.order.mixture import MixedStream, Mixture
 from data.order.stream import TokenStream
-from data.prepare.documents import START
-from data.prepare.encoding import Encoded
 from data.prepare.shard_writer import ShardWriter
-from data.prepare.staging import staged
 from data.read.faults import Faults
 from data.read.manifest import HELDOUT, TRAIN, Manifest, ShardInfo, file_info, write_manifest
 from data.read.readers import Reader, Subset
 from data.read.unit_cache import UnitCache
-from data.read.units import Sizes, Unit
+from data.read.units import Sizes, Unit, token_dtype
 
 SHARDS, SHARD_DOCUMENTS, SHARD_TOKENS = 100_000, 100_000, 2**24
 VOCAB, EOD = 151_936, 0
@@ -251,32 +248,26 @@ def write_corpus(output: Path) -> None:
     generator = np.random.default_rng(0)
     lengths = np.diff(np.linspace(0, SHARD_TOKENS, SHARD_DOCUMENTS + 1).astype(np.int64))
     vocabulary = {"<|endoftext|>": EOD} | {f"t{number}": number for number in range(1, VOCAB)}
-    with staged(output, {}) as staging:
-        directory = staging.directory
-        Backend(models.WordLevel(vocabulary, unk_token="t1")).save(str(directory / "tokenizer.json"))
-        np.save(directory / "token_bytes.npy", np.ones(VOCAB, dtype=np.int32))
-        writers = {split: ShardWriter(staging, split, SHARD_TOKENS) for split in (TRAIN, HELDOUT)}
-        for split, shards in ((TRAIN, 4), (HELDOUT, 1)):
-            for _ in range(shards):
-                tokens = (1 + (VOCAB - 1) * generator.random(SHARD_TOKENS) ** 4).astype(np.int32)
-                tokens[np.cumsum(lengths) - 1] = EOD
-                encoded = Encoded(
-                    [*range(len(lengths))], tokens, lengths.tolist(), lengths.tolist(), [""] * len(lengths)
-                )
-                writers[split].add(encoded, START)
-        splits = {split: writer.finish() for split, writer in writers.items()}
-        real, shards = splits[TRAIN], []
-        for number in range(SHARDS):
-            info = real[number % len(real)]
-            name = f"part-{number:06d}.parquet"
-            os.link(directory / info.file, directory / name)
-            shards.append(ShardInfo(name, info.size, info.sha256, info.documents, info.tokens, info.bytes))
-        files = {
-            name: file_info(directory / f"{name}.{end}")
-            for name, end in (("tokenizer", "json"), ("token_bytes", "npy"))
-        }
-        splits[TRAIN] = tuple(shards)
-        write_manifest(directory, Manifest(VOCAB, "<|endoftext|>", EOD, **files, source={}, splits=splits))
+    output.mkdir()
+    Backend(models.WordLevel(vocabulary, unk_token="t1")).save(str(output / "tokenizer.json"))
+    np.save(output / "token_bytes.npy", np.ones(VOCAB, dtype=np.int32))
+    writers = {split: ShardWriter(str(output), split, SHARD_TOKENS) for split in (TRAIN, HELDOUT)}
+    for split, shards in ((TRAIN, 4), (HELDOUT, 1)):
+        for _ in range(shards):
+            tokens = (1 + (VOCAB - 1) * generator.random(SHARD_TOKENS) ** 4).astype(np.int32)
+            tokens[np.cumsum(lengths) - 1] = EOD
+            for document in np.split(tokens.astype(token_dtype(VOCAB)), np.cumsum(lengths)[:-1]):
+                writers[split].add(document, len(document), "")
+    splits = {split: writer.finish() for split, writer in writers.items()}
+    real, shards = splits[TRAIN], []
+    for number in range(SHARDS):
+        info = real[number % len(real)]
+        name = f"part-{number:06d}.parquet"
+        os.link(output / info.file, output / name)
+        shards.append(ShardInfo(name, info.size, info.sha256, info.documents, info.tokens, info.bytes))
+    files = {name: file_info(output / f"{name}.{end}") for name, end in (("tokenizer", "json"), ("token_bytes", "npy"))}
+    splits[TRAIN] = tuple(shards)
+    write_manifest(str(output), Manifest(VOCAB, "<|endoftext|>", EOD, **files, source={}, splits=splits))
 
 
 def open_corpus(root: Path, rank: int, subset: float = 1.0) -> tuple[float, float, int]:

@@ -33,11 +33,9 @@ from data.config import DataConfig
 from data.dataset import Dataset
 from data.loader import Loader
 from data.order.batches import BatchSchedule
-from data.prepare.documents import START
-from data.prepare.encoding import Encoded
 from data.prepare.shard_writer import ShardWriter
-from data.prepare.staging import staged
 from data.read.manifest import HELDOUT, TRAIN, Manifest, file_info, write_manifest
+from data.read.units import token_dtype
 
 VOCAB, EOD = 151_936, 0
 LENGTH, MICRO, GLOBAL = 4096, 4, 16
@@ -73,18 +71,15 @@ def write_documents(root: Path) -> None:
 
 def _write_prepared(output: Path, tokens: np.ndarray, lengths: np.ndarray) -> None:
     vocabulary = {"<|endoftext|>": EOD} | {f"t{number}": number for number in range(1, VOCAB)}
-    with staged(output, {}) as staging:
-        Backend(models.WordLevel(vocabulary, unk_token="t1")).save(str(staging.directory / "tokenizer.json"))
-        np.save(staging.directory / "token_bytes.npy", np.ones(VOCAB, dtype=np.int32))
-        writer = ShardWriter(staging, TRAIN, shard_tokens=2**22)
-        numbers = list(range(len(lengths)))
-        writer.add(Encoded(numbers, tokens, lengths.tolist(), lengths.tolist(), [""] * len(lengths)), START)
-        files = {
-            name: file_info(staging.directory / f"{name}.{end}")
-            for name, end in (("tokenizer", "json"), ("token_bytes", "npy"))
-        }
-        splits = {TRAIN: writer.finish(), HELDOUT: ()}
-        write_manifest(staging.directory, Manifest(VOCAB, "<|endoftext|>", EOD, **files, source={}, splits=splits))
+    output.mkdir()
+    Backend(models.WordLevel(vocabulary, unk_token="t1")).save(str(output / "tokenizer.json"))
+    np.save(output / "token_bytes.npy", np.ones(VOCAB, dtype=np.int32))
+    writer = ShardWriter(str(output), f"{TRAIN}-00000", shard_tokens=2**22)
+    for document in np.split(tokens.astype(token_dtype(VOCAB)), np.cumsum(lengths)[:-1]):
+        writer.add(document, len(document), "")
+    files = {name: file_info(output / f"{name}.{end}") for name, end in (("tokenizer", "json"), ("token_bytes", "npy"))}
+    splits = {TRAIN: writer.finish(), HELDOUT: ()}
+    write_manifest(str(output), Manifest(VOCAB, "<|endoftext|>", EOD, **files, source={}, splits=splits))
 
 
 def _write_megatron(prefix: Path, tokens: np.ndarray, lengths: np.ndarray) -> None:

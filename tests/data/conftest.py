@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from data.config import PrepareConfig
-from data.prepare.documents import Document, Source
+from data.prepare.inputs import Document, DocumentsInput
 from data.prepare.prepare import write_corpus
 from data.read.corpus import Corpus
-from data.text.tokenizer import train_bpe
+from data.text.tokenizer import Tokenizer, train_bpe
 
 WORDS = [
     "packing",
@@ -49,7 +49,7 @@ def make_corpus(tmp_path: Path, tokenizer_file: Path) -> Callable[..., Corpus]:
     """Makes the corpus `name` of the documents text_of(0), text_of(1), ... in shards of about 500 tokens."""
 
     def make(name: str = "corpus", num_documents: int = 120, shard_tokens: int = 500) -> Corpus:
-        documents = [Document(text_of(n), f"text {n}", split_key=str(n)) for n in range(num_documents)]
+        documents = [Document(text_of(n), f"text {n}", key=str(n).encode()) for n in range(num_documents)]
         config = PrepareConfig(
             input=name,
             output=str(tmp_path / name),
@@ -57,8 +57,8 @@ def make_corpus(tmp_path: Path, tokenizer_file: Path) -> Callable[..., Corpus]:
             shard_tokens=shard_tokens,
             heldout_fraction=0.2,
         )
-        source = Source.of({"input": "made up"}, lambda: iter(documents))
-        return Corpus.open(write_corpus(config, source, Path(config.output)))
+        source = DocumentsInput({"input": "made up"}, documents)
+        return Corpus.open(write_corpus(config, source, config.output, Tokenizer.from_path(tokenizer_file)))
 
     return make
 

@@ -40,8 +40,8 @@ def test_cache_below_a_file_cannot_be_written(tmp_path: Path) -> None:
 def test_corpus_path_is_checked(corpus: Corpus, tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match=r"data\.corpus=.*nowhere does not exist"):
         check_data(DataConfig(corpus=str(tmp_path / "nowhere")), 0)
-    (corpus.path / "train-00001.parquet").unlink()
-    with pytest.raises(CorpusError, match=r"train-00001\.parquet is missing"):
+    (corpus.path / "train-00000-00001.parquet").unlink()
+    with pytest.raises(CorpusError, match=r"train-00000-00001\.parquet is missing"):
         check_data(DataConfig(corpus=str(corpus.path)), 0)
 
 

@@ -11,10 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data.errors import CorpusError
-from data.prepare.documents import START
-from data.prepare.encoding import Encoded
 from data.prepare.shard_writer import ShardWriter
-from data.prepare.staging import Staging
 from data.read.corpus import Corpus, check_corpus
 from data.read.faults import Faults
 from data.read.manifest import MANIFEST_FILE, TRAIN, ShardInfo, file_info
@@ -70,27 +67,29 @@ def test_fingerprint_depends_on_the_tokens_and_not_on_the_place(make_corpus: Cal
 
 @pytest.mark.parametrize("position", [0, 300, -1])
 def test_flipped_byte_names_its_shard(corpus: Corpus, position: int) -> None:
-    flip_byte(corpus.path / "train-00001.parquet", position)
-    with pytest.raises(CorpusError, match=r"train-00001\.parquet is corrupt.*prepare --repair"):
+    flip_byte(corpus.path / "train-00000-00001.parquet", position)
+    with pytest.raises(CorpusError, match=r"train-00000-00001\.parquet is corrupt.*prepare --repair"):
         read_everything(corpus.path)
-    with pytest.raises(CorpusError, match=r"train-00001\.parquet is corrupt.*prepare --repair"):
+    with pytest.raises(CorpusError, match=r"train-00000-00001\.parquet is corrupt.*prepare --repair"):
         Corpus.open(corpus.path).verify(progress=False)
 
 
 def test_truncated_shard_is_refused_at_once(corpus: Corpus) -> None:
-    path = corpus.path / "train-00002.parquet"
+    path = corpus.path / "train-00000-00002.parquet"
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(CorpusError, match=r"train-00002\.parquet has \d+ bytes, and the manifest says \d+"):
+    with pytest.raises(CorpusError, match=r"train-00000-00002\.parquet has \d+ bytes, and the manifest says \d+"):
         Corpus.open(corpus.path)
 
 
 def test_shard_truncated_after_opening_is_refused_when_read(corpus: Corpus) -> None:
-    (corpus.path / "train-00000.parquet").write_bytes(b"")
-    with pytest.raises(CorpusError, match=r"train-00000\.parquet has 0 bytes"):
+    (corpus.path / "train-00000-00000.parquet").write_bytes(b"")
+    with pytest.raises(CorpusError, match=r"train-00000-00000\.parquet has 0 bytes"):
         corpus.shard(TRAIN, 0)
 
 
-@pytest.mark.parametrize("name", ["train-00000.parquet", "heldout-00000.parquet", "tokenizer.json", "token_bytes.npy"])
+@pytest.mark.parametrize(
+    "name", ["train-00000-00000.parquet", "heldout-00000.parquet", "tokenizer.json", "token_bytes.npy"]
+)
 def test_missing_file_is_named(corpus: Corpus, name: str) -> None:
     (corpus.path / name).unlink()
     with pytest.raises(CorpusError, match=f"{name} is missing.*prepare --repair"):
@@ -152,22 +151,20 @@ def test_manifest_that_is_no_json_object(corpus: Corpus, content: str) -> None:
     ],
 )
 def test_shard_of_another_making_is_refused(tmp_path: Path, table: pa.Table, reason: str) -> None:
-    path = tmp_path / "train-00000.parquet"
+    path = tmp_path / "train-00000-00000.parquet"
     pq.write_table(table, path)
     found = file_info(path)
     info = ShardInfo(found.file, found.size, found.sha256, documents=1, tokens=2, bytes=5)
-    with pytest.raises(CorpusError, match=rf"train-00000\.parquet {reason}"):
+    with pytest.raises(CorpusError, match=rf"train-00000-00000\.parquet {reason}"):
         read_shard(tmp_path, info, vocab_size=400, check_hash=True, faults=Faults())
 
 
 def test_large_vocabulary_keeps_its_ids(tmp_path: Path) -> None:
     ids = [0, 65_535, 65_536, 151_935]
-    staging = Staging(tmp_path / "out")
-    staging.open({})
-    writer = ShardWriter(staging, TRAIN, shard_tokens=100)
-    writer.add(Encoded([0], np.array(ids, dtype=token_dtype(151_936)), [4], [9], ["ids"]), START)
+    writer = ShardWriter(str(tmp_path), "train-00000", shard_tokens=100)
+    writer.add(np.array(ids, dtype=token_dtype(151_936)), 9, "ids")
     (info,) = writer.finish()
-    shard = read_shard(staging.directory, info, 151_936, check_hash=True, faults=Faults())
+    shard = read_shard(tmp_path, info, 151_936, check_hash=True, faults=Faults())
     assert shard.tokens.dtype == np.int32
     assert shard.document(0).tolist() == ids
 

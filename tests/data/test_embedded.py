@@ -10,25 +10,26 @@ import pytest
 from data.config import DataConfig
 from data.dataset import check_data
 from data.errors import CorpusError
-from data.prepare.embedded import embedded_source
+from data.prepare.embedded import embedded_input
 from data.prepare.prepare import embedded_corpus
 from data.read.corpus import Corpus
+from data.read.faults import Faults
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_source_is_the_standard_library_without_tests_and_packages() -> None:
-    source = embedded_source()
-    documents = list(source.documents())
+    source = embedded_input()
+    documents = [document for document in source.documents(0, Faults()) if document]
     names = [document.name for document in documents]
     assert names == sorted(names)
     assert {"os.py", "json/decoder.py", "asyncio/tasks.py"} <= set(names)
     assert not [name for name in names if {"test", "tests", "site-packages"} & set(name.split("/"))]
-    text = dict(zip(names, documents, strict=True))["os.py"].text
+    text = dict(zip(names, documents, strict=True))["os.py"].content
     assert text == (Path(sysconfig.get_path("stdlib")) / "os.py").read_text(encoding="utf-8")
     # About 12 MB: enough that a small model does not see a page twice in minutes of training.
-    assert source.num_bytes == sum(len(document.text.encode()) for document in documents) > 5_000_000
-    assert list(source.documents()) == documents
+    assert source.sizes.sum() == sum(len(document.content) for document in documents) > 5_000_000
+    assert list(filter(None, source.documents(0, Faults()))) == documents
 
 
 def test_undecodable_and_generated_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,8 +40,8 @@ def test_undecodable_and_generated_files(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "site-packages").mkdir()
     (tmp_path / "site-packages" / "mine.py").write_text("mine = 1")
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-    source = embedded_source()
-    assert [document.name for document in source.documents()] == ["os.py"]
+    source = embedded_input()
+    assert [document.name for document in source.documents(0, Faults())] == ["os.py"]
     assert source.description == {"input": "embedded", "files": 1, "undecodable_files": 1}
 
 

@@ -3,8 +3,9 @@
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,11 +13,12 @@ import pytest
 
 from data.config import PrepareConfig
 from data.errors import CorpusError
-from data.prepare.documents import Document, Source
+from data.prepare.inputs import Document, Input
 from data.prepare.prepare import prepare, write_corpus
 from data.read.corpus import Corpus
+from data.read.faults import Faults
 from data.read.manifest import MANIFEST_FILE
-from data.text.tokenizer import train_bpe
+from data.text.tokenizer import Tokenizer, train_bpe
 
 
 def write_jsonl(path: Path, num_documents: int = 60) -> Path:
@@ -56,8 +58,8 @@ def test_corpus_holds_the_text(config: PrepareConfig) -> None:
 
 
 def test_shards_have_the_documented_columns(config: PrepareConfig) -> None:
-    output = prepare(config)
-    table = pq.read_table(output / "train-00000.parquet")
+    output = Path(prepare(config))
+    table = pq.read_table(output / "train-00000-00000.parquet")
     assert {name: str(table.schema.field(name).type) for name in table.column_names} == {
         "tokens": "list<element: uint16>",
         "bytes": "int32",
@@ -66,11 +68,11 @@ def test_shards_have_the_documented_columns(config: PrepareConfig) -> None:
     tokenizer = Corpus.open(output).tokenizer()
     for row in table.to_pylist():
         assert row["bytes"] == len(tokenizer.decode(row["tokens"][:-1]).encode())
-        assert row["name"].startswith("row ")
+        assert row["name"].startswith("text.jsonl (row ")
 
 
 def test_manifest_lists_every_file_and_its_counts(config: PrepareConfig) -> None:
-    output = prepare(config)
+    output = Path(prepare(config))
     manifest = json.loads((output / MANIFEST_FILE).read_text())
     shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
     listed = {shard["file"] for shard in shards} | {"tokenizer.json", "token_bytes.npy"}
@@ -85,8 +87,8 @@ def test_manifest_lists_every_file_and_its_counts(config: PrepareConfig) -> None
 
 
 def test_same_input_gives_the_same_bytes(config: PrepareConfig, tmp_path: Path) -> None:
-    first = prepare(config)
-    second = prepare(dataclasses.replace(config, output=str(tmp_path / "again")))
+    first = Path(prepare(config))
+    second = Path(prepare(dataclasses.replace(config, output=str(tmp_path / "again"))))
     assert contents(first) == contents(second)
 
 
@@ -99,13 +101,13 @@ def test_seed_moves_documents_between_the_splits(config: PrepareConfig, tmp_path
 
 
 def test_given_tokenizer_is_kept_byte_for_byte(config: PrepareConfig, tokenizer_file: Path) -> None:
-    output = prepare(dataclasses.replace(config, tokenizer=str(tokenizer_file)))
+    output = Path(prepare(dataclasses.replace(config, tokenizer=str(tokenizer_file))))
     assert (output / "tokenizer.json").read_bytes() == tokenizer_file.read_bytes()
 
 
 def test_tokenizer_learns_from_the_first_training_bytes_only(config: PrepareConfig) -> None:
     texts = [json.loads(line)["text"] for line in Path(config.input).read_text().splitlines()]
-    output = prepare(dataclasses.replace(config, heldout_fraction=0, train_bytes=len(texts[0].encode()) + 1))
+    output = Path(prepare(dataclasses.replace(config, heldout_fraction=0, train_bytes=len(texts[0].encode()) + 1)))
     expected = train_bpe(texts[:2], config.vocab_size, progress=False)
     assert Corpus.open(output).tokenizer().sha256 == expected.sha256
 
@@ -113,7 +115,7 @@ def test_tokenizer_learns_from_the_first_training_bytes_only(config: PrepareConf
 def test_blank_documents_are_left_out_and_counted(config: PrepareConfig, tmp_path: Path) -> None:
     path = tmp_path / "blank.jsonl"
     path.write_text("\n".join(json.dumps({"text": text}) for text in ["a", "", " \n", "b"]))
-    output = prepare(dataclasses.replace(config, input=str(path), heldout_fraction=0))
+    output = Path(prepare(dataclasses.replace(config, input=str(path), heldout_fraction=0)))
     manifest = json.loads((output / MANIFEST_FILE).read_text())
     assert manifest["splits"]["train"]["documents"] == 2
     assert manifest["source"]["blank_documents"] == 2
@@ -123,7 +125,6 @@ def test_blank_documents_are_left_out_and_counted(config: PrepareConfig, tmp_pat
     ("texts", "fraction", "reason"),
     [
         (["", "  "], 0.0, r"input=.* is empty"),
-        (["a", "b"], 1e-9, "held out none of 2 documents"),
         (["a", "b"], 1 - 1e-9, "held out all 2 documents"),
     ],
 )
@@ -157,26 +158,41 @@ def test_output_below_a_file_is_refused(config: PrepareConfig) -> None:
         prepare(dataclasses.replace(config, output=f"{config.input}/out"))
 
 
-def made_up(number: int) -> Document:
-    return Document(f"document {number}", "made up", str(number))
+class MadeUp(Input):
+    """Units of a hundred documents each; something happens before the last of them."""
+
+    description: ClassVar = {}
+    identity: ClassVar = []
+    sizes = np.full(20, 2000)
+
+    def __init__(self, happens: Callable[[], None] = lambda: None) -> None:
+        self._happens = happens
+
+    def documents(self, unit: int, faults: Faults) -> Iterator[Document]:
+        if unit == 19:
+            self._happens()
+        for number in range(100 * unit, 100 * unit + 100):
+            yield Document(f"document {number}", "made up", str(number).encode())
+
+
+def write_made_up(config: PrepareConfig, tokenizer_file: Path, output: Path, source: Input) -> Path:
+    given = dataclasses.replace(config, tokenizer=str(tokenizer_file), piece_bytes=6000, processes=1)
+    return Path(write_corpus(given, source, str(output), Tokenizer.from_path(tokenizer_file)))
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, CorpusError, MemoryError])
 def test_interruption_leaves_what_is_finished_and_no_corpus(
     config: PrepareConfig, tmp_path: Path, error: type[BaseException], tokenizer_file: Path
 ) -> None:
-    def documents() -> Iterator[Document]:
-        yield from map(made_up, range(5000))
-        # By now shards have been written.
-        assert any(path.name.endswith("00000.parquet") for path in tmp_path.rglob("*"))
+    def fail() -> None:
+        # By now pieces have been finished.
+        assert any(path.name.endswith("00000.json") for path in tmp_path.rglob("*"))
         raise error
 
-    given = dataclasses.replace(config, tokenizer=str(tokenizer_file))
     with pytest.raises(error):
-        write_corpus(given, Source.of({}, documents), Path(config.output))
+        write_made_up(config, tokenizer_file, Path(config.output), MadeUp(fail))
     assert names_in(tmp_path) == {"text.jsonl", "out.partial"}
-    whole = Source.of({}, lambda: map(made_up, range(5000)))
-    resumed, fresh = (write_corpus(given, whole, tmp_path / name) for name in ("out", "fresh"))
+    resumed, fresh = (write_made_up(config, tokenizer_file, tmp_path / name, MadeUp()) for name in ("out", "fresh"))
     assert contents(resumed) == contents(fresh)
     assert names_in(tmp_path) == {"text.jsonl", "out", "fresh"}
 
@@ -192,21 +208,32 @@ def test_output_that_appears_meanwhile_is_not_overwritten(
 ) -> None:
     output = Path(config.output)
 
-    def documents() -> Iterator[Document]:
-        yield from map(made_up, range(50))
-        output.mkdir(exist_ok=True)
+    def appear() -> None:
+        output.mkdir()
         (output / "other").write_text("faster")
 
-    given = dataclasses.replace(config, tokenizer=str(tokenizer_file))
     with pytest.raises(CorpusError, match="exists already"):
-        write_corpus(given, Source.of({}, documents), output)
+        write_made_up(config, tokenizer_file, output, MadeUp(appear))
     assert names_in(output) == {"other"}
+
+
+def test_a_corpus_may_hold_nothing_out(config: PrepareConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus = Corpus.open(prepare(dataclasses.replace(config, heldout_fraction=1e-9)))
+    assert (corpus.totals("heldout").documents, corpus.totals("train").documents) == (0, 60)
+    assert "no document of 60 is held out" in capsys.readouterr().out
+
+
+def test_held_out_text_is_bounded_in_tokens(config: PrepareConfig) -> None:
+    wide = dataclasses.replace(config, input=str(write_jsonl(Path(config.input), 3000)), heldout_tokens=2000)
+    corpus = Corpus.open(prepare(wide))
+    # 0.2 would be 100,000 tokens or so. Bytes of JSON tell tokens to a factor of two with this small vocabulary.
+    assert 500 < corpus.totals("heldout").tokens < 2000
 
 
 def test_corpus_is_readable_by_everybody_the_umask_allows(config: PrepareConfig) -> None:
     umask = os.umask(0o022)
     try:
-        output = prepare(config)
+        output = Path(prepare(config))
     finally:
         os.umask(umask)
     assert output.stat().st_mode & 0o777 == 0o755

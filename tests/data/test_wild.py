@@ -15,9 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data.config import DataConfig
+from data.config import DataConfig, PrepareConfig
 from data.dataset import Dataset, check_data
 from data.errors import CorpusError
+from data.prepare.prepare import prepare
 from data.read.corpus import Corpus
 from data.read.faults import BrokenUnit, Faults
 from data.text.tokenizer import Tokenizer
@@ -143,22 +144,40 @@ def trained_on(config: DataConfig) -> tuple[list[str], list[str]]:
     return texts, faults.skipped
 
 
+def prepared_from(config: DataConfig, output: Path) -> tuple[list[str], list[str]]:
+    """Every document that prepare takes from the same input, as text, and what was skipped."""
+    settings = PrepareConfig(
+        input=config.corpus,
+        output=str(output),
+        tokenizer=config.tokenizer,
+        text_column=config.column,
+        on_corrupt=config.on_corrupt,
+        heldout_fraction=0.0,
+        piece_bytes=1500,
+        processes=1,
+    )
+    corpus = Corpus.open(prepare(settings))
+    texts = [corpus.tokenizer().decode(document[:-1]) for document in corpus.documents("train")]
+    skipped = output / "skipped.txt"
+    return texts, skipped.read_text().splitlines() if skipped.exists() else []
+
+
 @pytest.mark.parametrize("kind", READABLE)
 def test_it_is_read(config: DataConfig, tmp_path: Path, kind: str) -> None:
-    path = READABLE[kind](tmp_path / "in")
-    assert trained_on(replace(config, corpus=str(path))) == (TEXTS, [])
+    own = replace(config, corpus=str(READABLE[kind](tmp_path / "in")))
+    assert trained_on(own) == prepared_from(own, tmp_path / "out") == (TEXTS, [])
 
 
 @pytest.mark.parametrize("kind", COLUMNS)
 def test_a_nested_column_is_found(config: DataConfig, tmp_path: Path, kind: str) -> None:
-    path = COLUMNS[kind](tmp_path / "in")
-    assert trained_on(replace(config, corpus=str(path), column="content.text")) == (TEXTS, [])
+    own = replace(config, corpus=str(COLUMNS[kind](tmp_path / "in")), column="content.text")
+    assert trained_on(own) == prepared_from(own, tmp_path / "out") == (TEXTS, [])
 
 
 def test_texts_that_look_like_dates(config: DataConfig, tmp_path: Path) -> None:
     dates = [f"2024-0{1 + i % 9}-1{i % 10}" for i in range(40)]
-    path = lines(tmp_path / "dates.jsonl", rows_of(dates))
-    assert trained_on(replace(config, corpus=str(path)))[0] == dates
+    own = replace(config, corpus=str(lines(tmp_path / "dates.jsonl", rows_of(dates))))
+    assert trained_on(own) == prepared_from(own, tmp_path / "out") == (dates, [])
 
 
 def test_a_token_list_longer_than_many_pieces(config: DataConfig, tmp_path: Path) -> None:
@@ -167,6 +186,8 @@ def test_a_token_list_longer_than_many_pieces(config: DataConfig, tmp_path: Path
     dataset = Dataset(replace(config, corpus=str(path), column="ids"))
     assert dataset.sources[0].sizes.num_documents == 101
     assert dataset.sources[0].sizes.num_tokens == 300 + 20_001
+    prepared_from(dataset.config, tmp_path / "out")
+    assert Corpus.open(tmp_path / "out").totals("train").tokens == 300 + 20_001
 
 
 # What it is -> (writes it between TEXTS, the place and the reason that are named).
@@ -208,11 +229,15 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_what_cannot_be_read_is_named_or_skipped(config: DataConfig, tmp_path: Path, kind: str) -> None:
+def test_what_cannot_be_read_is_named_or_skipped(config: DataConfig, tmp_path: Path, kind: str, capsys) -> None:
     write, reason = BAD[kind]
     own = replace(config, corpus=str(write(tmp_path / "in")))
     with pytest.raises(CorpusError, match=reason):
         trained_on(own)
+    with pytest.raises(CorpusError, match=reason):
+        prepared_from(own, tmp_path / "stopped")
+    texts, skipped = prepared_from(replace(own, on_corrupt="skip"), tmp_path / "out")
+    assert texts == TEXTS
     dataset = Dataset(replace(own, on_corrupt="skip"))
     faults, (source,) = Faults(), dataset.sources
     number = 0
@@ -224,6 +249,7 @@ def test_what_cannot_be_read_is_named_or_skipped(config: DataConfig, tmp_path: P
     said = [*faults.skipped, *dataset.describe()]
     assert number == len(TEXTS)
     assert any(re.search(reason, line) for line in said)
+    assert any(re.search(reason, line) for line in [*skipped, *capsys.readouterr().out.splitlines()])
 
 
 def test_a_column_that_is_nowhere_is_named(config: DataConfig, tmp_path: Path) -> None:
@@ -261,9 +287,11 @@ def test_a_prepared_corpus_by_url_is_read_through_its_manifest(
         with pytest.raises(CorpusError, match=r"holds (corpora|shards of a corpus) made by prepare"):
             Dataset(replace(config, corpus=wrong, tokenizer=str(local.path)))
     store = fsspec.filesystem("memory")
-    store.pipe_file("/bucket/mine/train-00001.parquet", b"short")
-    with pytest.raises(CorpusError, match=r"memory://bucket/mine: train-00001\.parquet has 5 bytes, and the manifest"):
-        Dataset(config)
+    store.pipe_file("/bucket/mine/train-00000-00001.parquet", b"short")
+    with pytest.raises(
+        CorpusError, match=r"memory://bucket/mine: train-00000-00001\.parquet has 5 bytes, and the manifest"
+    ):
+        Corpus.open(uploaded)
 
 
 def test_secrets_of_a_url_stay_out_of_messages(config: DataConfig) -> None:

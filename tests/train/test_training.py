@@ -212,12 +212,12 @@ def test_a_corrupt_shard_is_named_before_any_work(commands: Commands, tmp_path: 
     broken.mkdir()
     for path in corpus.iterdir():
         (broken / path.name).write_bytes(path.read_bytes())
-    shard = broken / "train-00001.parquet"
+    shard = broken / "train-00000-00001.parquet"
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     output = commands.train("run", f"data.corpus={broken}", code=2)
-    assert "train-00001.parquet" in output and "is corrupt" in output
+    assert "train-00000-00001.parquet" in output and "is corrupt" in output
     assert len(output.strip().splitlines()) == 1
     assert not (commands.runs / "run" / "metrics.jsonl").exists()
 

@@ -51,7 +51,7 @@ def anchored(arguments: list[str], known: set[str]) -> list[str]:
 def _anchored(before: str, argument: str, folder: Path) -> str:
     key, equals, value = argument.partition("=")
     if before in OPTIONS and not argument.startswith("-"):
-        return _path(argument, folder, must_exist=True)
+        return _path(argument, folder, must_exist=before != "--join")  # which is not there yet
     if equals and key in OPTIONS:
         return f"{key}={_path(value, folder, must_exist=True)}"
     if not equals or key.lstrip("+") not in (RUNS if "/" in value else ()) + PATHS:
