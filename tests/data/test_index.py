@@ -74,9 +74,9 @@ def test_a_mapped_corpus_is_the_corpus(corpus: Corpus, tmp_path: Path, monkeypat
 
 def test_a_corpus_that_changed_is_looked_at_again(corpus: Corpus, tmp_path: Path) -> None:
     map_corpus(corpus.path, tmp_path / "cache")
-    (corpus.path / "train-00001.parquet").rename(tmp_path / "elsewhere")
+    (corpus.path / "train-00000-00001.parquet").rename(tmp_path / "elsewhere")
     os.utime(corpus.path)
-    with pytest.raises(CorpusError, match=r"train-00001\.parquet is missing"):
+    with pytest.raises(CorpusError, match=r"train-00000-00001\.parquet is missing"):
         map_corpus(corpus.path, tmp_path / "cache")
     with pytest.raises(CorpusError, match="does not exist"):
         map_corpus(tmp_path / "nowhere", tmp_path / "cache")

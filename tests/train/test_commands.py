@@ -63,7 +63,10 @@ def refused(*arguments: str) -> str:
         ("train run.steps=1.5", "run.steps=1.5 cannot be used: run.steps takes a whole number"),
         ("train run.steps=[", "run.steps=[ cannot be composed: "),
         ("train run.steps=1,2", "run.steps=1,2 cannot be composed: "),
-        ("train -cn qwen3_next_80b_a3b", "data.corpus must be given: data.corpus=... (directory made by prepare"),
+        (
+            "train -cn qwen3_next_80b_a3b",
+            "data.corpus must be given: data.corpus=... (directory or URL made by prepare",
+        ),
         ("train -cn qwen3_next_80b_a3b data.corpus=/nonexistent", "parallel.world=64 but 2 processes are started"),
         ("train parallel.expert=3", "parallel.expert=3 does not divide model.experts=16"),
         ("train parallel.tensor=4", "2 processes cannot be laid out as parallel.tensor=4"),
