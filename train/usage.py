@@ -43,11 +43,11 @@ EXAMPLES = {
         ("estimate -cn qwen3_next_80b_a3b estimate.propose=5", "the fastest layouts for as many GPUs"),
     ),
     "prepare": (
-        ("prepare input=texts/ output=corpora/mine", "a directory; after a kill the same line goes on"),
-        ("prepare input=s3://b/web output=s3://b/mine tokenizer=tok.json part=3/64", "one of 64 machines"),
-        ("prepare --join s3://b/mine", "makes a corpus of the parts"),
-        ("prepare --check corpora/mine", "proves every file, token and document of a corpus"),
-        ("prepare --repair corpora/mine", "makes lost and damaged files again from the input"),
+        ("prepare input=texts/ output=corpora/mine", "a directory; given again it goes on"),
+        ("prepare input=web/ output=s3://b/web tokenizer=t.json part=3/64", "one of 64 machines"),
+        ("prepare --join s3://b/web", "makes a corpus of the parts"),
+        ("prepare --check corpora/mine", "proves every file and token"),
+        ("prepare --repair corpora/mine", "makes damaged files again"),
         (
             "prepare --index -cn tiny data.corpus=corpora/mine",
             "counts ahead what a run will read",

@@ -65,7 +65,7 @@ def refused(*arguments: str) -> str:
         ("train run.steps=1,2", "run.steps=1,2 cannot be composed: "),
         (
             "train -cn qwen3_next_80b_a3b",
-            "data.corpus must be given: data.corpus=... (directory or URL made by prepare",
+            "data.corpus must be given: data.corpus=... (directory or URL made by",
         ),
         ("train -cn qwen3_next_80b_a3b data.corpus=/nonexistent", "parallel.world=64 but 2 processes are started"),
         ("train parallel.expert=3", "parallel.expert=3 does not divide model.experts=16"),
