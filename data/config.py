@@ -68,6 +68,12 @@ class DataConfig:
     on_change: str = setting(
         STOP, "resuming on other data, seed or packing is refused (stop), or goes on at that sample (continue)"
     )
+    skip: tuple[tuple[int, int], ...] = setting(
+        (), "[[first, last], ...]: samples, counted from 0 in the order of training, that are left out"
+    )
+    retry_minutes: float = setting(
+        30.0, "minutes for which a storage that is away is asked again, before a run saves and stops"
+    )
     seq_length: int = setting(256, "tokens of a training sample")
     vocab_size: int = setting(2048, "size of the tokenizer trained for the embedded corpus; others bring theirs")
     cache: str = setting(".cache/corpus", "directory that keeps the embedded corpus once it is tokenized")

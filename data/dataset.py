@@ -48,9 +48,12 @@ def check_data(config: DataConfig, mtp_steps: int) -> None:
         ("data.workers", config.workers, 0),
         ("data.shuffle_bytes", config.shuffle_bytes, 1),
         ("data.unit_bytes", config.unit_bytes, 1),
+        ("data.retry_minutes", config.retry_minutes, 0),
     ):
-        if value < least:
+        if not value >= least:
             raise CorpusError(f"{setting}={value} is too low: use {least} or more")
+    if any(first < 0 or last < first for first, last in config.skip):
+        raise CorpusError(f"data.skip={[list(pair) for pair in config.skip]} must be pairs [first, last] from 0 on")
     check_mixture(config)
     for path, _ in source_weights(config):
         check_source(path, config)
@@ -148,7 +151,8 @@ class Dataset:
                 f"needed): lower it, or hold out more (data.heldout_fraction={self.config.heldout_fraction} of files "
                 f"as they are, heldout_fraction of prepare)"
             )
-        return TokenStream(reader, sizes, length, seed=0, shuffle_bytes=0)
+        cache = UnitCache([(reader, sizes)], on_corrupt=self.config.on_corrupt)
+        return TokenStream(reader, sizes, length, seed=0, shuffle_bytes=0, cache=cache)
 
     def check(self) -> None:
         """Raises CorpusError where a source, or what is held out, does not fill one sample."""

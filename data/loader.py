@@ -12,11 +12,14 @@ from data.errors import CorpusError
 from data.order.batches import Batch, BatchSchedule
 from data.order.mixture import MixedStream
 from data.order.packing import PADDING, Sample
+from data.order.skips import Skips
 from data.order.stream import TokenStream
 from data.read.faults import Faults
 
 PREFETCH_STEPS = 2  # whole steps that wait to be trained on
 AHEAD_STEPS = 32
+PREFETCH_STEPS = 2
+POLL_S, CLOSE_S = 60.0, 10.0
 
 type Stream = TokenStream | MixedStream
 
@@ -39,6 +42,7 @@ class Loader:
 
     Args:
         ahead: steps whose units are asked for before they are needed.
+        skips: where in the order of the stream each sample of the run lies.
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class Loader:
         world: int,
         start_step: int = 0,
         ahead: int = AHEAD_STEPS,
+        skips: Skips | None = None,
     ) -> None:
         for _, size in schedule.sizes:
             if size <= 0 or micro_batch <= 0 or size % (micro_batch * world):
@@ -64,6 +69,7 @@ class Loader:
         self._rank = rank
         self._world = world
         self._ahead = ahead
+        self._skips = skips or Skips()
         self._queue: queue.Queue[list[Batch] | Exception] = queue.Queue(maxsize=PREFETCH_STEPS)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -72,12 +78,21 @@ class Loader:
         return self
 
     def __next__(self) -> list[Batch]:
+        while (batches := self.poll(POLL_S)) is None:
+            continue
+        return batches
+
+    def poll(self, seconds: float) -> list[Batch] | None:
+        """The next step, or None if it has not been read within so many seconds."""
         if self._stop.is_set():
             raise StopIteration
         if self._thread is None:
             self._thread = threading.Thread(target=self._read_ahead, args=(self.step,), name="loader", daemon=True)
             self._thread.start()
-        item = self._queue.get()
+        try:
+            item = self._queue.get(timeout=seconds)
+        except queue.Empty:
+            return None
         if isinstance(item, Exception):
             self.close()
             raise item
@@ -93,7 +108,7 @@ class Loader:
         """Ends the thread and the stream. Steps read ahead are dropped; iteration is over."""
         self._stop.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(CLOSE_S)  # it may be waiting for a storage that is away; it ends with the process
         self._stream.close()
 
     def __enter__(self) -> "Loader":
@@ -110,7 +125,7 @@ class Loader:
                     asked.append(self._ask(step + len(asked)))
                 self._put(self._read(step, asked.popleft()))
                 step += 1
-                self._stream.release(self._schedule.samples(step).start)
+                self._stream.release(self._skips.place(self._schedule.samples(step).start))
         except Exception as error:  # whatever it is, it belongs to the thread that waits for the step
             self._put(error)
 
@@ -124,7 +139,8 @@ class Loader:
 
     def _ask(self, step: int) -> list[int]:
         """This rank's samples of a step, whose units begin to be read."""
-        ordered = self._stream.in_lanes(self._schedule.samples(step))
+        runs = self._skips.runs(self._schedule.samples(step))
+        ordered = [place for run in runs for place in self._stream.in_lanes(run)]
         each = len(ordered) // self._world
         own = ordered[self._rank * each : (self._rank + 1) * each]
         for index in own:

@@ -137,6 +137,18 @@ def gather_to_first[T](value: T) -> list[T]:
     return everyone or []
 
 
+def gather_objects(own: object) -> list[Any]:
+    """What every process of the job gives, in order of rank."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, own)
+    return gathered
+
+
+def gather_numbers(own: int, device: torch.device) -> list[int]:
+    """Every process's number (64 bits), in order of rank."""
+    return gather_counts(torch.tensor([own], device=device), _everyone()).flatten().tolist()
+
+
 def wait_for_all() -> None:
     """Returns once every process of the job has come here."""
     dist.barrier()

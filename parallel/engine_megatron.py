@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -16,7 +16,8 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from parallel import compat, main_grads, optimizer_state
-from parallel.engine import AdamW, State
+from parallel.engine import Accept, AdamW, State
+from parallel.replicas import bits_of, damaged_replicas
 from parallel.stages import load_weights, run_schedule, sharded_weights
 from parallel.topology import ParallelConfig
 
@@ -145,34 +146,61 @@ class MegatronEngine:
             # One pass over memory instead of one for each operation, whose results would take as much again.
             group["fused"] = self.device.type == "cuda"
 
-    def train_step(self, batches: Sequence[Any], tokens: int, lr: float) -> tuple[list[Any], float]:
+    def compute_gradients(self, batches: Sequence[Any], tokens: int) -> list[Any]:
+        """Forward and backward passes of this rank's micro-batches of ``tokens`` tokens each, summed over the ranks.
+
+        Returns:
+            What the network returned for each micro-batch (last pipeline stage only).
+        """
+        for chunk in self.wrapped:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        return run_schedule(self.wrapped, batches, tokens, forward_only=False)
+
+    def gradient_bits(self) -> int:
+        """The bits of this process's gradients, added up: equal after equal computations."""
+        buffers = [buffer for chunk in self.wrapped for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+        return sum(int(bits_of(buffer.grad_data)) for buffer in buffers)
+
+    def not_finite(self) -> dict[str, int]:
+        """Parameters of this process whose gradients are not finite, and their places among all that it holds."""
+        parameters = [pair for chunk in self.chunks for pair in chunk.named_parameters()]
+        return {
+            name: place
+            for place, (name, parameter) in enumerate(parameters)
+            if not bool(cast(Any, parameter).main_grad.isfinite().all())
+        }
+
+    def train_step(
+        self, batches: Sequence[Any], tokens: int, lr: float, accept: Accept | None = None
+    ) -> tuple[list[Any], float]:
         """One optimizer step over this rank's micro-batches of ``tokens`` tokens each.
 
         Each rank then has its own part of the new weights; the others' arrive while the next step's forward pass runs.
         Whoever reads weights before it calls `gather_weights`.
 
+        Args:
+            accept: decides from the outputs and the gradient norm whether the optimizer takes the step, alike on every
+                rank; without it, what is not finite raises.
         Returns:
             What the network returned for each micro-batch (last pipeline stage only), and the gradient norm before
             clipping.
         Raises:
             FloatingPointError: on every rank, if a gradient of any is not finite; parameters are as before.
         """
-        for chunk in self.wrapped:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        outputs = run_schedule(self.wrapped, batches, tokens, forward_only=False)
+        outputs = self.compute_gradients(batches, tokens)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         with compat.optimizer_context(self.device):
-            return outputs, self._step_optimizer()
+            # megatron-core's own `step` checks gradients only when it scales losses for float16.
+            self.optimizer.prepare_grads()
+            grad_norm = float(self.optimizer.get_grad_norm())
+            if accept is not None and not accept(outputs, grad_norm):
+                return outputs, grad_norm
+            return outputs, self._step_optimizer(grad_norm)
 
-    def _step_optimizer(self) -> float:
-        """megatron-core's optimizer step, given up before it changes anything if gradients are not finite.
-
-        Its own `step` checks them only when it scales losses for float16.
-        """
-        self.optimizer.prepare_grads()
-        grad_norm = float(self.optimizer.get_grad_norm())
+    def _step_optimizer(self, grad_norm: float) -> float:
+        """megatron-core's optimizer step with ready gradients, given up before it changes anything if they are bad."""
         if not math.isfinite(grad_norm):
             raise FloatingPointError(f"the gradient norm is {grad_norm}; the optimizer step was not taken")
         if self.adamw.clip > 0:
@@ -181,6 +209,11 @@ class MegatronEngine:
         self.optimizer.step_with_ready_grads()
         self._steps += 1
         return grad_norm
+
+    def damaged_replicas(self) -> list[str]:
+        """Parameters that are not the same, bit for bit, on all ranks that hold them; the same answer everywhere."""
+        self.gather_weights()
+        return damaged_replicas(self.wrapped, self.groups)
 
     def gather_weights(self) -> None:
         """Makes every rank's weights whole after a step. All ranks call it."""

@@ -12,6 +12,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from parallel import compat
 from parallel.topology import Topology
 
+# The switch of torch's flight recorder, and how many collectives it keeps.
+RECORDER, RECORDED = "TORCH_FR_BUFFER_SIZE", "2000"
+
 
 def local_device() -> torch.device:
     """This process's device: its own GPU when the machine has GPUs, else the CPU."""
@@ -21,8 +24,13 @@ def local_device() -> torch.device:
 
 
 def start(device: torch.device, timeout_minutes: float = 30) -> None:
-    """Joins the job's processes (as torchrun names them) over NCCL on GPUs and gloo on CPUs."""
+    """Joins the job's processes (as torchrun names them) over NCCL on GPUs and gloo on CPUs.
+
+    Args:
+        timeout_minutes: after which a collective that some have not come to is given up.
+    """
     compat.apply(device)
+    os.environ.setdefault(RECORDER, RECORDED)
     timeout = datetime.timedelta(minutes=timeout_minutes)
     if device.type == "cuda":
         # Rows received by experts differ in number from layer to layer and step to step: blocks of fixed sizes would
@@ -34,13 +42,22 @@ def start(device: torch.device, timeout_minutes: float = 30) -> None:
         dist.init_process_group("gloo", timeout=timeout)
 
 
+def set_timeout(minutes: float) -> None:
+    """Gives every process group of this process another timeout, for the collectives that it starts from now on.
+
+    megatron-core's own `update_pg_timeout` synchronises a GPU, and leaves out the group of all.
+    """
+    for group in dist.distributed_c10d._world.pg_map:
+        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(minutes=minutes), group)
+
+
 def start_fake(rank: int, world: int) -> None:
     """Stands in for one process of a job whose others are not there: its collectives do nothing."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
 
 
-def lay_out(topology: Topology) -> ProcessGroupCollection:
-    """Builds megatron-core's process groups for a layout."""
+def lay_out(topology: Topology, timeout_minutes: float = 30) -> ProcessGroupCollection:
+    """Builds megatron-core's process groups for a layout, with `start`'s timeout."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=topology.tensor,
         pipeline_model_parallel_size=topology.pipeline,
@@ -49,6 +66,7 @@ def lay_out(topology: Topology) -> ProcessGroupCollection:
         expert_model_parallel_size=topology.expert,
         expert_tensor_parallel_size=topology.expert_tensor,
         create_gloo_process_groups=False,  # beside those of the job's own backend: nothing here uses them
+        distributed_timeout_minutes=timeout_minutes,  # its type says int; it makes a timedelta of it
     )
     return ProcessGroupCollection.use_mpu_process_groups()
 

@@ -34,6 +34,7 @@ LONG = (
     "train/test_hf_layouts.py",
     "train/test_hf_memory.py",
     "train/test_resize.py",
+    "train/test_stop.py",
     "train/test_training.py",
 )
 

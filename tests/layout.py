@@ -19,6 +19,7 @@ ROOMS = {
             "arguments",
             "usage",
             "loop",
+            "training",
             "routing",
             "use",
             "measure",
@@ -50,8 +51,8 @@ ROOMS = {
         ),
     ),
     "parallel": (
-        *("engine_megatron", "groups", "stages", "optimizer_state", "checkpoint", "compat", "layout_cost"),
-        *("main_grads", "collectives", "topology", "engine", "quiet"),
+        *("engine_megatron", "replicas", "board", "groups", "stages", "optimizer_state", "checkpoint", "compat"),
+        *("layout_cost", "main_grads", "collectives", "topology", "engine", "quiet"),
     ),
 }
 BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.Match)

@@ -1,6 +1,7 @@
 """The command line: ``python -m train COMMAND [-cn RECIPE] [key=value ...]``. The only file that knows Hydra.
 
-Exit codes: 0 success, 1 failure, 2 a user's mistake (one line on stderr), 130 Ctrl-C, 143 SIGTERM.
+Exit codes: 0 success, 1 failure, 2 a user's mistake (one line on stderr), 75 a run that stopped and can go on, 130
+Ctrl-C (a run has saved then), 143 SIGTERM of other commands.
 """
 
 import signal
@@ -18,14 +19,16 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.dataset import check_data
-from data.errors import one_line
+from data.errors import StorageError, one_line
 from data.secrets import hidden, hide
 from model.config import check_model
 from parallel.quiet import quiet_upstream
 from train import arguments as command_line
 from train import commands, front, usage
 from train.arguments import CommandLine, named
-from train.job.directory import require_same_data, starting_checkpoint, steps_done
+from train.job.directory import finished_line, require_same_data, starting_checkpoint, steps_done
+from train.job.lock import refuse_if_held
+from train.job.starter import RESUMABLE, end_with_starter, stop_while_starting
 from train.plan.estimate import PUBLISHED, EstimateConfig, check_budget, estimate_text
 from train.plan.propose import proposals
 from train.settings.commands import BenchConfig, DryRunConfig, check_bench, check_dry_run, check_variants
@@ -158,14 +161,16 @@ def train(arguments: list[str]) -> int:
         return 0
     processes = front.world_size() or front.num_processes()
     check(config, processes)
-    done = steps_done(config)
-    if done >= config.run.steps:
-        print(f"{config.run.path} is finished: {done} of {config.run.steps} steps; more run.steps continue it")
-        return 0
     if front.world_size():
+        stop_while_starting()
         from train.loop import run_training
 
         return run_training(config)
+    done = steps_done(config)
+    if done >= config.run.steps:
+        print(finished_line(config, done))
+        return 0
+    refuse_if_held(config.run)
     check_login(config.wandb)
     _check_corpus(config)
     return front.launch(["-m", "train", "train", *arguments], processes)
@@ -270,12 +275,17 @@ def main() -> int:
     """The exit code of ``sys.argv``'s command."""
     arguments = sys.argv[1:]
     sys.argv[1:] = hidden(arguments)  # of which W&B, for one, takes a note
+    if front.world_size():
+        end_with_starter()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         return run(arguments)
     except USER_ERRORS as error:
         front.report_mistake(error)
         return 2
+    except StorageError as error:
+        front.report_mistake(error)
+        return RESUMABLE
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except Exception as error:

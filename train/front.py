@@ -5,6 +5,7 @@ are at hand and no second interpreter starts. The workers live in sessions of th
 reaches only this process, which passes exactly one signal on and waits until they have saved.
 """
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -19,10 +20,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.config import DataConfig
+from data.config import STOP, DataConfig
 from data.dataset import Dataset
 from data.secrets import hide
 from parallel.topology import ParallelConfig
+from train.job.starter import RESUMABLE, SAVING
 from train.settings.tree import ConfigError
 
 if TYPE_CHECKING:  # torch takes seconds to import, which a mistake in the settings should not wait for
@@ -69,12 +71,14 @@ def layout_size(parallel: ParallelConfig) -> int:
 def ensure_corpus(data: DataConfig) -> Dataset:
     """Makes the embedded corpus unless it is cached, counts what must be, and proves corpora before the workers start.
 
+    Where damaged parts are to be left out they are found when they are opened.
+
     Raises:
         CorpusError: a file that is not as prepare left it, or a source that does not fill one sample.
     """
     dataset = Dataset(data)
     for corpus in dataset.corpora:
-        if corpus.num_bytes <= VERIFIED_BYTES:
+        if corpus.num_bytes <= VERIFIED_BYTES and data.on_corrupt == STOP:
             corpus.verify()
     dataset.check()
     return dataset
@@ -99,8 +103,9 @@ def record_failure(error: Exception) -> None:
 def launch(command: list[str], processes: int) -> int:
     """Runs ``python COMMAND`` in ``processes`` workers on this machine; returns their exit code.
 
-    SIGINT, SIGTERM and SIGHUP stop the workers in order: they get one SIGTERM and up to GRACE_S seconds; a
-    second Ctrl-C kills them at once. The code is then 128 + the signal's number, or 1 if a worker failed.
+    SIGINT, SIGTERM, SIGHUP and SIGUSR1 stop the workers in order: they get one SIGTERM and up to GRACE_S seconds; a
+    second Ctrl-C kills them at once. The code is then 130 after Ctrl-C, else 75, or 1 if a worker failed. SIGUSR2 is
+    passed on to them.
 
     Raises:
         ConfigError: more processes than GPUs.
@@ -136,7 +141,8 @@ def launch(command: list[str], processes: int) -> int:
             elastic_launch(config, sys.executable)("-u", *command)
         except SignalException:
             failed = any(Path(logs).rglob("error.json"))
-            return 1 if failed else 128 + (stop.signal or signal.SIGQUIT)
+            stopped = 128 + signal.SIGINT if stop.signal == signal.SIGINT else RESUMABLE
+            return 1 if failed else stopped
         except ChildFailedError as error:
             return _failure(error)
     return 0
@@ -167,6 +173,16 @@ class _Stop:
             _kill_workers()
 
 
+def _pass_on(number: int) -> None:
+    """Sends a signal to the workers, not to what else was started here."""
+    import psutil
+
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if child.environ().keys() >= WORKER_VARIABLES:
+                child.send_signal(number)
+
+
 def _kill_workers() -> None:
     import psutil
 
@@ -178,16 +194,17 @@ def _kill_workers() -> None:
 def _stopping() -> Iterator[_Stop]:
     """Handles the signals that stop a run; one that is ignored (nohup) stays ignored."""
     stop = _Stop()
-    stopping = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.getsignal(number) for number in stopping}
+    stopping = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in (*stopping, SAVING)}
     for number in stopping:
         if before[number] != signal.SIG_IGN:
             signal.signal(number, stop)
+    signal.signal(SAVING, lambda *_: _pass_on(SAVING))
     try:
         yield stop
     finally:
-        for number in stopping:
-            signal.signal(number, before[number])
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -207,7 +224,7 @@ def _failure(error: "ChildFailedError") -> int:
     """
     mistakes = [(rank, one) for rank, one in error.failures.items() if one.exitcode == 2]
     rank, failure = mistakes[0] if mistakes else error.get_first_failure()
-    if failure.exitcode in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+    if failure.exitcode in (RESUMABLE, 128 + signal.SIGINT, 128 + signal.SIGTERM):
         return failure.exitcode
     message: Any = failure.message  # declared as text; a dict where the worker left its exception
     if failure.exitcode == 2 and isinstance(message, dict):

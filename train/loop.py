@@ -1,57 +1,40 @@
 """The training loop."""
 
 import math
-import signal
-import time
-from collections.abc import Callable
+import sys
 
 import torch
 
+from data.errors import StorageError
 from data.loader import Loader
 from data.order.batches import Batch
-from data.secrets import hide
 from model.batch import MicroBatch, count_targets
 from model.network import Losses
-from parallel.checkpoint.saving import SaveError
-from parallel.collectives import max_over_all, sum_over, sum_over_all
+from parallel.collectives import from_first, sum_over, sum_over_all
 from parallel.engine import Engine
 from train import routing
 from train.job import checkpoint
+from train.job.agree import Start, agreed_start, require_repeated
+from train.job.bad_steps import Judge
 from train.job.build import Job, build_engine, build_job, draw_weights
-from train.job.checkpoint import Checkpoints
-from train.job.directory import layout_change, require_checkpoint, require_same_data, steps_done
+from train.job.directory import finished_line, require_checkpoint
+from train.job.heartbeat import write_beat
+from train.job.lock import RunLock
 from train.job.provenance import note_start
 from train.job.schedule import learning_rate
+from train.job.starter import starter_began
+from train.job.stop import DATA_BROKEN, REWIND, STORAGE_AWAY, Agreement, StopRequest, exit_code
 from train.measure.doctor import refuse_wrong_kernels
 from train.settings.run import CONFIG_FILE, Config, RunReference, batch_schedule, describe, load_config, save_config
-from train.settings.tree import ConfigError
-from train.use.evaluate import draft_metrics, heldout_line, heldout_metrics, microbatch
+from train.training import Training
+from train.use.evaluate import heldout_line, microbatch
 from train.watch import metrics
+from train.watch.goodput import DATA, REDONE, TRAINING
 from train.watch.resources import resource_metrics
 from train.watch.speed import Speedometer
 from train.watch.trackers import Tracker, build_trackers
 
-TIME_IS_UP = 1  # a reason to stop, beside the numbers of signals (2 and up)
-
-
-class StopRequest:
-    """Ctrl-C, SIGTERM or the end of run.max_time, agreed on by all processes between two steps."""
-
-    def __init__(self, device: torch.device, max_minutes: float | None) -> None:
-        self._device, self._signal, self.save = device, 0, False
-        self._deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: object) -> None:
-        self._signal = number
-
-    def agreed(self, save: bool = False) -> int:
-        """0 to go on, else the reason, the same on every process; ``self.save`` then says whether any asks to save."""
-        late = self._deadline is not None and time.monotonic() > self._deadline
-        own = torch.tensor([max(self._signal, TIME_IS_UP * late), save], device=self._device)
-        reason, self.save = max_over_all(own).tolist()
-        return int(reason)
+POLL_S = 2.0  # between two looks at whether every process has its samples
 
 
 def micro_batches(job: Job, batches: list[Batch], tokens_before: int = 0) -> list[MicroBatch]:
@@ -62,7 +45,14 @@ def micro_batches(job: Job, batches: list[Batch], tokens_before: int = 0) -> lis
 
 
 def train_step(
-    job: Job, engine: Engine, batches: list[Batch], lr: float, tokens_before: int = 0, recording: bool = True
+    job: Job,
+    engine: Engine,
+    batches: list[Batch],
+    lr: float,
+    tokens_before: int = 0,
+    recording: bool = True,
+    judge: Judge | None = None,
+    verify: bool = False,
 ) -> tuple[list[Losses], float]:
     """One optimizer step over this rank's micro-batches; losses and gradient norm.
 
@@ -71,12 +61,29 @@ def train_step(
 
     Args:
         recording: whether the routers note what a logged step reports.
+        judge: decides whether the step is taken; without one, what is not finite raises.
+        verify: computes the gradients twice and compares them, bit for bit.
     """
     ready = micro_batches(job, batches, tokens_before)
+    bits = gradient_bits(job, engine, ready) if verify else None
     routing.begin_step(job, ready, recording)
-    outcome = engine.train_step(ready, job.microbatch_tokens, lr)
-    routing.end_step(job)
+
+    def accept(outputs: list[Losses], grad_norm: float) -> bool:
+        if bits is not None:
+            require_repeated(bits == engine.gradient_bits(), job.device)
+        return judge is None or judge.accept(outputs, grad_norm)
+
+    outcome = engine.train_step(ready, job.microbatch_tokens, lr, accept if judge or verify else None)
+    if judge is None or not judge.reason:
+        routing.end_step(job)
     return outcome
+
+
+def gradient_bits(job: Job, engine: Engine, ready: list[MicroBatch]) -> int:
+    """The bits of the gradients of a step that is to be computed once more; nothing else is left of it."""
+    routing.begin_step(job, ready, recording=False)
+    engine.compute_gradients(ready, job.microbatch_tokens)
+    return engine.gradient_bits()
 
 
 def step_metrics(job: Job, outputs: list[Losses], tokens_before: int = 0) -> dict[str, float]:
@@ -107,109 +114,135 @@ def due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
-def fit(
-    job: Job,
-    engine: Engine,
-    loader: Loader,
-    tracker: Tracker,
-    stop: StopRequest,
-    save: Callable[[int], None],
-    checkpoints: Checkpoints,
-) -> tuple[int, int]:
-    """Trains to the end of the run or to a request to stop; returns the steps done and the reason (0: the end)."""
-    run, reason = job.config.run, 0
+def next_batches(
+    loader: Loader, stop: StopRequest, in_time: bool, training: Training
+) -> tuple[list[Batch], Agreement, Exception | None]:
+    """This process's batches of the next step, once all have theirs or one cannot go on; and what all do next."""
+    batches: list[Batch] | None = None
+    fault, error = 0, None
+    while True:
+        try:
+            batches = batches or (None if error else loader.poll(POLL_S))
+        except Exception as raised:  # whatever it is, the weights are whole: all save them before they leave
+            fault, error = STORAGE_AWAY if isinstance(raised, StorageError) else DATA_BROKEN, raised
+            print(f"error: all processes save and stop: {raised}", file=sys.stderr, flush=True)
+        waiting, save = not batches and not error, training.checkpoints.overdue()
+        agreement = stop.agreed(waiting, fault, in_time, save, training.save_seconds)
+        if not agreement.waiting:
+            return batches or [], agreement, error
+
+
+def fit(training: Training, loader: Loader, tracker: Tracker, stop: StopRequest) -> tuple[int, int]:
+    """Trains to the end of the run or to a reason to stop; returns the steps done and the reason (0: the end)."""
+    job, engine, progress, judge = training.job, training.engine, training.progress, training.progress.judge
+    clock, watchdog, run, start = training.clock, training.watchdog, job.config.run, loader.step
     values: dict[str, float] = {}
     schedule, seq_length = batch_schedule(job.config), job.config.data.seq_length
     speed = Speedometer(job)
-    for step in range(loader.step + 1, run.steps + 1):
-        start = time.perf_counter()
+    clock.started()
+    for step in range(start + 1, run.steps + 1):
+        watchdog.beat(step, "reading")
+        with clock.spent(DATA):
+            batches, asked, error = next_batches(loader, stop, step == start + 1, training)
+        if asked.save or asked.reason:
+            training.save(step - 1)
+        training.poll()
+        if error and not isinstance(error, StorageError):
+            raise error
+        if asked.reason:
+            return step - 1, asked.reason
+
+        watchdog.beat(step, "training")
         lr = learning_rate(job.config.optim, step, run.steps)
         logged = due(step, run.log_every, run.steps) or step == 1
         behind = schedule.samples(step - 1).start * seq_length
-        batches = next(loader)
         if step == 1:
             routers_start = routing.spread_as_drawn(job, micro_batches(job, batches))
-            start = time.perf_counter()  # that was no part of the step
-        outputs, grad_norm = train_step(job, engine, batches, lr, behind, recording=logged)
-        speed.add(time.perf_counter() - start, step - 1)
+        with clock.spent(REDONE if step <= training.reached else TRAINING), speed.step(step - 1):
+            verify = run.verify_every > 0 and step % run.verify_every == 0
+            outputs, grad_norm = train_step(job, engine, batches, lr, behind, logged, judge, verify)
+        if step == start + 1:
+            watchdog.stepping()
+        if run.replicas_every and step % run.replicas_every == 0:
+            training.require_sound_replicas()
+        if judge.reason:
+            judge.report(engine, step, progress.places(step, step))
+            if judge.gives_up:
+                return step, REWIND
 
         values = {}
-        if logged:
+        if logged or judge.reason:
             values = {metrics.TOKENS: schedule.samples(step).start * seq_length}
-            values |= step_metrics(job, outputs, behind)
-            values |= {metrics.GRAD_NORM: grad_norm, metrics.LR: lr, **speed.take(), **data_metrics(job, loader)}
-            values |= resource_metrics(job)
-            progress = job.dataset.progress(schedule.samples(step).start)
-            values |= {hide(name): value for name, value in progress.items()}
+            values |= {metrics.GRAD_NORM: grad_norm, metrics.LR: lr, metrics.SKIPPED_STEPS: judge.skipped}
+        if logged:
+            values |= step_metrics(job, outputs, behind) | speed.take() | data_metrics(job, loader) | clock.metrics()
+            values |= resource_metrics(job) | training.source_metrics(step)
+        if due(step, run.save_every, run.steps):  # before anything that may fail
+            training.save(step)
         if due(step, run.eval_every, run.steps):
-            engine.gather_weights()
-            values |= heldout_metrics(job, run.eval_samples) | draft_metrics(job, run.eval_prompts)
+            values |= training.evaluate(step)
         if step == 1 and routers_start:
             values |= routers_start
             if job.is_first:
                 print(routing.spread_line(values), flush=True)
         if values:
             tracker.log(step, values)
-
-        reason = stop.agreed(save=checkpoints.overdue())
-        checkpoints.poll()
-        if reason or stop.save or due(step, run.save_every, run.steps):
-            save(step)
-        if reason:
-            break
+        if job.is_first:
+            write_beat(run.path, step, clock.totals())
     if job.is_first and metrics.HELDOUT_LM_LOSS in values:
         print(heldout_line(values), flush=True)
-    return step, reason
+    return run.steps, 0
 
 
 def run_training(config: Config) -> int:
     """The train command, in each of its processes; returns the exit code."""
     job = build_job(config)
+    lock = RunLock(config.run)
+    from_first(lock.take)
+    try:
+        start = agreed_start(job)
+        if start.step < config.run.steps:
+            return exit_code(train_from(job, start))
+        if job.is_first:
+            print(finished_line(config, start.step), flush=True)
+        return 0
+    finally:
+        lock.release()
+        job.close()
+
+
+def train_from(job: Job, start: Start) -> int:
+    """Trains a run from where it stands; returns why it has stopped (0: it is finished)."""
+    config, began = job.config, starter_began()
     refuse_wrong_kernels(config.model, job.device, job.is_first)
     checkpoint.require_room(job)
-    before = checkpoint.starting_point(job)
-    start, moved = steps_done(config), layout_change(config, job.topology)
-    if config.run.init and not start:
+    if config.run.init and not start.checkpoint:
         origin = require_checkpoint(load_config(config.run.origin).run)
         checkpoint.require_whole(job, origin)
         checkpoint.load_model(job, origin)
     else:
         draw_weights(job)
-    engine = build_engine(job)
-    stream = job.dataset.train_stream(config.seed, shared=torch.distributed.get_world_size() > 1)
-    identity = job.dataset.identity(config.seed)
-    if start >= config.run.steps:
-        name, steps = config.run.name, config.run.steps
-        raise ConfigError(f"run.steps={steps} but run.name={name} has done {start}: raise run.steps")
-    if before:
-        require_same_data(before, identity, config.data.on_change)
-        checkpoint.load(engine, before)
-    if job.is_first:
-        known = (config.run.path / CONFIG_FILE).is_file()
-        last = load_config(RunReference(config.run.name, config.run.dir)) if known else None
-        note_start(config, last, start, job.topology.world)
-        save_config(config)
-        lines = [*describe(config, job.topology), *job.describe(), moved, f"starting after step {start}"]
-        print("\n".join(line for line in lines if line), flush=True)
-
-    def save(step: int) -> None:
-        samples = batch_schedule(config).samples(step).start
-        data = {"identity": identity, "samples": samples, "sources": job.dataset.cursors(samples)}
-        checkpoints.save(step, data)
-
-    checkpoints = Checkpoints(job, engine)
-    stop = StopRequest(job.device, config.run.max_time)
-    tracker = build_trackers(config, job.rank, start)
-    data = job.groups.dp
-    try:
-        with Loader(stream, batch_schedule(config), config.batch.micro, data.rank(), data.size(), start) as loader:
-            step, reason = fit(job, engine, loader, tracker, stop, save, checkpoints)
-        checkpoints.wait()
-    finally:
-        tracker.close()
-    if checkpoints.failed:
-        raise SaveError(f"step {step}, the last one, is not saved: {checkpoints.failed}")
+    with Training(job, build_engine(job), start, began) as training:
+        if job.is_first:
+            known = (config.run.path / CONFIG_FILE).is_file()
+            last = load_config(RunReference(config.run.name, config.run.dir)) if known else None
+            note_start(config, last, start.step, job.topology.world)
+            save_config(config)
+            lines = [*describe(config, job.topology), *job.describe(), start.moved]
+            print("\n".join(line for line in lines if line), flush=True)
+        stop, reason = StopRequest(job.device, config.run.max_time, began), REWIND
+        while reason == REWIND:
+            if job.is_first:
+                print(f"starting after step {training.progress.start}", flush=True)
+            tracker = build_trackers(config, job.rank, training.progress.start)
+            try:
+                with training.progress.loader() as loader:
+                    step, reason = fit(training, loader, tracker, stop)
+            finally:
+                tracker.close()
+            if reason == REWIND:
+                training.rewind(step)
+        training.finish_saving()
     if reason and job.is_first:
         print(f"stopped after step {step} of {config.run.steps}: the same command goes on from here", flush=True)
-    job.close()
-    return 128 + reason if reason > TIME_IS_UP else 0
+    return reason

@@ -13,7 +13,8 @@ from parallel import groups as process_groups
 from parallel.engine import Engine
 from parallel.topology import ParallelConfig, resolve
 from train.job.build import Job, build_chunks, engine_of
-from train.settings.run import BatchConfig, Config, DataConfig, OptimConfig, RunConfig
+from train.settings.optim import OptimConfig
+from train.settings.run import BatchConfig, Config, DataConfig, RunConfig
 
 LENGTH = 64
 VOCAB = 256

@@ -33,6 +33,7 @@ mode, rank = sys.argv[1], int(os.environ["RANK"])
 signals = []
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda number, frame: signals.append(number))
+signal.signal(signal.SIGUSR2, lambda *_: os.write(1, f"noted {rank}\\n".encode()))
 os.write(1, f"up {rank} {os.getpid()} {os.environ['WORLD_SIZE']} {os.environ['OMP_NUM_THREADS']}\\n".encode())
 if mode == "done":
     sys.exit(0)
@@ -47,6 +48,8 @@ if mode == "crash" and rank == 1:
 if mode == "mistake" and rank == 1:
     report_mistake(ConfigError("data.corpus=x has a bad shard: prepare it again"))
     sys.exit(2)
+if mode == "later" and rank == 1:
+    sys.exit(75)
 if mode == "killed" and rank == 1:
     os.kill(os.getpid(), signal.SIGKILL)
 while not signals:
@@ -120,6 +123,7 @@ def test_the_cores_are_shared_out(tmp_path):
     [
         ("crash", 1, "error: process 1 of the run failed with exit code 3: its messages stand above\n"),
         ("killed", 1, "error: process 1 of the run was killed by SIGKILL: out of memory?\n"),
+        ("later", 75, ""),
         ("mistake", 2, "error: data.corpus=x has a bad shard: prepare it again\n"),
     ],
 )
@@ -127,12 +131,17 @@ def test_the_first_failure_is_said_in_one_line(tmp_path, mode, code, says):
     assert Front(tmp_path, mode).end() == (code, ["saved 0 1"], says)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_reaches_each_worker_once_and_is_waited_for(tmp_path, number):
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGHUP, 75), (signal.SIGUSR1, 75)],
+)
+def test_a_signal_reaches_each_worker_once_and_is_waited_for(tmp_path, number, expected):
     started = Front(tmp_path, "train")
+    started.process.send_signal(signal.SIGUSR2)  # is passed on to the workers, and ends nothing
+    assert sorted(started.process.stdout.readline() for _ in range(2)) == ["noted 0\n", "noted 1\n"]
     started.signal_group(number)
     code, out, err = started.end()
-    assert code == 128 + number
+    assert code == expected
     assert out == ["saved 0 1", "saved 1 1"]
     assert err.startswith("stopping after this step") and err.count("\n") == 1
 

@@ -18,7 +18,7 @@ from tests.train.hf_runs import SHAPE, VOCAB, import_as
 from tests.train.test_hf_layouts import LOSS, TOKENS, job_on, micro_batch, tokens
 from train.job.directory import checkpoint_path
 from train.job.optim import adamw, decays
-from train.settings.run import OptimConfig
+from train.settings.optim import OptimConfig
 
 DENSE = replace(SHAPE, pattern="G-G-G-*-", dense_size=80, tied_embeddings=True, linear_value_heads=6)
 EXPERTS = replace(SHAPE, linear_value_heads=8)

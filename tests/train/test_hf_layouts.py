@@ -39,7 +39,8 @@ from train.job.build import Job, build_chunks
 from train.job.checkpoint import load_model
 from train.job.optim import adamw, decays
 from train.job.shelf import STATE_FILE, Shelf
-from train.settings.run import OptimConfig, RunReference, load_config
+from train.settings.optim import OptimConfig
+from train.settings.run import RunReference, load_config
 
 TOKENS = 512
 LAYOUTS = {

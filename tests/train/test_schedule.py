@@ -6,7 +6,7 @@ import math
 import pytest
 
 from train.job.schedule import learning_rate
-from train.settings.run import OptimConfig
+from train.settings.optim import OptimConfig
 
 STEPS, WARMUP = 1000, 100
 COSINE = OptimConfig(lr=1.0, min_lr=0.1, schedule="cosine", warmup_steps=WARMUP)

@@ -200,8 +200,30 @@ def test_ctrl_c_saves_and_the_run_goes_on(commands: Commands):
     assert f"starting after step {stopped}" in commands.train("run", f"run.steps={stopped + 1}")
 
 
+def test_a_run_has_one_writer_saves_when_asked_and_leaves_no_worker_behind(commands: Commands):
+    process = commands.start(*commands.settings("run", "run.steps=5000"))
+    lines = iter(process.stdout.readline, "")
+    next(line for line in lines if line.startswith("step"))
+    refused = commands.train("run", code=2)
+    assert "run.name=run is being trained by process" in refused and len(refused.splitlines()) == 1
+    process.send_signal(signal.SIGUSR2)
+    saved = next(line for line in lines if line.startswith("saved"))
+    assert next(line for line in lines if line.startswith("step"))
+    process.kill()
+    process.communicate(timeout=60)  # the workers hold the pipe too: they are gone
+    # SIGUSR1 stops the next one, which goes on from what was saved.
+    process = commands.start(*commands.settings("run", "run.steps=5000"))
+    lines = iter(process.stdout.readline, "")
+    start = next(line for line in lines if line.startswith("starting after"))
+    assert int(start.split()[-1]) == int(saved[-9:])
+    next(line for line in lines if line.startswith("step"))
+    process.send_signal(signal.SIGUSR1)
+    rest = process.communicate(timeout=60)[0]
+    assert process.returncode == 75 and "stopped after step" in rest
+
+
 def test_max_time_ends_a_run_with_a_checkpoint(commands: Commands):
-    output = commands.train("run", "run.max_time=0.00001", "balance.mode=exact")
+    output = commands.train("run", "run.max_time=0.00001", "balance.mode=exact", code=75)
     assert "stopped after step 1 of 4" in output
     assert "balance.mode=exact: a forward pass without the head ahead of each step, " in output
     assert (commands.runs / "run" / "checkpoints" / "step_00000001").is_dir()

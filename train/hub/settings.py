@@ -16,7 +16,8 @@ from model.config import BalanceConfig, MtpConfig, check_model
 from model.hf.config import from_hf
 from model.hf.families import FAMILIES
 from train.job.directory import require_checkpoint
-from train.settings.run import Config, RunConfig, RunReference, check_choice, load_config
+from train.settings.checks import check_choice
+from train.settings.run import Config, RunConfig, RunReference, load_config
 from train.settings.tree import ConfigError, setting
 
 HF_CONFIG = "config.json"

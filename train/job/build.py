@@ -14,6 +14,7 @@ from model.network import LanguageModel
 from model.stack import hybrid_config
 from parallel import engine_megatron
 from parallel import groups as process_groups
+from parallel.collectives import from_first
 from parallel.engine import Engine
 from parallel.engine_megatron import MegatronEngine
 from parallel.topology import Topology, TopologyError, resolve
@@ -123,15 +124,19 @@ def build_chunks(
 def build_job(config: Config, tokenizer: Tokenizer | None = None) -> Job:
     """Joins the process group, lays it out, opens the corpus and builds this process's part of the model.
 
+    The first process lists and counts the corpus before the others find what it has counted. That all have the same is
+    proved before the first step (`train.job.agree`): a listing that grows would give each process samples of its own.
+
     Args:
         tokenizer: takes the place of the corpus where none is read.
     """
     device = process_groups.local_device()
-    process_groups.start(device)
+    process_groups.start(device, config.run.start_timeout)
     topology = resolve(config.parallel, config.model, torch.distributed.get_world_size())
     if device.type == "cuda":
         check_kernels(config.model, topology)
-    groups = process_groups.lay_out(topology)
+    groups = process_groups.lay_out(topology, config.run.start_timeout)
+    from_first(lambda: Dataset(config.data, tokenizer) and None)
     dataset = Dataset(config.data, tokenizer)
     with torch.device(device):
         chunks = build_chunks(config, topology, groups, padded_vocab(config, dataset, topology))

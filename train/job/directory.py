@@ -126,6 +126,11 @@ def require_same_data(checkpoint: Path, identity: Mapping[str, Any], on_change: 
         )
 
 
+def finished_line(config: Config, done: int) -> str:
+    """What is said of a run that has nothing left to do."""
+    return f"{config.run.path} is finished: {done} of {config.run.steps} steps; more run.steps continue it"
+
+
 def layout_change(config: Config, topology: Topology) -> str:
     """A line about the layout of the last checkpoint where it was another one; else nothing."""
     path = starting_checkpoint(config.run)

@@ -1,7 +1,7 @@
 """Which parameters are decayed, and what the engine's optimizer is given."""
 
 from parallel.engine import AdamW
-from train.settings.run import OptimConfig
+from train.settings.optim import OptimConfig
 
 # Decay rates and time steps are no weights: pulling them to zero would mean a memory of a fixed length.
 UNDECAYED = ("A_log", "dt_bias", "bias")

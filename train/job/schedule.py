@@ -14,7 +14,7 @@ than its warm-up ends on the ramp.
 
 import math
 
-from train.settings.run import OptimConfig
+from train.settings.optim import OptimConfig
 
 
 def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:

@@ -8,7 +8,8 @@ from pathlib import Path
 from data.config import DataConfig
 from data.files import why_unwritable
 from parallel.topology import ParallelConfig
-from train.settings.run import Config, RunReference, check_choice, check_least, check_plan, check_seed
+from train.settings.checks import check_choice, check_least, check_seed
+from train.settings.run import Config, RunReference, check_plan
 from train.settings.tree import ConfigError, from_dict, over, setting, to_dict, values_of
 
 

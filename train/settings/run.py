@@ -14,6 +14,8 @@ from data.secrets import hidden
 from model.config import BalanceConfig, ModelConfig, ModelError, MtpConfig, check_balance, check_model
 from parallel.checkpoint.unpickle import UnsafePickle
 from parallel.topology import ParallelConfig, Topology, TopologyError, check_length, microbatches, resolve
+from train.settings.checks import check_choice, check_least, check_seed
+from train.settings.optim import OptimConfig, check_optim
 from train.settings.tree import ConfigError, from_dict, hint_known, leaves, setting, to_dict
 
 USER_ERRORS = (ConfigError, ModelError, TopologyError, CorpusError, UnsafePickle)
@@ -44,6 +46,16 @@ class RunConfig:
     eval_samples: int = setting(64, "held-out sequences of one evaluation")
     eval_prompts: int = setting(16, "held-out prompts on which an evaluation checks MTP drafts (not over a pipeline)")
     log_every: int = setting(10, "steps between logged lines")
+    start_timeout: float = setting(
+        30.0, "minutes after which processes that wait for another give up, until the first step and in saves"
+    )
+    step_timeout: float = setting(5.0, "the same in the steps after the first one")
+    verify_every: int = setting(
+        0, "steps between those whose gradients are computed twice and compared bit for bit; 0: never"
+    )
+    replicas_every: int = setting(
+        0, "steps between comparisons of the weights that several processes hold, bit for bit; 0: never"
+    )
     dry_run: bool = setting(False, "builds one process's part without numbers, says what it would take, and ends")
     max_time: float | None = setting(None, "minutes after which the run saves and stops; null: no limit")
 
@@ -83,22 +95,6 @@ class BatchConfig:
     length_schedule: tuple[tuple[int, int], ...] = setting(
         (), "[[tokens, length], ...]: from so many tokens on, sequences are cut into pieces of that length"
     )
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """AdamW and its learning-rate schedule."""
-
-    lr: float = setting(3e-4, "peak learning rate")
-    min_lr: float = setting(3e-5, "learning rate at the last step")
-    schedule: str = setting("cosine", "learning rate after the warm-up: cosine or wsd (stable, then decay)")
-    warmup_steps: int = setting(0, "steps of linear warm-up")
-    decay_fraction: float = setting(0.2, "wsd: share of run.steps in which the learning rate decays")
-    decay_shape: str = setting("sqrt", "wsd: shape of the decay, linear or sqrt (1 - sqrt of its progress)")
-    betas: tuple[float, float] = setting((0.9, 0.95), "AdamW's decay rates of the gradient's two moments")
-    eps: float = setting(1e-8, "AdamW's epsilon")
-    weight_decay: float = setting(0.1, "decoupled weight decay")
-    clip: float = setting(1.0, "largest norm of the whole gradient; 0 does not clip")
 
 
 @dataclass(frozen=True)
@@ -159,7 +155,7 @@ def check_plan(config: Config, world: int) -> Topology:
     """
     check_seed("seed", config.seed)
     _check_run(config.run)
-    _check_optim(config.optim)
+    check_optim(config.optim)
     check_choice("wandb.mode", config.wandb.mode, ("offline", "online", "disabled"))
     check_model(config.model, config.mtp)
     check_balance(config.balance)
@@ -277,32 +273,13 @@ def _check_run(run: RunConfig) -> None:
     if run.fork is not None and run.init is not None:
         raise ConfigError(f"run.fork={run.fork} and run.init={run.init} both say where to start: set one")
     check_least("run.eval_every", run.eval_every, 0)
+    check_least("run.verify_every", run.verify_every, 0)
+    check_least("run.replicas_every", run.replicas_every, 0)
+    for name, minutes in (("start", run.start_timeout), ("step", run.step_timeout)):
+        if not minutes > 0:
+            raise ConfigError(f"run.{name}_timeout={minutes} must be above 0 minutes")
     if run.max_time is not None and not run.max_time > 0:
         raise ConfigError(f"run.max_time={run.max_time} must be above 0 minutes, or null to have no limit")
-
-
-def _check_optim(optim: OptimConfig) -> None:
-    check_choice("optim.schedule", optim.schedule, ("cosine", "wsd"))
-    check_choice("optim.decay_shape", optim.decay_shape, ("linear", "sqrt"))
-    if not 0 < optim.lr < float("inf"):
-        raise ConfigError(f"optim.lr={optim.lr} must be a number above 0")
-    if not 0 <= optim.min_lr <= optim.lr:
-        raise ConfigError(f"optim.min_lr={optim.min_lr} must lie between 0 and optim.lr={optim.lr}")
-    if not 0 < optim.decay_fraction <= 1:
-        raise ConfigError(f"optim.decay_fraction={optim.decay_fraction} must lie above 0 and not above 1")
-    if not all(0 <= beta < 1 for beta in optim.betas):
-        raise ConfigError(f"optim.betas={list(optim.betas)} must lie from 0 to below 1")
-    if not optim.eps > 0:
-        raise ConfigError(f"optim.eps={optim.eps} must be above 0")
-    check_least("optim.warmup_steps", optim.warmup_steps, 0)
-    check_least("optim.weight_decay", optim.weight_decay, 0.0)
-    check_least("optim.clip", optim.clip, 0.0)
-
-
-def check_least(path: str, value: float, least: float) -> None:
-    """Raises ConfigError where the setting is below its least value, or no number."""
-    if not value >= least:
-        raise ConfigError(f"{path}={value} must be at least {least}")
 
 
 def _check_schedule(path: str, phases: tuple[tuple[int, int], ...]) -> None:
@@ -318,18 +295,6 @@ def _check_schedule(path: str, phases: tuple[tuple[int, int], ...]) -> None:
 def _check_divides(path: str, part: int, whole_path: str, whole: int) -> None:
     if whole % part:
         raise ConfigError(f"{path} has {part}, which does not divide {whole_path}={whole}: choose {whole // 2} or so")
-
-
-def check_seed(path: str, seed: int) -> None:
-    """Raises ConfigError where the seed is not one that every generator of random numbers takes."""
-    if not 0 <= seed < 2**63:
-        raise ConfigError(f"{path}={seed} is no seed: choose a whole number from 0 to {2**63 - 1}")
-
-
-def check_choice(path: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raises ConfigError where the setting is none of two or more choices."""
-    if value not in choices:
-        raise ConfigError(f"{path}={value!r} is not known: choose {', '.join(choices[:-1])} or {choices[-1]}")
 
 
 def _check_writable(run: RunConfig) -> None:

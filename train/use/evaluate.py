@@ -3,7 +3,9 @@ many drafted tokens are accepted."""
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from itertools import batched
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 from data.loader import heldout_batches
 from data.order.batches import Batch
 from model.batch import MicroBatch, count_targets
-from parallel.collectives import from_last, sum_over
+from parallel.collectives import from_last, max_over_all, sum_over
 from parallel.stages import run_schedule
 from train.job.build import Job, build_chunks, build_job
 from train.job.checkpoint import load_model, require_whole
@@ -46,17 +48,21 @@ def unigram_entropy(histogram: torch.Tensor) -> float:
     return float(-(share * share.log()).sum())
 
 
+def read_heldout(job: Job, max_samples: int) -> Iterator[Batch]:
+    """This process's share of the held-out sequences, or of so many of them spread evenly."""
+    data = job.groups.dp
+    with closing(job.dataset.heldout_stream()) as stream:
+        yield from heldout_batches(stream, job.config.batch.micro, data.rank(), data.size(), max_samples)
+
+
 @torch.no_grad()
-def heldout_metrics(job: Job, max_samples: int) -> dict[str, float]:
-    """Losses over the first ``max_samples`` held-out sequences (spread evenly), the same on every process."""
-    config, steps = job.config, job.config.mtp.steps
-    stream = job.dataset.heldout_stream()
+def heldout_metrics(job: Job, batches: Iterable[Batch]) -> dict[str, float]:
+    """Losses over what all processes' `read_heldout` has read, the same on every process."""
+    steps = job.config.mtp.steps
     token_bytes = torch.from_numpy(job.dataset.token_bytes).long()
     histogram = torch.zeros(job.dataset.vocab_size, dtype=torch.int64)
     sums = torch.zeros(1 + steps, dtype=torch.float64)
     counts = torch.zeros(1 + steps, dtype=torch.int64)
-    data = job.groups.dp
-    batches = heldout_batches(stream, config.batch.micro, data.rank(), data.size(), max_samples)
     for group in in_groups(batches, job.topology.pipeline):
         ready = [microbatch(job, batch, count_targets(batch.documents, steps).clamp(min=1)) for batch in group]
         outputs = run_schedule(job.chunks, ready, job.microbatch_tokens, forward_only=True)
@@ -80,13 +86,39 @@ def heldout_metrics(job: Job, max_samples: int) -> dict[str, float]:
     return values | {metrics.heldout_mtp_loss(step): losses[step] for step in range(1, 1 + steps)}
 
 
-def draft_metrics(job: Job, prompts: int) -> dict[str, float]:
-    """Acceptance of drafts as long as in training on short texts; empty where a process has not all layers."""
+def training_prompts(job: Job) -> list[list[int]]:
+    """The held-out prompts of a run's evaluations; none where a process has not all layers."""
+    prompts = job.config.run.eval_prompts
     if not prompts or not job.config.mtp.steps or job.topology.pipeline > 1:
+        return []
+    return heldout_prompts(job, prompts, min(TRAINING_PROMPT, job.config.data.seq_length))
+
+
+def draft_metrics(job: Job, texts: list[list[int]]) -> dict[str, float]:
+    """Acceptance of drafts as long as in training, on short texts; empty without any."""
+    return (
+        measure_acceptance(job, job.chunks[0], texts, job.config.mtp.steps, TRAINING_PROMPT).values() if texts else {}
+    )
+
+
+def evaluation(job: Job) -> dict[str, float]:
+    """What a run measures on held-out text every so often; empty, with a warning, where a process cannot read it.
+
+    All is read before anything is computed, so that no process waits for one that could not read.
+    """
+    batches: list[Batch] = []
+    prompts: list[list[int]] = []
+    failed = 0
+    try:
+        batches, prompts = list(read_heldout(job, job.config.run.eval_samples)), training_prompts(job)
+    except (OSError, ValueError) as error:  # CorpusError is one of these
+        print(f"warning: process {job.rank} could not read held-out text: {error}", file=sys.stderr, flush=True)
+        failed = 1
+    if max_over_all(torch.tensor(failed, device=job.device)):
+        if job.is_first:
+            print("warning: this evaluation is left out; training goes on", file=sys.stderr, flush=True)
         return {}
-    (network,) = job.chunks
-    texts = heldout_prompts(job, prompts, min(TRAINING_PROMPT, job.config.data.seq_length))
-    return measure_acceptance(job, network, texts, job.config.mtp.steps, TRAINING_PROMPT).values() if texts else {}
+    return heldout_metrics(job, batches) | draft_metrics(job, prompts)
 
 
 def rounded(job: Job, dtype: str) -> Job:
@@ -117,28 +149,28 @@ def write_output(path: Path, values: dict[str, float], found: Acceptance | None)
     path.write_text(json.dumps({"metrics": values, "drafts": found and found.content()}) + "\n", encoding="utf-8")
 
 
-def run_evaluation(evaluation: EvaluateConfig, config: Config) -> int:
+def run_evaluation(asked: EvaluateConfig, config: Config) -> int:
     """The evaluate command, in each of its processes."""
-    path = require_checkpoint(config.run, evaluation.step)
+    path = require_checkpoint(config.run, asked.step)
     job = build_job(config)
     require_whole(job, path)
     load_model(job, path)
-    if evaluation.dtype:
-        job = rounded(job, evaluation.dtype)
-    values = heldout_metrics(job, evaluation.samples or config.run.eval_samples)
-    draft = evaluation.draft
+    if asked.dtype:
+        job = rounded(job, asked.dtype)
+    values = heldout_metrics(job, read_heldout(job, asked.samples or config.run.eval_samples))
+    draft = asked.draft
     if draft is None:
         draft = config.mtp.steps if job.topology.pipeline == 1 else 0
     found = None
     if draft:
-        prompts = heldout_prompts(job, evaluation.prompts, evaluation.prompt_tokens)
-        found = measure_acceptance(job, job.chunks[0], prompts, draft, evaluation.tokens, show=True)
+        prompts = heldout_prompts(job, asked.prompts, asked.prompt_tokens)
+        found = measure_acceptance(job, job.chunks[0], prompts, draft, asked.tokens, show=True)
         values |= found.values()
     if job.is_first:
         print(f"{config.run.name} after {read_state(path)['step']} steps: {heldout_line(values)}", flush=True)
     if job.is_first and found:
         print(f"{found.tally.describe()}, on {len(prompts)} held-out prompts", flush=True)
-    if job.is_first and evaluation.output:
-        write_output(Path(evaluation.output), values, found)
+    if job.is_first and asked.output:
+        write_output(Path(asked.output), values, found)
     job.close()
     return 0

@@ -35,6 +35,7 @@ EXPERT_ROWS_MAX = "expert_rows_max"  # most rows that any rank received in a mic
 MEMORY_PEAK = "memory_peak_gb"  # of the fullest GPU since the last logged step, and what its allocator holds
 MEMORY_RESERVED = "memory_reserved_gb"
 MEMORY_RETRIES = "memory_retries"  # times that an allocator had to free what it held, since the run was started
+SKIPPED_STEPS = "skipped_steps"  # bad steps (optim.spike_factor) since the start of the run
 DATA_RETRIES = "data_retries"  # reads that failed and were tried again, since the run was started
 DATA_RESTARTS = "data_restarts"  # times that killed reading processes were started again
 DATA_SKIPPED_TOKENS = "data_skipped_tokens"  # positions that damaged parts of the corpus left without a target

@@ -1,6 +1,8 @@
 """How fast a run is: tokens a second, and what share of this machine's matrix products that uses."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -36,6 +38,13 @@ class Speedometer:
         self._job, self._schedule = job, batch_schedule(job.config)
         self._rate = matmul_rate(job.device, job.chunks[0].config.params_dtype)
         self._seconds, self._tokens, self._flops = 0.0, 0, 0.0
+
+    @contextmanager
+    def step(self, step: int) -> Iterator[None]:
+        """Around a step; steps count from 0."""
+        begin = time.perf_counter()
+        yield
+        self.add(time.perf_counter() - begin, step)
 
     def add(self, seconds: float, step: int) -> None:
         """Counts a step; steps count from 0."""

@@ -1,0 +1,132 @@
+"""What ends a run early, and what all processes agree on: signals, the clock, where to start."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import psutil
+import torch
+
+from parallel import groups as process_groups
+from parallel.collectives import from_first
+from parallel.topology import Topology
+from tests.dist import run_ranks
+from tests.layout import ROOT
+from train.job.agree import agreed_start, require_alike
+from train.job.shelf import Shelf, write_state
+from train.job.stop import DATA_BROKEN, STORAGE_AWAY, TIME_IS_UP, Agreement, StopRequest, exit_code
+from train.settings.run import Config, RunConfig
+from train.settings.tree import ConfigError
+
+CPU = torch.device("cpu")
+STARTER = """
+import subprocess, sys, time
+worker = subprocess.Popen([sys.executable, "-c", sys.argv[1]])
+print(worker.pid, flush=True)
+time.sleep(60)
+"""
+WORKER = """
+import os, time
+from train.job.starter import end_with_starter, starter_began
+end_with_starter()
+print("tied", starter_began(), flush=True)
+time.sleep(60)
+"""
+
+
+def _stops() -> list[Agreement]:
+    process_groups.start(CPU)
+    rank, found = torch.distributed.get_rank(), []
+    stop = StopRequest(CPU, None, 0.0)
+    found.append(stop.agreed())
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGUSR2)
+    found.append(stop.agreed(waiting=rank == 0))
+    found += [stop.agreed(), stop.agreed()]
+    found.append(stop.agreed(fault=STORAGE_AWAY * rank, waiting=rank == 0))
+    late = StopRequest(CPU, 1.0, time.time() - 50)
+    found.append(late.agreed())
+    save_seconds = 15.0 * rank  # a save would no longer fit
+    found += [late.agreed(save_seconds=save_seconds), late.agreed(save_seconds=save_seconds, in_time=True)]
+    if rank == 0:
+        os.kill(os.getpid(), signal.SIGUSR1)
+    return [*found, late.agreed()]
+
+
+def test_all_processes_agree_on_what_comes_next() -> None:
+    first, second = run_ranks(_stops, 2)
+    assert first == second
+    assert first == [
+        Agreement(waiting=False, save=False, reason=0),
+        Agreement(waiting=True, save=True, reason=0),
+        Agreement(waiting=False, save=True, reason=0),  # still to be done, now that all have read
+        Agreement(waiting=False, save=False, reason=0),
+        Agreement(waiting=False, save=False, reason=STORAGE_AWAY),  # nobody waits for a storage that is away
+        Agreement(waiting=False, save=False, reason=0),
+        Agreement(waiting=False, save=False, reason=TIME_IS_UP),
+        Agreement(waiting=False, save=False, reason=0),
+        Agreement(waiting=False, save=False, reason=signal.SIGUSR1),
+    ]
+
+
+def test_exit_codes() -> None:
+    reasons = (0, TIME_IS_UP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, STORAGE_AWAY, DATA_BROKEN)
+    assert [exit_code(reason) for reason in reasons] == [0, 75, 130, 75, 75, 75, 75]
+
+
+def test_a_worker_ends_with_its_starter_even_if_that_is_killed() -> None:
+    before = time.time()
+    starter = subprocess.Popen(
+        [sys.executable, "-c", STARTER, WORKER], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    pid = int(starter.stdout.readline())
+    word, began = starter.stdout.readline().split()
+    assert word == "tied" and before - 1 < float(began) < before + 1  # the kernel counts in hundredths of a second
+    starter.kill()
+    starter.wait()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        worker, deadline = psutil.Process(pid), time.monotonic() + 5
+        while worker.status() != psutil.STATUS_ZOMBIE:  # dead, and nobody here waits for it
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+def _starts(runs: str) -> tuple[int, str, str, str]:
+    process_groups.start(CPU)
+    rank = torch.distributed.get_rank()
+    if rank == 1:  # as a stale cache of its directory would show it
+        Shelf.steps = lambda self: [2]
+    topology = Topology(2, 1, 1, 1, 1, 2)
+    job = SimpleNamespace(
+        config=Config(run=RunConfig(name="run", dir=runs)), topology=topology, rank=rank, is_first=rank == 0, device=CPU
+    )
+    start = agreed_start(job)
+    messages = []
+    for call in (
+        lambda: require_alike("settings", {"seed": rank}, CPU),
+        lambda: from_first(lambda: (_ for _ in ()).throw(ConfigError("no such thing")) if rank == 0 else rank),
+    ):
+        try:
+            call()
+        except Exception as error:
+            messages.append(f"{type(error).__name__}: {error}")
+    require_alike("settings", {"seed": 1}, CPU)
+    return start.step, start.checkpoint.name, *messages
+
+
+def test_the_first_process_decides_where_all_start(tmp_path) -> None:
+    for step in (2, 4):
+        path = Shelf(tmp_path / "run" / "checkpoints").path(step)
+        path.mkdir(parents=True)
+        write_state(path, step, {"identity": {}}, {"world": 2})
+    first, second = run_ranks(_starts, 2, str(tmp_path))
+    assert first == second
+    assert first[:2] == (4, "step_00000004")
+    assert (
+        first[2] == "RuntimeError: process 1 has other settings than process 0: nothing is trained or saved like this"
+    )
+    assert first[3] == "ConfigError: no such thing"

@@ -1,0 +1,61 @@
+"""What a run carries from step to step beside its weights, as its checkpoints keep it."""
+
+from typing import Any
+
+from data.loader import Loader, Stream
+from data.order.skips import Skips
+from train.job.agree import Start, require_alike
+from train.job.bad_steps import Judge
+from train.job.build import Job
+from train.settings.run import batch_schedule
+from train.settings.tree import to_dict
+
+
+class Progress:
+    """How far a run has read, what it leaves out, and what it takes for a usual step."""
+
+    def __init__(self, job: Job, start: Start) -> None:
+        self._job, self._schedule = job, batch_schedule(job.config)
+        number, data = self._schedule.samples(start.step).start, start.state.get("data", {})
+        windows = [*job.config.data.skip, *start.left_out]
+        self.skips = Skips(windows, number, data.get("place", number))
+        self.judge = Judge(job, data.get("judge"))
+        self.identity = job.dataset.identity(job.config.seed)
+        self.stream: Stream = job.dataset.train_stream(job.config.seed, shared=job.topology.world > 1)
+        self.start = start.step
+
+    def loader(self) -> Loader:
+        """This process's batches from here on."""
+        data, config = self._job.groups.dp, self._job.config
+        return Loader(
+            self.stream, self._schedule, config.batch.micro, data.rank(), data.size(), self.start, skips=self.skips
+        )
+
+    def places(self, first: int, last: int) -> range:
+        """Where in the order of training the samples of some steps, counted from 1, lie."""
+        numbers = range(self._schedule.samples(first - 1).start, self._schedule.samples(last - 1).stop)
+        return range(self.skips.place(numbers[0]), self.skips.place(numbers[-1]) + 1)
+
+    def place_after(self, step: int) -> int:
+        """How far into the order of training ``step`` steps have read."""
+        return self.skips.place(self._schedule.samples(step).start)
+
+    def require_alike(self) -> None:
+        """Proves that all processes train the same.
+
+        Raises:
+            RuntimeError: they do not.
+        """
+        for what, value in (("settings", to_dict(self._job.config)), ("data", self.identity)):
+            require_alike(what, value, self._job.device)
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What a checkpoint after ``step`` steps says of what was read and how far."""
+        samples, place = self._schedule.samples(step).start, self.place_after(step)
+        return {
+            "identity": self.identity,
+            "samples": samples,
+            "place": place,
+            "sources": self._job.dataset.cursors(place),
+            "judge": self.judge.state,
+        }

@@ -1,0 +1,137 @@
+"""A run in this process: its engine, how far it is, and the clock and the watch beside it."""
+
+import time
+from types import TracebackType
+
+from data.secrets import hide
+from parallel.checkpoint.saving import SaveError
+from parallel.collectives import from_first
+from parallel.engine import Engine
+from train.job import checkpoint
+from train.job.agree import Start, agreed_start, require_alike
+from train.job.bad_steps import go_back
+from train.job.build import Job
+from train.job.checkpoint import Checkpoints
+from train.job.directory import require_same_data
+from train.job.progress import Progress
+from train.settings.tree import to_dict
+from train.use.evaluate import evaluation
+from train.watch.goodput import EVALUATING, SAVING, Clock
+from train.watch.hang import Watchdog
+
+
+class Training:
+    """What the loop works with beside the batches. Close it when done (it is a context manager).
+
+    Attributes:
+        reached: the last step that was taken before; up to it steps are redone.
+        saved: the last step that a checkpoint holds.
+        save_seconds: what the last save took.
+    """
+
+    def __init__(self, job: Job, engine: Engine, start: Start, began: float) -> None:
+        self.job, self.engine = job, engine
+        run = job.config.run
+        self.watchdog = Watchdog(run.path, run.start_timeout, run.step_timeout)
+        self.clock = Clock(began, start.beat.get("seconds"))
+        self.reached: int = start.beat.get("step", 0)
+        self.saved, self.save_seconds = start.step, 0.0
+        self._save_began: float | None = None
+        self.checkpoints = Checkpoints(job, engine)
+        self._load(start)
+
+    def __enter__(self) -> "Training":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.watchdog.close()
+
+    def save(self, step: int) -> None:
+        """Begins to write a checkpoint, unless there is one of this step.
+
+        Raises:
+            RuntimeError: on every process, they would not save the same run.
+        """
+        if step == self.saved:
+            return
+        state = self.progress.state(step)
+        with self.clock.spent(SAVING), self.watchdog.patient(step, "saving"):
+            require_alike("settings or state", [to_dict(self.job.config), step, state], self.job.device)
+            self.checkpoints.save(step, state)
+        self.saved, self._save_began = step, time.monotonic()
+
+    def poll(self) -> None:
+        """Finishes a save that all processes have written; to be called between steps."""
+        if not self.checkpoints.busy:
+            return
+        with self.clock.spent(SAVING), self.watchdog.patient(self.saved, "finishing a save"):
+            self.checkpoints.poll()
+        self._note_save()
+
+    def finish_saving(self) -> None:
+        """Returns once nothing is being written any more.
+
+        Raises:
+            SaveError: on every process, the last save came to nothing.
+        """
+        with self.clock.spent(SAVING), self.watchdog.patient(self.saved, "finishing a save"):
+            self.checkpoints.wait()
+        self._note_save()
+        if self.checkpoints.failed:
+            raise SaveError(f"step {self.saved}, the last one, is not saved: {self.checkpoints.failed}")
+
+    def _note_save(self) -> None:
+        if self._save_began is not None and not self.checkpoints.busy:
+            self.save_seconds, self._save_began = time.monotonic() - self._save_began, None
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Metrics on held-out text; empty, with a warning, where it cannot be read."""
+        with self.clock.spent(EVALUATING), self.watchdog.patient(step, "evaluating"):
+            self.engine.gather_weights()
+            return evaluation(self.job)
+
+    def source_metrics(self, step: int) -> dict[str, float]:
+        """How far each source has been read after a step; names without what must not be shown."""
+        of_sources = self.job.dataset.progress(self.progress.place_after(step))
+        return {hide(name): value for name, value in of_sources.items()}
+
+    def require_sound_replicas(self) -> None:
+        """Compares the weights that several processes hold.
+
+        Raises:
+            RuntimeError: on every process, some are damaged; they are named.
+        """
+        damaged = self.engine.damaged_replicas()
+        if damaged:
+            raise RuntimeError(
+                f"weights differ between processes that hold the same ones: {', '.join(damaged[:6])}: some memory or "
+                f"link is damaged; the run goes on from its last checkpoint, on other machines"
+            )
+
+    def rewind(self, step: int) -> None:
+        """Goes back to the last checkpoint before the bad steps that end with this one, and leaves their samples out.
+
+        Raises:
+            RuntimeError: on every process, there is no checkpoint to go back to.
+        """
+        config, progress = self.job.config, self.progress
+        first = step - progress.judge.in_a_row + 1
+        samples = progress.places(first, step)
+        with self.watchdog.patient(step, "finishing a save"):
+            self.checkpoints.wait()
+        to = from_first(lambda: go_back(config.run, first, samples))
+        if self.job.is_first:
+            print(f"going back to step {to}: samples {samples[0]} to {samples[-1]} are left out", flush=True)
+        self.reached = max(self.reached, step)
+        with self.watchdog.patient(step, "going back"):
+            self._load(agreed_start(self.job))
+
+    def _load(self, start: Start) -> None:
+        """Puts the run where a checkpoint says that it is."""
+        self.progress, self.saved = Progress(self.job, start), start.step
+        self.progress.require_alike()
+        if start.checkpoint:
+            require_same_data(start.checkpoint, self.progress.identity, self.job.config.data.on_change)
+            checkpoint.load(self.engine, start.checkpoint)

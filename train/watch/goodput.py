@@ -1,0 +1,61 @@
+"""Where the wall time of a run goes: what trained it, and what it waited for instead."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+TRAINING, DATA, SAVING, EVALUATING, STARTING, REDONE = KINDS = (
+    "training",  # steps that were taken for the first time
+    "data",  # waiting for samples
+    "saving",  # blocked by checkpoints
+    "evaluating",
+    "starting",  # from the start of the command to the first step
+    "redone",  # steps that an earlier start had taken and not saved
+)
+WALL = "wall"  # of all starts of the run, without the time between them
+GOODPUT = "goodput"  # share of the wall time that was training
+
+
+def seconds(kind: str) -> str:
+    """Name of the metric of the seconds spent on something since the start of the run."""
+    return f"seconds_{kind}"
+
+
+class Clock:
+    """Adds up seconds by what they were spent on.
+
+    Args:
+        began: when this start of the run began, by ``now``.
+        before: totals of earlier starts.
+    """
+
+    def __init__(
+        self, began: float, before: Mapping[str, float] | None = None, now: Callable[[], float] = time.time
+    ) -> None:
+        self._now, self._began = now, began
+        self._before = {kind: (before or {}).get(kind, 0.0) for kind in (*KINDS, WALL)}
+        self._own = dict.fromkeys(KINDS, 0.0)
+
+    def started(self) -> None:
+        """The first step comes next; later calls change nothing."""
+        self._own[STARTING] = self._own[STARTING] or self._now() - self._began
+
+    @contextmanager
+    def spent(self, kind: str) -> Iterator[None]:
+        """Counts what is done inside."""
+        begin = self._now()
+        try:
+            yield
+        finally:
+            self._own[kind] += self._now() - begin
+
+    def totals(self) -> dict[str, float]:
+        """Seconds by kind, and of the wall clock, over all starts of the run."""
+        own = self._own | {WALL: self._now() - self._began}
+        return {kind: self._before[kind] + own[kind] for kind in (*KINDS, WALL)}
+
+    def metrics(self) -> dict[str, float]:
+        """Metrics of the run so far."""
+        totals = self.totals()
+        share = totals[TRAINING] / max(totals[WALL], 1e-9)
+        return {seconds(kind): totals[kind] for kind in KINDS} | {GOODPUT: share}
