@@ -1,0 +1,156 @@
+"""Saves while training goes on: what is saved is the state of its step, and a save that fails costs nothing else."""
+
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from model.config import MtpConfig
+from parallel import groups as process_groups
+from parallel.checkpoint import writer
+from parallel.engine import Engine
+from parallel.topology import ParallelConfig
+from tests.dist import run_ranks
+from tests.parallel.tiny import MODEL, build_tiny, part_of, random_batch, start_engine, tiny_config
+from train.job.build import Job
+from train.job.checkpoint import Checkpoints, load, starting_point
+from train.job.shelf import Shelf, why_broken
+from train.loop import train_step
+from train.settings.run import BatchConfig, RunConfig
+
+ROWS = 4
+
+
+def _job(runs: Path) -> Job:
+    run = RunConfig(name="saving", dir=str(runs), keep=0)
+    run.path.mkdir(exist_ok=True)
+    model = replace(MODEL, pattern="GE*E")
+    job = build_tiny(tiny_config(model, ParallelConfig(expert=2), run=run, mtp=MtpConfig(steps=1)))
+    return replace(job, config=replace(job.config, batch=BatchConfig(global_=ROWS, micro=ROWS // 2)))
+
+
+def _step(job: Job, engine: Engine, step: int) -> None:
+    train_step(job, engine, [part_of(random_batch(ROWS, step), job.groups.dp.rank(), 2)], 1e-2)
+
+
+def _numbers(engine: Engine) -> list[torch.Tensor]:
+    """Every tensor of the model and the optimizer that this process holds, copied."""
+    state = engine.sharded_state_dict(is_loading=False)
+    entries = [*state["model0"].values(), *(piece for pieces in state["optimizer"].values() for piece in pieces)]
+    return [entry.data.detach().clone() for entry in entries if isinstance(entry.data, torch.Tensor)]
+
+
+def _while_training(job: Job, engine: Engine, checkpoints: Checkpoints) -> dict:
+    """Three saves with steps between them; each step's numbers, and what is loaded of the saves afterwards."""
+    saved, polls = {}, 0
+    for step in (1, 2, 3):
+        _step(job, engine, step)
+        saved[step] = _numbers(engine)
+        checkpoints.save(step, {})
+        _step(job, engine, 10 + step)  # overwrites in place what is being written
+        checkpoints.poll()
+        polls += not checkpoints.busy
+    checkpoints.wait()
+    same = {}
+    for step, numbers in saved.items():
+        load(engine, Shelf(job.config.run.checkpoints).path(step))
+        loaded = _numbers(engine)
+        same[step] = len(loaded) == len(numbers) and all(map(torch.equal, loaded, numbers))
+    return {"same": same, "failed": checkpoints.failed, "blocked": checkpoints.blocked}
+
+
+def _refuse(shelf: Shelf, step: int) -> Path:
+    raise PermissionError(13, "Permission denied")
+
+
+def _failures(job: Job, engine: Engine, checkpoints: Checkpoints) -> dict[str, str]:
+    """What the processes hear of saves that one of them cannot write."""
+    keep, found = writer._write_file, {}
+
+    def full(directory: Path, bucket: writer.Bucket) -> writer.Written:
+        raise OSError(28, "No space left on device")
+
+    def killed(directory: Path, bucket: writer.Bucket) -> writer.Written:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError("the process is dead")
+
+    for step, (name, broken) in enumerate({"full disk": full, "killed writer": killed}.items(), start=4):
+        writer._write_file = broken if job.rank == 1 else keep  # the writers are forks of this process
+        checkpoints.save(step, {})
+        checkpoints.wait()
+        found[name] = checkpoints.failed
+    writer._write_file = keep
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.job.shelf.shutil.disk_usage", lambda path: SimpleNamespace(free=1))
+        patch.setattr(Shelf, "delete", lambda self, step: None)
+        checkpoints.save(6, {})
+        found["no room"] = checkpoints.failed
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Shelf, "prepare", lambda self, step: (_ for _ in ()).throw(PermissionError(13, "Permission denied"))
+        )
+        checkpoints.save(6, {})
+        found["read-only"] = checkpoints.failed
+    checkpoints.save(7, {})
+    checkpoints.wait()
+    found["afterwards"] = checkpoints.failed
+    return found
+
+
+def _saves(runs: Path) -> dict:
+    process_groups.start(torch.device("cpu"))
+    job = _job(runs)
+    engine = start_engine(job)
+    checkpoints, shelf = Checkpoints(job, engine), Shelf(job.config.run.checkpoints)
+    found = {"training": _while_training(job, engine, checkpoints)}
+    found["failures"] = _failures(job, engine, checkpoints)
+    found["kept"] = shelf.steps(), sorted(path.name for path in shelf.root.iterdir() if path.suffix)
+    found["whole"] = [why_broken(shelf.path(step), deep=True) for step in shelf.steps()]
+    if job.is_first:  # the two newest are damaged on the disk
+        for step, name in ((7, "__1_0.distcp"), (3, ".metadata")):
+            path = shelf.path(step) / name
+            content = bytearray(path.read_bytes())
+            content[len(content) // 2] ^= 1
+            path.write_bytes(content)
+    torch.distributed.barrier()
+    found["start"] = starting_point(job)
+    return found
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[dict]:
+    return run_ranks(_saves, 2, tmp_path_factory.mktemp("runs"), timeout=300)
+
+
+def test_what_is_saved_is_the_state_of_its_step(ranks):
+    for rank in ranks:
+        assert rank["training"]["same"] == {1: True, 2: True, 3: True}
+        assert rank["training"]["failed"] == ""
+        assert rank["training"]["blocked"] > 0
+
+
+def test_a_save_that_one_process_cannot_write_is_told_on_all_and_leaves_nothing(ranks):
+    for rank in ranks:
+        assert "No space left on device" in rank["failures"]["full disk"]
+        assert "the writing process died" in rank["failures"]["killed writer"]
+        assert "GB are free, and a checkpoint takes" in rank["failures"]["no room"]
+        assert "Permission denied" in rank["failures"]["read-only"]
+        assert rank["failures"]["afterwards"] == ""
+        assert rank["kept"] == ([1, 2, 3, 7], [])
+        assert rank["whole"] == [""] * 4
+
+
+def test_damaged_checkpoints_are_set_aside_and_the_one_before_is_used(ranks):
+    for rank in ranks:
+        start = rank["start"]
+        assert start.name == "step_00000002"
+        assert sorted(path.name for path in start.parent.iterdir()) == [
+            "step_00000001",
+            "step_00000002",
+            "step_00000003.broken",
+            "step_00000007.broken",
+        ]
