@@ -77,7 +77,7 @@ class Training:
             SaveError: on every process, the last save came to nothing.
         """
         with self.clock.spent(SAVING), self.watchdog.patient(self.saved, "finishing a save"):
-            self.checkpoints.wait()
+            self.checkpoints.close()
         self._note_save()
         if self.checkpoints.failed:
             raise SaveError(f"step {self.saved}, the last one, is not saved: {self.checkpoints.failed}")

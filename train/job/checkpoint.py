@@ -19,6 +19,7 @@ from parallel.stages import load_weights, sharded_weights
 from train.job.build import Job
 from train.job.directory import COUNTS, starting_checkpoint
 from train.job.footprint import checkpoint_bytes
+from train.job.mirror import Copier, fetch_lost
 from train.job.provenance import sidecars
 from train.job.shelf import Shelf, why_broken, write_state
 from train.settings.tree import ConfigError
@@ -55,6 +56,7 @@ class Checkpoints:
         self._job, self._engine, self._shelf = job, engine, Shelf(job.config.run.checkpoints)
         self._saver = BackgroundSaver(engine.groups.dp_cp)
         self._step: int | None = None  # being written
+        self._copier = Copier(job.config.run)  # works on the first process
         self.blocked, self.failed, self._last = 0.0, "", time.monotonic()
 
     @property
@@ -94,6 +96,11 @@ class Checkpoints:
         if self._step is not None:
             self._finish(self._saver.wait)
 
+    def close(self) -> None:
+        """Returns once nothing is being written or copied any more."""
+        self.wait()
+        self._copier.finish(self._shelf.newest())
+
     def _finish(self, how: Callable[[], object]) -> None:
         step = self._step
         assert step is not None, "something is being written"
@@ -124,8 +131,10 @@ class Checkpoints:
             for name, content in sidecars(job.config, tokenizer, job.topology.world).items():
                 digests[name] = write_synced(directory / name, content)
             write_state(directory, step, data, vars(job.topology), digests)
-            print(f"saved {self._shelf.publish(step)}", flush=True)
-            self._shelf.retire(run.keep, run.keep_every)
+            path = self._shelf.publish(step)
+            print(f"saved {path}", flush=True)
+            self._copier.start(step, path)
+            self._shelf.retire(run.keep, run.keep_every, spare=self._copier.step)
 
         return complete
 
@@ -196,7 +205,7 @@ def newest_whole(job: Job) -> Path | None:
         aside = from_first(partial(shelf.set_aside, step))
         if job.is_first:
             print(f"WARNING: {shelf.path(step)} is damaged: {fault}; it is now {aside.name}", flush=True)
-    return None
+    return from_first(partial(fetch_lost, job.config.run, shelf))
 
 
 def starting_point(job: Job) -> Path | None:

@@ -136,10 +136,14 @@ class Shelf:
         """Renames a checkpoint that is not as it was written, so that nothing reads it again."""
         return self._rename(self.path(step), BROKEN)
 
-    def retire(self, keep: int, keep_every: int) -> list[int]:
-        """Deletes all checkpoints that are not `promised`, the oldest first; returns their steps."""
+    def retire(self, keep: int, keep_every: int, spare: int | None = None) -> list[int]:
+        """Deletes all checkpoints that are not `promised`, the oldest first; returns their steps.
+
+        Args:
+            spare: a step that stays until the next time.
+        """
         steps = self.steps()
-        gone = sorted(set(steps) - promised(steps, keep, keep_every))
+        gone = sorted(set(steps) - promised(steps, keep, keep_every) - {spare})
         for step in gone:
             self.delete(step)
         return gone

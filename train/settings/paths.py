@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[2]
 # Settings that name files or folders, by their paths in the commands' trees; what else they may say stays as it is.
 PATHS = (
     "run.dir",
+    "run.mirror",
     "data.corpus",
     "data.sources",
     "data.tokenizer",

@@ -40,6 +40,11 @@ class RunConfig:
     )
     save_every: int = setting(0, "steps between checkpoints; 0: none by steps; there is always one at the end")
     save_minutes: float | None = setting(30.0, "minutes between checkpoints, beside save_every; null: none by time")
+    mirror: str | None = setting(
+        None,
+        "directory or URL (s3://bucket/runs) that checkpoints are copied to, in a folder of the run's name; a run that "
+        "has lost its own goes on from there",
+    )
     keep: int = setting(3, "newest checkpoints that stay; 0: all")
     keep_every: int = setting(0, "checkpoints of multiples of so many steps stay for good; 0: none do")
     eval_every: int = setting(0, "steps between held-out evaluations; 0 evaluates only at the end")
