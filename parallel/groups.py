@@ -19,7 +19,8 @@ RECORDER, RECORDED = "TORCH_FR_BUFFER_SIZE", "2000"
 def local_device() -> torch.device:
     """This process's device: its own GPU when the machine has GPUs, else the CPU."""
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        # A task of Slurm's may see its own GPU only.
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     return torch.device("cpu")
 
 

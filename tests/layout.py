@@ -27,6 +27,7 @@ ROOMS = {
             "hub",
             "watch",
             "front",
+            "nodes",
         ),
         *("job", "settings"),
     ),

@@ -16,7 +16,7 @@ TEXTS = ("README.md", "CONTRIBUTING.md", "OPERATIONS.md", "recipes/README.md")
 PLACEHOLDERS = {"COMMAND", "RECIPE", "NAME", "DIR", "PATH", "key", "arguments", "pytest"}
 EXTRAS = {"gpu", "te", "deepspeed", "s3"}
 OF_PREPARE = {"--check", "--join", "--repair"}
-FLAGS = {"--help", "-h", "-cn", "-cd", "-m", "--cfg"}
+FLAGS = {"--help", "-h", "-cn", "-cd", "-m", "--cfg", "--dry-run"}
 
 
 def code_of(text: str) -> list[str]:

@@ -8,6 +8,7 @@ import signal
 import sys
 import traceback
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -29,10 +30,11 @@ from train.arguments import CommandLine, named
 from train.job.directory import finished_line, require_same_data, starting_checkpoint, steps_done
 from train.job.lock import refuse_if_held
 from train.job.starter import RESUMABLE, end_with_starter, stop_while_starting
+from train.nodes.place import adopt_slurm_task
 from train.plan.estimate import PUBLISHED, EstimateConfig, check_budget, estimate_text
 from train.plan.propose import proposals
 from train.settings.commands import BenchConfig, DryRunConfig, check_bench, check_dry_run, check_variants
-from train.settings.paths import anchored
+from train.settings.paths import OPTION, anchored
 from train.settings.run import (
     CONFIG_FILE,
     USER_ERRORS,
@@ -165,19 +167,19 @@ def train(arguments: list[str]) -> int:
         stop_while_starting()
         from train.loop import run_training
 
-        return run_training(config)
+        with front.prepare_among_workers(lambda: _prepare(config)):
+            return run_training(config)
     done = steps_done(config)
     if done >= config.run.steps:
         print(finished_line(config, done))
         return 0
     refuse_if_held(config.run)
+    return front.launch("train", arguments, processes, lambda: _prepare(config), config.run.path)
+
+
+def _prepare(config: Config) -> None:
+    """Makes, counts and proves the corpus of a run, and lets go of it: a front only waits from then on."""
     check_login(config.wandb)
-    _check_corpus(config)
-    return front.launch(["-m", "train", "train", *arguments], processes)
-
-
-def _check_corpus(config: Config) -> None:
-    """Makes, counts and proves the corpus of a run, and lets go of it: this process only waits from then on."""
     dataset = front.ensure_corpus(config.data)
     dataset.check_repeats(batch_schedule(config).samples(config.run.steps).start)
     if before := starting_checkpoint(config.run):
@@ -226,7 +228,7 @@ def bench(arguments: list[str]) -> int:
         from train.measure.bench import run_bench
 
         return run_bench(configs, settings)
-    return front.launch(["-m", "train", "bench", *arguments], processes)
+    return front.launch("bench", arguments, processes, lambda: None, None)
 
 
 def doctor(arguments: list[str]) -> int:
@@ -259,6 +261,8 @@ def run(arguments: list[str]) -> int:
         return 0
     if command not in COMMANDS:
         raise ConfigError(f"unknown command {command!r}: {hint_known(command, list(COMMANDS))}")
+    if not front.world_size():
+        front.load_environment([Path(), *([Path(rest[1])] if rest[:1] == [OPTION] else [])])
     rest = anchored(rest, {setting.path for setting in settings(usage.CONFIGS[command])})
     if {"-h", "--help"} & set(rest):
         print(usage.command_help(command))
@@ -273,13 +277,14 @@ def run(arguments: list[str]) -> int:
 
 def main() -> int:
     """The exit code of ``sys.argv``'s command."""
+    adopt_slurm_task()
     arguments = sys.argv[1:]
     sys.argv[1:] = hidden(arguments)  # of which W&B, for one, takes a note
     if front.world_size():
         end_with_starter()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        return run(arguments)
+        return run(arguments[1:] if arguments[:1] == [front.WORKER] else arguments)
     except USER_ERRORS as error:
         front.report_mistake(error)
         return 2

@@ -8,23 +8,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from train import usage
+from train.nodes.place import DRY_RUN
 from train.settings.tree import ConfigError, Setting, hint, hint_known, takes_text
 
 DEFAULT_RECIPE = "tiny"
 # The options of commands that take a recipe: by each spelling, the name of the long one.
 OPTIONS = {"-cn": "--config-name", "-cd": "--config-dir", "-m": "--multirun", "-c": "--cfg"}
-WITHOUT_VALUE = "--multirun"
+WITHOUT_VALUE = ("--multirun", DRY_RUN)
 ARRAY_TASK = "SLURM_ARRAY_TASK_ID"  # of a job of an array: which run of a sweep it is to do
 
 
 @dataclass(frozen=True)
 class CommandLine:
-    """``[-cn RECIPE] [-cd DIR] [-m] [--cfg job] [key=value ...]``, its overrides as they were typed."""
+    """``[-cn RECIPE] [-cd DIR] [-m] [--cfg job] [--dry-run] [key=value ...]``, its overrides as they were typed."""
 
     recipe: str = DEFAULT_RECIPE
     directory: str | None = None
     multirun: bool = False
     cfg: bool = False
+    dry_run: bool = False
     overrides: tuple[str, ...] = ()
 
     @property
@@ -55,7 +57,8 @@ class CommandLine:
     def arguments(self) -> list[str]:
         """The same as one run's arguments."""
         directory = ["--config-dir", self.directory] if self.directory else []
-        return ["--config-name", self.recipe, *directory, *self.overrides]
+        dry_run = [DRY_RUN] if self.dry_run else []
+        return ["--config-name", self.recipe, *directory, *dry_run, *self.overrides]
 
 
 def read(arguments: Sequence[str]) -> CommandLine:
@@ -71,11 +74,12 @@ def read(arguments: Sequence[str]) -> CommandLine:
         option = OPTIONS.get(name, name)
         if not name.startswith("-"):
             overrides.append(name + equals + value)
-        elif option not in OPTIONS.values():
+        elif option not in (*OPTIONS.values(), DRY_RUN):
             raise ConfigError(
-                f"unknown option {name}: use -cn RECIPE, -cd DIR, -m, --cfg job, --help, or key=value for a setting"
+                f"unknown option {name}: use -cn RECIPE, -cd DIR, -m, --cfg job, --dry-run, --help, or "
+                "key=value for a setting"
             )
-        elif option == WITHOUT_VALUE or equals:
+        elif option in WITHOUT_VALUE or equals:
             found[option] = value
         elif rest:
             found[option] = rest.pop(0)
@@ -89,7 +93,7 @@ def read(arguments: Sequence[str]) -> CommandLine:
     if found.get("--cfg", "job") != "job":
         raise ConfigError(f"--cfg {found['--cfg']} is not known: --cfg job shows what a command line comes to")
     recipe, multirun = found.get("--config-name", DEFAULT_RECIPE), "--multirun" in found
-    return CommandLine(recipe, directory, multirun, "--cfg" in found, tuple(overrides))
+    return CommandLine(recipe, directory, multirun, "--cfg" in found, DRY_RUN in found, tuple(overrides))
 
 
 def _wanted(option: str) -> str:

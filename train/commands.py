@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from functools import partial
 from pathlib import Path
 
 from data.config import PrepareConfig
@@ -81,12 +82,13 @@ def evaluate(arguments: list[str]) -> int:
     path = require_checkpoint(config.run, evaluation.step)
     config, fewest, processes = elsewhere(config, with_tokenizer(path, asked))
     check_draft(evaluation.draft, config)
+    prepare = partial(front.ensure_corpus, config.data)
     if front.world_size():
         from train.use.evaluate import run_evaluation
 
-        return run_evaluation(evaluation, config)
-    front.ensure_corpus(config.data)
-    return front.launch(["-m", "train", "evaluate", *arguments, *fewest], processes)
+        with front.prepare_among_workers(prepare):
+            return run_evaluation(evaluation, config)
+    return front.launch("evaluate", [*arguments, *fewest], processes, prepare, None)
 
 
 def generate(arguments: list[str]) -> int:
@@ -99,13 +101,14 @@ def generate(arguments: list[str]) -> int:
     config, fewest, processes = elsewhere(config, with_tokenizer(path, asked))
     check_decoding(config.parallel)
     check_draft(generation.draft, config)
+    needs_corpus = kept_tokenizer(path) is None
+    prepare = partial(front.ensure_corpus, config.data) if needs_corpus else lambda: None
     if front.world_size():
         from train.use.generate import run_generation
 
-        return run_generation(generation, config)
-    if kept_tokenizer(path) is None:
-        front.ensure_corpus(config.data)
-    return front.launch(["-m", "train", "generate", *arguments, *fewest], processes)
+        with front.prepare_among_workers(prepare):
+            return run_generation(generation, config)
+    return front.launch("generate", [*arguments, *fewest], processes, prepare, None)
 
 
 def prepare(arguments: list[str]) -> int:

@@ -1,41 +1,40 @@
 """The process that a user starts: it checks everything first, then starts the workers and waits for them.
 
-It is torchrun's agent itself (``elastic_launch``, one node), so that the workers' exit codes and error files
-are at hand and no second interpreter starts. The workers live in sessions of their own: a terminal's Ctrl-C
-reaches only this process, which passes exactly one signal on and waits until they have saved.
+On one machine it runs torchrun's agent itself (`train.nodes.agent`). Of a job on several there is one on each node:
+they meet (`train.nodes.roster`), node 0 prepares the corpus, and each starts its node's workers. In an allocation of
+Slurm's it starts those fronts with srun (`train.nodes.slurm`).
 """
 
-import contextlib
-import dataclasses
-import logging
 import math
 import os
-import signal
+import re
+import shlex
 import sys
 import tempfile
 import time
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from data.config import STOP, DataConfig
 from data.dataset import Dataset
 from data.secrets import hide
 from parallel.topology import ParallelConfig
-from train.job.starter import RESUMABLE, SAVING
+from train.job.starter import RESUMABLE
+from train.nodes import place, slurm
+from train.nodes.place import DRY_RUN, WORKER_VARIABLES, Nodes
 from train.settings.tree import ConfigError
 
 if TYPE_CHECKING:  # torch takes seconds to import, which a mistake in the settings should not wait for
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig
+    from train.nodes.agent import Stop
+    from train.nodes.logs import RankLogs
 
 CPU_PROCESSES = 2
-GRACE_S = 600  # saving the largest models takes minutes; only then are stopping workers killed
 VERIFIED_BYTES = 2**31  # seconds of hashing; a larger corpus proves each shard when it is first opened
-REPEAT_S = 2.0  # `timeout` and terminals may deliver one Ctrl-C twice; a second one of the user comes later
-WORKER_VARIABLES = {"RANK", "LOCAL_RANK", "WORLD_SIZE"}  # what torchrun gives to each process that it starts
+WORKER = "--worker"  # the first argument of processes that a front has started, whose checks are done
+ENVIRONMENT = "launch.env"  # variables of NCCL, InfiniBand and the like, for every process
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where torchrun wants a worker to leave its exception
 
 
@@ -44,22 +43,44 @@ def world_size() -> int | None:
     return int(os.environ["WORLD_SIZE"]) if os.environ.keys() >= WORKER_VARIABLES else None
 
 
-def num_processes(needed: int | None = None) -> int:
-    """Processes to start on this machine: NPROC, or else ``needed``, or else one a GPU, or else 2 on CPU.
+def load_environment(folders: list[Path]) -> None:
+    """Sets the variables of the `launch.env` of each folder (NAME=VALUE lines, # comments) and says which.
 
     Raises:
-        ConfigError: NPROC is not a positive number.
+        ConfigError: a line that sets nothing.
     """
-    asked = os.environ.get("NPROC")
+    for file in [folder / ENVIRONMENT for folder in folders]:
+        if not file.is_file():
+            continue
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        pairs = [line.partition("=") for line in lines if line and not line.startswith("#")]
+        for name, equals, value in pairs:
+            if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name):
+                raise ConfigError(
+                    f"{file} has the line {name + equals + value!r}: write NAME=VALUE, or # before a comment"
+                )
+            os.environ[name] = value.strip("'\"")
+        print(f"{file} sets {', '.join(name for name, _, _ in pairs)}", file=sys.stderr)
+
+
+def num_processes(needed: int | None = None) -> int:
+    """Processes to start on all nodes; of each: NPROC, or else its share of ``needed``, or else one a GPU, or else 2.
+
+    Raises:
+        ConfigError: NPROC is not a positive number, or NNODES and what belongs to it cannot be meant.
+    """
+    nodes, asked = place.here(), os.environ.get("NPROC")
     if asked is not None:
         if not asked.isdecimal() or int(asked) < 1:
             raise ConfigError(f"NPROC={asked} is not a number of processes: use 1 or more, or unset it")
-        return int(asked)
+        return nodes.most * int(asked)
     if needed is not None:
-        return needed
+        return nodes.most * max(1, needed // nodes.most)
+    if nodes.slurm and slurm.gpus_per_node():
+        return nodes.most * slurm.gpus_per_node()
     import torch
 
-    return torch.cuda.device_count() or CPU_PROCESSES
+    return nodes.most * (torch.cuda.device_count() or CPU_PROCESSES)
 
 
 def layout_size(parallel: ParallelConfig) -> int:
@@ -85,10 +106,10 @@ def ensure_corpus(data: DataConfig) -> Dataset:
 
 
 def report_mistake(error: Exception) -> None:
-    """Tells the user of a mistake in one line; a worker leaves that to the process that started it."""
-    if ERROR_FILE in os.environ:
+    """Tells the user of a mistake in one line; a worker leaves that to its front, or to the first worker."""
+    if ERROR_FILE in os.environ and not _is_alone():
         record_failure(error)
-    else:
+    elif os.environ.get("RANK", "0") == "0" or not _is_alone():
         print(f"error: {hide(str(error))}", file=sys.stderr)
 
 
@@ -100,140 +121,176 @@ def record_failure(error: Exception) -> None:
         get_error_handler().record_exception(error)
 
 
-def launch(command: list[str], processes: int) -> int:
-    """Runs ``python COMMAND`` in ``processes`` workers on this machine; returns their exit code.
+def launch(command: str, arguments: list[str], processes: int, prepare: Callable[[], object], run: Path | None) -> int:
+    """Runs a command in workers; returns its exit code.
 
-    SIGINT, SIGTERM, SIGHUP and SIGUSR1 stop the workers in order: they get one SIGTERM and up to GRACE_S seconds; a
-    second Ctrl-C kills them at once. The code is then 130 after Ctrl-C, else 75, or 1 if a worker failed. SIGUSR2 is
-    passed on to them.
+    Args:
+        processes: on all nodes.
+        prepare: what comes before any worker, done by one front alone.
+        run: the directory of a run, which gets the logs; else they are not kept.
+    Raises:
+        ConfigError: more processes than GPUs. What ``prepare`` raises.
+    """
+    nodes, per_node = place.here(), processes // place.here().most
+    front, workers = ["-m", "train", command, *arguments], ["-m", "train", WORKER, command, *arguments]
+    if DRY_RUN in arguments:
+        print(_shown(nodes, [argument for argument in front if argument != DRY_RUN], per_node))
+        return 0
+    if not nodes.slurm:
+        return start(workers, per_node, nodes, prepare, run)
+    prepare()
+    return slurm.span(
+        nodes, front, per_node, lambda: max(run.glob("checkpoints/step_*[0-9]"), default=None) if run else None
+    )
+
+
+def _shown(nodes: Nodes, command: list[str], per_node: int) -> str:
+    """What `--dry-run` prints."""
+    if nodes.slurm:
+        return slurm.shown(nodes, command, per_node)
+    line = shlex.join([sys.executable, "-u", *command])
+    if nodes.most == 1:
+        return f"{per_node} processes on this machine: {line}"
+    number = str(nodes.most) if nodes.least == nodes.most else f"{nodes.least} to {nodes.most}"
+    where = f"node {nodes.rank} of {number}, which meet at {nodes.address}:{nodes.port}"
+    return f"{per_node} processes on this machine, {where}: {line}"
+
+
+def start(command: list[str], per_node: int, nodes: Nodes, prepare: Callable[[], object], run: Path | None) -> int:
+    """Runs ``python COMMAND`` in workers of this machine, as its part of a job; returns their exit code.
+
+    SIGINT, SIGTERM, SIGHUP and SIGUSR1 stop the workers in order: they get one SIGTERM and ten minutes; a second Ctrl-C
+    kills them at once. The code is then 130 after Ctrl-C, else 75, or 1 if a worker failed. SIGUSR2 reaches the
+    workers. A node that is lost ends the others with 75, since the run goes on from its last checkpoint.
 
     Raises:
-        ConfigError: more processes than GPUs.
+        ConfigError: more processes than GPUs. What ``prepare`` raises.
     """
+    _require_gpus(per_node)
     import torch
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed.elastic.multiprocessing import SignalException
+
+    from train.nodes import agent
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // per_node)))
+    with tempfile.TemporaryDirectory(prefix="train_") as scratch, agent.stopping() as stop:
+        started = Started(command, per_node, run, Path(scratch), stop)
+        try:
+            code, words = _on_nodes(nodes, started, prepare) if nodes.most > 1 else _alone(started, prepare)
+        except SignalException:  # while there were no workers
+            return stop.code
+    if words:
+        *before, last = words.splitlines()
+        print(hide("\n".join([*before, f"error: {last}"])), file=sys.stderr)
+    return code
+
+
+def prepare_among_workers(prepare: Callable[[], object]) -> AbstractContextManager[object]:
+    """In a worker that the user's own torchrun or srun has started: the first one prepares, the others wait for it.
+
+    The context holds what they meet at until their process group has started. Workers of a front have it behind them.
+
+    Raises:
+        SystemExit: in the others, where preparing failed. What ``prepare`` raises, in the first.
+    """
+    if not _is_alone():
+        return nullcontext()
+    from train.nodes.meeting import meeting
+
+    return meeting(prepare)
+
+
+def _is_alone() -> bool:
+    """Whether this is a worker that no front has started."""
+    return world_size() is not None and sys.argv[1:2] != [WORKER]
+
+
+@dataclass(frozen=True)
+class Started:
+    """What a front starts on its node.
+
+    Attributes:
+        command: Python's arguments.
+        processes: of this node.
+        run: the run's directory, if it is one.
+        scratch: a directory for as long as this front lives.
+    """
+
+    command: list[str]
+    processes: int
+    run: Path | None
+    scratch: Path
+    stop: "Stop"
+
+    def say(self, nodes: int = 1) -> None:
+        """Tells the user that the workers start."""
+        where = f" on each of {nodes} nodes" if nodes > 1 else ""
+        text = f"starting {self.processes} process{'es' * (self.processes > 1)}{where}"
+        print(text, file=sys.stderr, flush=True)
+
+    def logs(self, when: str) -> "RankLogs":
+        """Where the workers of a start write."""
+        from train.nodes.logs import RankLogs
+
+        errors = self.scratch / when
+        errors.mkdir(exist_ok=True)
+        return RankLogs(self.run / "logs" / when if self.run else errors, errors)
+
+
+def _alone(started: Started, prepare: Callable[[], object]) -> tuple[int, str]:
+    from train.nodes import agent
+
+    prepare()
+    started.say()
+    logs = started.logs(time.strftime("%Y%m%d-%H%M%S"))
+    return agent.run(started.command, started.processes, logs, started.stop)
+
+
+def _on_nodes(nodes: Nodes, started: Started, prepare: Callable[[], object]) -> tuple[int, str]:
+    """This node's part of a job on several, until an attempt comes to its end."""
+    from train.nodes import agent
+    from train.nodes.roster import NodeLost, Roster
+
+    interface = place.use_interface(nodes)
+    try:
+        roster = Roster(nodes, agent.kill_workers)
+        try:
+            roster.together(prepare)
+            while True:
+                attempt = roster.next_attempt()
+                started.say(len(attempt.members))
+                logs = started.logs(attempt.time)
+                code, words = agent.run_attempt(
+                    started.command, started.processes, logs, started.stop, nodes, interface, attempt
+                )
+                code, words = roster.end(attempt, code, words)
+                _note_failed(started.run, roster.gone)
+                if roster.lost:
+                    return RESUMABLE, roster.lost
+                if not roster.again or started.stop.signal:
+                    return code, words
+        finally:
+            roster.leave()
+    except NodeLost as error:
+        return RESUMABLE, str(error)
+
+
+def _note_failed(run: Path | None, hosts: list[str]) -> None:
+    """Notes the hosts that were lost since the last time, and names those that have failed too often."""
+    from train.nodes.failed import note
+
+    while hosts:
+        host = hosts.pop()
+        if run and (words := note(run, host)):
+            print(words, file=sys.stderr)
+
+
+def _require_gpus(per_node: int) -> None:
+    import torch
 
     gpus = torch.cuda.device_count()
-    if 0 < gpus < processes:
+    if 0 < gpus < per_node:
         raise ConfigError(
-            f"{processes} processes are asked for, one a GPU, but this machine has {gpus}: set NPROC={gpus} or less, "
+            f"{per_node} processes are asked for, one a GPU, but this machine has {gpus}: set NPROC={gpus} or less, "
             "or hide the GPUs (CUDA_VISIBLE_DEVICES=) to run on its CPU"
         )
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
-    print(f"starting {processes} process{'es' * (processes > 1)}", file=sys.stderr, flush=True)
-    with tempfile.TemporaryDirectory(prefix="train_") as logs, _quiet(), _stopping() as stop:
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=processes,
-            run_id=str(uuid.uuid4()),
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            local_addr="localhost",  # one machine: no need for its name to resolve
-            max_restarts=0,
-            logs_specs=DefaultLogsSpecs(log_dir=logs),
-            signals_to_handle="SIGQUIT",  # the others are handled here
-            **_grace(LaunchConfig),
-        )
-        try:
-            elastic_launch(config, sys.executable)("-u", *command)
-        except SignalException:
-            failed = any(Path(logs).rglob("error.json"))
-            stopped = 128 + signal.SIGINT if stop.signal == signal.SIGINT else RESUMABLE
-            return 1 if failed else stopped
-        except ChildFailedError as error:
-            return _failure(error)
-    return 0
-
-
-def _grace(launch_config: "type[LaunchConfig]") -> dict[str, Any]:
-    """The time that stopping workers get. torch 2.11 has no such setting: there it is torchrun's own 30 s."""
-    known = {item.name for item in dataclasses.fields(launch_config)}
-    return {"shutdown_timeout": GRACE_S} if "shutdown_timeout" in known else {}
-
-
-class _Stop:
-    """Handler of the signals that stop a run."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self.time = 0.0
-
-    def __call__(self, signum: int, frame: object) -> None:
-        from torch.distributed.elastic.multiprocessing import SignalException
-
-        if self.signal is None:
-            self.signal, self.time = signum, time.monotonic()
-            print("stopping after this step (Ctrl-C again stops at once, without saving)", file=sys.stderr)
-            # Not SIGINT: a worker that is still importing would print its KeyboardInterrupt.
-            raise SignalException(f"stopped by signal {signum}", signal.SIGTERM)
-        if signum == signal.SIGINT and time.monotonic() - self.time > REPEAT_S:
-            _kill_workers()
-
-
-def _pass_on(number: int) -> None:
-    """Sends a signal to the workers, not to what else was started here."""
-    import psutil
-
-    for child in psutil.Process().children():
-        with contextlib.suppress(psutil.Error):
-            if child.environ().keys() >= WORKER_VARIABLES:
-                child.send_signal(number)
-
-
-def _kill_workers() -> None:
-    import psutil
-
-    for child in psutil.Process().children(recursive=True):
-        child.kill()
-
-
-@contextmanager
-def _stopping() -> Iterator[_Stop]:
-    """Handles the signals that stop a run; one that is ignored (nohup) stays ignored."""
-    stop = _Stop()
-    stopping = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-    before = {number: signal.getsignal(number) for number in (*stopping, SAVING)}
-    for number in stopping:
-        if before[number] != signal.SIG_IGN:
-            signal.signal(number, stop)
-    signal.signal(SAVING, lambda *_: _pass_on(SAVING))
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences the agent's log: what the user needs to know of a failure is said in `_failure`."""
-    logging.disable(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-def _failure(error: "ChildFailedError") -> int:
-    """Says in one line which worker failed first and how; returns the exit code.
-
-    A mistake that a worker has recorded goes before all: the others are ended for it, and may be seen to end first.
-    """
-    mistakes = [(rank, one) for rank, one in error.failures.items() if one.exitcode == 2]
-    rank, failure = mistakes[0] if mistakes else error.get_first_failure()
-    if failure.exitcode in (RESUMABLE, 128 + signal.SIGINT, 128 + signal.SIGTERM):
-        return failure.exitcode
-    message: Any = failure.message  # declared as text; a dict where the worker left its exception
-    if failure.exitcode == 2 and isinstance(message, dict):
-        print(f"error: {hide(message['message'].partition(': ')[2])}", file=sys.stderr)
-        return 2
-    if failure.exitcode < 0:
-        cause = "was killed by " + failure.signal_name()
-        cause += ": out of memory?" if failure.exitcode == -signal.SIGKILL else ""
-    else:
-        cause = f"failed with exit code {failure.exitcode}: its messages stand above"
-    print(f"error: process {rank} of the run {cause}", file=sys.stderr)
-    return 2 if failure.exitcode == 2 else 1

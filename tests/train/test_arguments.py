@@ -24,12 +24,11 @@ def started(monkeypatch):
     """The command lines of the runs that `train` would start; each ends with the next of the codes, else 0."""
     lines, codes = [], []
 
-    def launch(command: list[str], processes: int) -> int:
-        lines.append(compose(command[3:]))
+    def launch(command: str, arguments: list[str], processes: int, prepare: object, run: object) -> int:
+        lines.append(compose(arguments))
         return codes.pop(0) if codes else 0
 
     monkeypatch.setattr(front, "launch", launch)
-    monkeypatch.setattr(front, "ensure_corpus", lambda data: None)
     lines.append(codes)
     return lines
 

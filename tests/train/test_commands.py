@@ -40,7 +40,7 @@ def refused(*arguments: str) -> str:
         ("train -cn=zzz", f"unknown recipe 'zzz': {RECIPES}"),
         ("train -cn base", f"unknown recipe 'base': {RECIPES}"),
         ("train -cn", f"-cn needs a recipe. {RECIPES}"),
-        ("train --multi", "unknown option --multi: use -cn RECIPE, -cd DIR, -m, --cfg job, --help, or key=value for"),
+        ("train --multi", "unknown option --multi: use -cn RECIPE, -cd DIR, -m, --cfg job, --dry-run, --help, or"),
         ("train --cfg hydra", "--cfg hydra is not known: --cfg job shows"),
         ("train --cfg", "--cfg needs job"),
         ("train -cd nowhere", "--config-dir nowhere is no directory"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,13 +16,17 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from parallel.topology import ParallelConfig
 from train import front
+from train.nodes import agent, place
+from train.nodes.logs import RankLogs
 from train.settings.tree import ConfigError
 
 ROOT = Path(__file__).parents[2]
 STARTER = """
 import sys
-from train.front import launch
-sys.exit(launch(sys.argv[1:], 2))
+from pathlib import Path
+from train.front import start
+from train.nodes.place import Nodes
+sys.exit(start(sys.argv[2:], 2, Nodes(), lambda: None, Path(sys.argv[1])))
 """
 WORKER = """
 import os, signal, sys, time
@@ -29,11 +34,12 @@ from pathlib import Path
 from train.front import record_failure, report_mistake
 from train.settings.tree import ConfigError
 
-mode, rank = sys.argv[1], int(os.environ["RANK"])
+mode, rank = sys.argv[2], int(os.environ["RANK"])
 signals = []
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda number, frame: signals.append(number))
 signal.signal(signal.SIGUSR2, lambda *_: os.write(1, f"noted {rank}\\n".encode()))
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
 os.write(1, f"up {rank} {os.getpid()} {os.environ['WORLD_SIZE']} {os.environ['OMP_NUM_THREADS']}\\n".encode())
 if mode == "done":
     sys.exit(0)
@@ -44,12 +50,12 @@ if rank == 0:
 while not ready.exists():
     time.sleep(0.02)
 if mode == "crash" and rank == 1:
-    sys.exit(3)
+    sys.exit(print("going wrong", file=sys.stderr) or 3)
+if mode == "later" and rank == 1:
+    sys.exit(75)
 if mode == "mistake" and rank == 1:
     report_mistake(ConfigError("data.corpus=x has a bad shard: prepare it again"))
     sys.exit(2)
-if mode == "later" and rank == 1:
-    sys.exit(75)
 if mode == "killed" and rank == 1:
     os.kill(os.getpid(), signal.SIGKILL)
 while not signals:
@@ -71,14 +77,24 @@ class Front:
         environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "tmp")} | variables
         (tmp_path / "tmp").mkdir()
         self.process = subprocess.Popen(
-            [sys.executable, "-c", STARTER, str(tmp_path / "worker.py"), mode],
+            [sys.executable, "-c", STARTER, str(tmp_path / "run"), str(tmp_path / "worker.py"), front.WORKER, mode],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
         )
-        self.workers = sorted(self.process.stdout.readline().split() for _ in range(2))
+        self.run = tmp_path / "run"
+        self.workers = [self.process.stdout.readline().split()]
+        deadline = time.monotonic() + 60
+        while not self.written(1) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        self.workers.append(self.written(1)[0].split())
+
+    def written(self, rank: int) -> list[str]:
+        """What a worker has written so far, from its log."""
+        files = list(self.run.glob(f"logs/*/rank_{rank:05d}.out"))
+        return files[0].read_text().splitlines() if files else []
 
     def signal_group(self, number: int) -> None:
         """As a terminal does: to the whole foreground process group."""
@@ -90,7 +106,9 @@ class Front:
         greeting, _, err = err.partition("\n")
         assert greeting == "starting 2 processes"
         assert not any(psutil.pid_exists(int(worker[2])) for worker in self.workers)
-        return self.process.returncode, sorted(out.splitlines()), err
+        shown = [line for line in self.written(0)[1:] if "noted" not in line]
+        assert shown == out.splitlines(), "the console shows the first process, and its log the same"
+        return self.process.returncode, [*out.splitlines(), *self.written(1)[1:]], err
 
 
 def test_workers_that_succeed(tmp_path):
@@ -121,14 +139,16 @@ def test_the_cores_are_shared_out(tmp_path):
 @pytest.mark.parametrize(
     ("mode", "code", "says"),
     [
-        ("crash", 1, "error: process 1 of the run failed with exit code 3: its messages stand above\n"),
-        ("killed", 1, "error: process 1 of the run was killed by SIGKILL: out of memory?\n"),
+        ("crash", 1, r"going wrong\nerror: process 1 of the run, on \S+, failed with exit code 3: .*/rank_00001.err\n"),
+        ("killed", 1, r"error: process 1 of the run, on \S+, was killed by SIGKILL: out of memory\?: .*\n"),
         ("later", 75, ""),
         ("mistake", 2, "error: data.corpus=x has a bad shard: prepare it again\n"),
     ],
 )
-def test_the_first_failure_is_said_in_one_line(tmp_path, mode, code, says):
-    assert Front(tmp_path, mode).end() == (code, ["saved 0 1"], says)
+def test_the_first_failure_comes_last_with_its_process_and_host(tmp_path, mode, code, says):
+    found, out, err = Front(tmp_path, mode).end()
+    assert (found, out) == (code, ["saved 0 1"])
+    assert re.fullmatch(says, err), err
 
 
 @pytest.mark.parametrize(
@@ -138,11 +158,11 @@ def test_the_first_failure_is_said_in_one_line(tmp_path, mode, code, says):
 def test_a_signal_reaches_each_worker_once_and_is_waited_for(tmp_path, number, expected):
     started = Front(tmp_path, "train")
     started.process.send_signal(signal.SIGUSR2)  # is passed on to the workers, and ends nothing
-    assert sorted(started.process.stdout.readline() for _ in range(2)) == ["noted 0\n", "noted 1\n"]
+    assert started.process.stdout.readline() == "noted 0\n"
     started.signal_group(number)
     code, out, err = started.end()
     assert code == expected
-    assert out == ["saved 0 1", "saved 1 1"]
+    assert [line for line in out if "noted" not in line] == ["saved 0 1", "saved 1 1"]
     assert err.startswith("stopping after this step") and err.count("\n") == 1
 
 
@@ -157,7 +177,7 @@ def test_one_ctrl_c_that_arrives_twice_still_saves(tmp_path):
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
     started = Front(tmp_path, "hang")
     started.signal_group(signal.SIGINT)
-    time.sleep(front.REPEAT_S + 0.5)
+    time.sleep(agent.REPEAT_S + 0.5)
     started.signal_group(signal.SIGINT)
     begin = time.monotonic()
     assert started.end()[:2] == (130, [])
@@ -191,7 +211,7 @@ def test_nproc_must_be_a_number_of_processes(monkeypatch, text):
 def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ConfigError, match=r"3 processes are asked for, one a GPU, but this machine has 2: set NPROC=2"):
-        front.launch(["-c", "raise SystemExit(3)"], 3)
+        front.start(["-c", "raise SystemExit(3)"], 3, place.Nodes(), lambda: None, None)
 
 
 def test_layout_size():
@@ -210,7 +230,7 @@ def test_only_a_worker_has_a_world(monkeypatch):
     assert front.world_size() == 8
 
 
-def test_a_recorded_mistake_goes_before_the_end_of_the_others(tmp_path, capsys) -> None:
+def test_a_recorded_mistake_goes_before_the_end_of_the_others(tmp_path) -> None:
     file = tmp_path / "error.json"
     message = {"message": "ConfigError: the mistake", "extraInfo": {"timestamp": "99999999999"}}
     file.write_text(json.dumps({"message": message}), encoding="utf-8")
@@ -218,5 +238,4 @@ def test_a_recorded_mistake_goes_before_the_end_of_the_others(tmp_path, capsys) 
     ended = ProcessFailure(local_rank=1, pid=2, exitcode=-signal.SIGTERM, error_file=str(tmp_path / "none"))
     error = ChildFailedError("train", {0: mistake, 1: ended})
     assert error.get_first_failure()[0] == 1, "the other would be taken for the first"
-    assert front._failure(error) == 2
-    assert capsys.readouterr().err == "error: the mistake\n"
+    assert agent.failure(error, RankLogs(tmp_path, tmp_path)) == (2, "the mistake")

@@ -42,3 +42,5 @@ def stop_while_starting() -> None:
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda *_: sys.exit(RESUMABLE))
     signal.signal(SAVING, signal.SIG_IGN)
+    # Its starter has held these two back, so that none ended a process that did not know them yet.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1, SAVING})

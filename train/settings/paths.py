@@ -14,6 +14,8 @@ PATHS = (
     "run.mirror",
     "data.corpus",
     "data.sources",
+    "data.sources_file",
+    "data.node_cache",
     "data.tokenizer",
     "data.cache",
     "data.node_cache",
@@ -24,6 +26,7 @@ PATHS = (
     "input",
     "out",
     "output",
+    "prompt_file",
     "tokenizer",
 )
 RUNS = ("run", "run.init", "run.fork")  # names of runs, or their directories, which have a slash

@@ -1,0 +1,140 @@
+"""Jobs of a real Slurm on two virtual nodes: however one is stopped, it saves and goes on exactly."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.runs import ROOT, Runs, small_corpus
+from tests.cluster.slurm import Slurm, install, why_not
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+PATIENCE = float(os.environ.get("CLUSTER_PATIENCE", 300))  # seconds for a job on a machine that is busy with others
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    if reason := why_not():
+        pytest.skip(reason)
+    try:
+        install()
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"Slurm cannot be installed: {error}")
+    cluster = Slurm(tmp_path_factory.mktemp("slurm"))
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Runs with an undisturbed one, `whole`, on two processes of one machine."""
+    root = tmp_path_factory.mktemp("runs")
+    made = Runs(root / "runs", small_corpus(root))
+    made.train("whole", f"run.steps={STEPS}", processes=2)
+    return made
+
+
+class Job:
+    """A batch job that trains over both nodes, one process on each."""
+
+    def __init__(self, slurm: Slurm, runs: Runs, name: str, *options: str, changes: tuple[str, ...] = ()) -> None:
+        self.slurm, self.runs, self.name = slurm, runs, name
+        self.log = runs.directory / f"{name}.log"
+        runs.directory.mkdir(exist_ok=True)
+        given = ["--nodes=2", "--mem=1000", "--export=ALL,NPROC=1,OMP_NUM_THREADS=1", f"--output={self.log}", *options]
+        line = runs.line(name, f"run.steps={STEPS}", *changes)
+        self.number = slurm.submit(*given, str(ROOT / "launch.sh"), *line, cwd=ROOT)
+
+    def reach(self, step: int) -> None:
+        """Waits until so many steps are logged."""
+        deadline = time.monotonic() + PATIENCE
+        while self.runs.steps(self.name) < step:
+            assert time.monotonic() < deadline and self.state() in ("PENDING", "RUNNING"), self.text()
+            time.sleep(0.1)
+
+    def state(self) -> str:
+        return self.slurm.job(self.number)["JobState"]
+
+    def text(self) -> str:
+        return self.log.read_text() if self.log.exists() else "no log"
+
+    def finish(self) -> int:
+        """Waits for the end of the run; how often the job was started again."""
+        ends = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED")  # NODE_FAIL, too, is queued again
+        found = self.slurm.wait(self.number, ends, PATIENCE)
+        assert found["JobState"] == "COMPLETED", self.text()
+        return int(found["Restarts"])
+
+
+def test_sbatch_trains_over_two_nodes(slurm: Slurm, runs: Runs) -> None:
+    job = Job(slurm, runs, "plain")
+    assert job.finish() == 0
+    assert runs.losses("plain") == runs.losses("whole")
+    (logs,) = (runs.directory / "plain" / "logs").iterdir()
+    assert {file.name for file in logs.glob("*.out")} == {"rank_00000.out", "rank_00001.out"}
+    assert len(re.findall(r"^step +1/", job.text(), re.MULTILINE)) == 1, "the console is the first process's alone"
+
+
+@pytest.mark.parametrize("how", ["steps", "batch"])
+def test_the_warning_signal_saves_and_queues_again(slurm: Slurm, runs: Runs, how: str) -> None:
+    job = Job(slurm, runs, how)
+    job.reach(3)
+    slurm.run("scancel", "--signal=USR1", *(["--batch"] if how == "batch" else []), job.number)
+    assert job.finish() == 1, job.text()
+    assert f"queueing job {job.number} again" in job.text() and "starting after step" in job.text()
+    assert runs.losses(how) == runs.losses("whole")
+
+
+def test_requeue_saves_first(slurm: Slurm, runs: Runs) -> None:
+    job = Job(slurm, runs, "requeue")
+    job.reach(3)
+    slurm.run("scontrol", "requeue", job.number)
+    assert job.finish() == 1
+    assert runs.losses("requeue") == runs.losses("whole")
+    text = job.text()
+    assert "saved" in text[: text.rindex("starting after step")], text
+
+
+def test_a_node_that_goes_down_costs_the_steps_since_the_last_checkpoint(slurm: Slurm, runs: Runs) -> None:
+    job = Job(slurm, runs, "down", changes=("run.save_every=5",))
+    job.reach(7)
+    slurm.run("scontrol", "update", "nodename=node2", "state=down", "reason=test")
+    assert job.finish() == 1
+    assert runs.losses("down") == runs.losses("whole")
+
+
+def test_the_time_limit_saves_and_queues_again(slurm: Slurm, runs: Runs) -> None:
+    # Slurm warns up to a minute early; a run too long for one minute is left to the second one, and then ended.
+    job = Job(slurm, runs, "limit", "--time=2", "--signal=B:USR1@60", changes=("run.steps=1000000",))
+    deadline = time.monotonic() + PATIENCE
+    while job.text().count("starting after step") < 2:
+        assert time.monotonic() < deadline, job.text()
+        time.sleep(1)
+    slurm.run("scancel", "--full", job.number)
+    first = runs.losses("limit")[:STEPS]
+    assert len(first) > 3 and first == runs.losses("whole")[: len(first)]
+
+
+def test_the_users_own_srun_trains_alike(slurm: Slurm, runs: Runs) -> None:
+    runs.train("four", "run.steps=6", processes=4)
+    line = runs.line("srun", "run.steps=6")
+    slurm.environment["OMP_NUM_THREADS"] = "1"
+    slurm.run("srun", "-N2", "-n4", "--mem=1000", sys.executable, "-m", "train", *line, cwd=ROOT)
+    assert runs.losses("srun") == runs.losses("four")
+
+
+def test_a_mistake_under_the_users_own_srun_is_one_line(slurm: Slurm, runs: Runs, tmp_path: Path) -> None:
+    command = ["srun", "-N2", "-n2", "--mem=1000", sys.executable, "-m", "train", *runs.line("bad", "batch.global=7")]
+    done = subprocess.run(command, cwd=ROOT, env=slurm.environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: batch.global=7")], done.stderr
+    assert sum("batch.global=7" in line for line in done.stderr.splitlines()) == 1
