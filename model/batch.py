@@ -29,6 +29,18 @@ def count_targets(documents_RS: Tensor, steps: int) -> Tensor:
     return torch.cat([tokens, prediction_valid(documents_RS, steps).sum(dim=(1, 2))])
 
 
+def count_pairs(documents_RS: Tensor) -> Tensor:
+    """int64 [2]: tokens that are not padding, then the sum of the squares of their documents' lengths.
+
+    Attention takes half as many pairs of tokens as the second says.
+    """
+    ids_RL = documents_RS[:, :-1].long()
+    rows_R1 = torch.arange(len(ids_RL), device=ids_RL.device)[:, None]
+    apart_RL = ids_RL + rows_R1 * (ids_RL.max() + 1)  # a document ends with its row
+    _, lengths = torch.unique_consecutive(apart_RL[ids_RL >= 0], return_counts=True)
+    return torch.stack([lengths.sum(), (lengths * lengths).sum()])
+
+
 @dataclass
 class MicroBatch:
     """Tensors of one micro-batch; T = rows x length, K = prediction steps beyond the next token.

@@ -158,7 +158,7 @@ def fit(training: Training, loader: Loader, tracker: Tracker, stop: StopRequest)
         behind = schedule.samples(step - 1).start * seq_length
         if step == 1:
             routers_start = routing.spread_as_drawn(job, micro_batches(job, batches))
-        with clock.spent(REDONE if step <= training.reached else TRAINING), speed.step(step - 1):
+        with clock.spent(REDONE if step <= training.reached else TRAINING), speed.step(step - 1, batches):
             verify = run.verify_every > 0 and step % run.verify_every == 0
             outputs, grad_norm = train_step(job, engine, batches, lr, behind, logged, judge, verify)
         if step == start + 1:

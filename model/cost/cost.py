@@ -130,7 +130,7 @@ def delta_rule(shape: ModelConfig) -> float:
     return 2 * shape.linear_value_heads * (inside + state)
 
 
-def layer_flops(symbol: str, shape: ModelConfig, seq_length: int) -> dict[str, float]:
+def layer_flops(symbol: str, shape: ModelConfig, seq_length: float) -> dict[str, float]:
     """Operations a token of one layer's forward pass, by part."""
     hidden = shape.hidden_size
     if symbol == "G":
@@ -165,7 +165,7 @@ def chain_flops(shape: ModelConfig, mtp: MtpConfig) -> float:
 
 
 def stage_flops(
-    symbols: str, shape: ModelConfig, mtp: MtpConfig, vocab_size: int, seq_length: int, last: bool
+    symbols: str, shape: ModelConfig, mtp: MtpConfig, vocab_size: int, seq_length: float, last: bool
 ) -> dict[str, float]:
     """Operations a token of the forward pass of a pipeline stage, by part; head and MTP are the last one's."""
     flops: defaultdict[str, float] = defaultdict(float)
@@ -179,12 +179,12 @@ def stage_flops(
     return {part: count for part, count in flops.items() if count}
 
 
-def forward_flops(shape: ModelConfig, mtp: MtpConfig, vocab_size: int, seq_length: int) -> dict[str, float]:
+def forward_flops(shape: ModelConfig, mtp: MtpConfig, vocab_size: int, seq_length: float) -> dict[str, float]:
     """Operations a token of one forward pass, by part; their sum times `TRAINING_FACTOR` is the cost of training."""
     return stage_flops(shape.layers, shape, mtp, vocab_size, seq_length, last=True)
 
 
-def training_flops(shape: ModelConfig, mtp: MtpConfig, vocab_size: int, seq_length: int) -> float:
+def training_flops(shape: ModelConfig, mtp: MtpConfig, vocab_size: int, seq_length: float) -> float:
     """Operations that training on one token takes."""
     return TRAINING_FACTOR * sum(forward_flops(shape, mtp, vocab_size, seq_length).values())
 

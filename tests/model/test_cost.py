@@ -12,7 +12,7 @@ import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.batch import MicroBatch, count_targets
+from model.batch import MicroBatch, count_pairs, count_targets
 from model.config import ModelConfig, MtpConfig
 from model.cost.cost import (
     TRAINING_FACTOR,
@@ -123,10 +123,10 @@ def attention_flops(query: tuple[int, ...], key: tuple[int, ...], *_, **__) -> i
     return 2 * 2 * math.prod(query) * key[2]
 
 
-def counted_flops(build, shape: ModelConfig, mtp: MtpConfig) -> float:
+def counted_flops(build, shape: ModelConfig, mtp: MtpConfig, length: int = LENGTH, rows: int = ROWS) -> float:
     """Matrix-product operations a token of a forward pass, as torch counts them."""
     network = build(shape, mtp, vocab_size=VOCAB)
-    tokens = torch.randint(0, VOCAB, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, VOCAB, (rows, length + 1), generator=torch.Generator().manual_seed(0))
     documents = torch.zeros_like(tokens)
     batch = MicroBatch.build(tokens, documents, count_targets(documents, mtp.steps))
     # The plain implementation of attention is the one whose products torch sees. One kernel is called by name.
@@ -134,7 +134,33 @@ def counted_flops(build, shape: ModelConfig, mtp: MtpConfig) -> float:
     counting = FlopCounterMode(display=False, custom_mapping=products)
     with sdpa_kernel(SDPBackend.MATH), counting as counter, torch.no_grad():
         network(batch)
-    return counter.get_total_flops() / (ROWS * LENGTH)
+    return counter.get_total_flops() / (rows * length)
+
+
+def test_a_packed_batch_costs_what_its_documents_cost_one_by_one(build) -> None:
+    """Torch's counter over each document alone, against the formula over the batch that packs them.
+
+    Whole chunks of the delta rule; what torch does not count, and counts twice, is as in the test of the formulas.
+    """
+    shape, mtp, lengths = replace(SMALL, pattern="GE*E"), MtpConfig(steps=1), [64, 128, 320]
+    ids = torch.repeat_interleave(torch.tensor([3, 4, 9]), torch.tensor(lengths))
+    padded = torch.cat([ids, torch.full((129,), -1)])[None]  # a fifth of the row is padding
+    tokens, squares = count_pairs(padded).tolist()
+    assert (tokens, squares) == (512, sum(length**2 for length in lengths))
+    found = sum(counted_flops(build, shape, mtp, length, rows=1) * length for length in lengths)
+    queries, dk, dv = shape.attention_heads * shape.head_dim, shape.linear_key_dim, shape.linear_value_dim
+    channels = 2 * shape.linear_key_heads * dk + shape.linear_value_heads * dv
+    uncounted = 2 * shape.conv_kernel * channels + 64 * (dk + dv) * shape.linear_value_heads
+    found += tokens * uncounted - 2 * 2 * queries * squares  # half of two attentions' squares is masked
+    formula = tokens * training_flops(shape, mtp, VOCAB, squares / tokens) / TRAINING_FACTOR
+    assert formula == pytest.approx(found, rel=0.01)
+    whole = tokens * training_flops(shape, mtp, VOCAB, len(padded[0]) - 1) / TRAINING_FACTOR
+    assert whole > 1.05 * found  # as if one document filled the row
+
+
+def test_pairs_are_counted_row_by_row() -> None:
+    documents = torch.tensor([[0, 0, 0, 1, 1], [1, 1, 2, 2, 2], [-1, -1, -1, -1, -1]])
+    assert count_pairs(documents).tolist() == [8, 9 + 1 + 4 + 4]
 
 
 PLAIN = {"attention_gate": False, "shared_expert_size": 0}

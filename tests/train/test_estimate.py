@@ -11,7 +11,8 @@ from model.cost import cost
 from model.cost.cost import training_flops
 from train.__main__ import compose, run
 from train.job.footprint import footprint, planned_vocab, stage_numbers
-from train.plan.estimate import GPUS, Budget, check_budget, gpu_hours
+from train.job.gpus import GPUS, data_sheet
+from train.plan.estimate import Budget, check_budget, gpu_hours
 from train.settings.run import check_plan
 from train.settings.tree import ConfigError
 
@@ -145,3 +146,10 @@ def test_what_counting_ahead_costs(said) -> None:
     assert f"{share:.1%} more operations; it keeps {49 * 512 * 4 * 8 * 2 / 2**20:.2f} MiB of counts" in text
     assert "balance.mode=exact" not in said("-cn", "qwen3_next_80b_a3b", "batch.global=256", "batch.micro=4")
     assert "balance.mode=exact" not in said("-cn", "qwen3_32b")
+
+
+def test_data_sheets_are_found_by_the_names_that_devices_give_themselves() -> None:
+    assert data_sheet("NVIDIA H100 80GB HBM3") is GPUS["H100"]
+    assert data_sheet("NVIDIA H200") is GPUS["H200"]
+    assert data_sheet("NVIDIA B200") is GPUS["B200"]
+    assert data_sheet("NVIDIA H100 PCIe") is data_sheet("NVIDIA H100 NVL") is data_sheet("NVIDIA A100") is None

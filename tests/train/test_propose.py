@@ -9,7 +9,7 @@ from model.config import ModelConfig
 from model.cost.cost import forward_flops, training_flops
 from parallel.topology import microbatches, resolve
 from train.__main__ import compose, run
-from train.plan.estimate import GPUS
+from train.job.gpus import GPUS
 from train.plan.propose import BANDWIDTHS, FIT, Machine, candidates, cuts, predict, proposal_lines, propose
 from train.settings.run import BatchConfig, Config, DataConfig
 from train.settings.tree import ConfigError

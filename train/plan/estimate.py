@@ -7,22 +7,12 @@ from model.config import MtpConfig
 from model.cost import cost
 from parallel.topology import Topology
 from train.job.footprint import Footprint, checkpoint_bytes, exact_balance, footprint, planned_vocab
+from train.job.gpus import GPUS
 from train.settings.run import Config, run_tokens
 from train.settings.tree import ConfigError, setting
 
 GIB = 2**30
 HOUR = 3600
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """Peak of dense bfloat16 matrix products, operations a second, and memory, bytes (NVIDIA's data sheets)."""
-
-    peak: float
-    memory: float
-
-
-GPUS = {"H100": Gpu(989e12, 80e9), "H200": Gpu(989e12, 141e9), "B200": Gpu(2250e12, 180e9)}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from model.config import LAYER, ModelError, check_kernels, check_model
 from model.cost.cost import ROUTED, TRAINING_FACTOR, forward_flops
 from parallel.topology import RECOMPUTE_POLICIES, Topology, TopologyError, check_length, divisors, microbatches, resolve
 from train.job.footprint import Footprint, footprint, planned_vocab, recomputed
-from train.plan.estimate import GPUS, Budget
+from train.job.gpus import GPUS
+from train.plan.estimate import Budget
 from train.settings.run import Config
 from train.settings.tree import ConfigError
 
