@@ -2,6 +2,7 @@
 
 import math
 import sys
+from typing import Any
 
 import torch
 
@@ -29,6 +30,7 @@ from train.settings.run import CONFIG_FILE, Config, RunReference, batch_schedule
 from train.training import Training
 from train.use.evaluate import heldout_line, microbatch
 from train.watch import metrics
+from train.watch.every_step import EveryStep
 from train.watch.goodput import DATA, REDONE, TRAINING
 from train.watch.resources import resource_metrics
 from train.watch.speed import Speedometer
@@ -136,9 +138,9 @@ def fit(training: Training, loader: Loader, tracker: Tracker, stop: StopRequest)
     """Trains to the end of the run or to a reason to stop; returns the steps done and the reason (0: the end)."""
     job, engine, progress, judge = training.job, training.engine, training.progress, training.progress.judge
     clock, watchdog, run, start = training.clock, training.watchdog, job.config.run, loader.step
-    values: dict[str, float] = {}
+    values: dict[str, Any] = {}
     schedule, seq_length = batch_schedule(job.config), job.config.data.seq_length
-    speed = Speedometer(job)
+    speed, every = Speedometer(job), EveryStep(job.config.optim.clip)
     clock.started()
     for step in range(start + 1, run.steps + 1):
         watchdog.beat(step, "reading")
@@ -153,14 +155,14 @@ def fit(training: Training, loader: Loader, tracker: Tracker, stop: StopRequest)
             return step - 1, asked.reason
 
         watchdog.beat(step, "training")
-        lr = learning_rate(job.config.optim, step, run.steps)
+        lr, behind = learning_rate(job.config.optim, step, run.steps), schedule.samples(step - 1).start * seq_length
         logged = due(step, run.log_every, run.steps) or step == 1
-        behind = schedule.samples(step - 1).start * seq_length
         if step == 1:
             routers_start = routing.spread_as_drawn(job, micro_batches(job, batches))
         with clock.spent(REDONE if step <= training.reached else TRAINING), speed.step(step - 1, batches):
             verify = run.verify_every > 0 and step % run.verify_every == 0
             outputs, grad_norm = train_step(job, engine, batches, lr, behind, logged, judge, verify)
+        every.add(judge.lm_loss, grad_norm)
         if step == start + 1:
             watchdog.stepping()
         if run.replicas_every and step % run.replicas_every == 0:
@@ -176,7 +178,7 @@ def fit(training: Training, loader: Loader, tracker: Tracker, stop: StopRequest)
             values |= {metrics.GRAD_NORM: grad_norm, metrics.LR: lr, metrics.SKIPPED_STEPS: judge.skipped}
         if logged:
             values |= step_metrics(job, outputs, behind) | speed.take() | data_metrics(job, loader) | clock.metrics()
-            values |= resource_metrics(job) | training.source_metrics(step)
+            values |= every.take() | resource_metrics(job) | training.source_metrics(step)
         if due(step, run.save_every, run.steps):  # before anything that may fail
             training.save(step)
         if due(step, run.eval_every, run.steps):

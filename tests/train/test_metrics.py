@@ -7,6 +7,7 @@ import tracemalloc
 
 import pytest
 
+from train.watch.every_step import EveryStep
 from train.watch.metrics import MetricsLog, console_line, duration, last_entries, mtp_loss, read_metrics
 
 
@@ -108,6 +109,23 @@ def test_console_line():
         == "step  10/300  loss 7.6242  lm_loss 6.9000  lr 1.00e-03  8.1k tokens/s  ETA 1m40s"
     )
     assert console_line(5, 5, {"heldout_lm_loss": 1.0}, 0) == "step 5/5  heldout_lm_loss 1.0000  ETA 0s"
+
+
+def test_every_step_leaves_its_trace(path):
+    every, log = EveryStep(clip=1.0), MetricsLog(path, 0)
+    for loss, norm in ((3.0, 0.5), (9.0, 4.0), (float("nan"), float("inf")), (2.0, 1.0)):
+        every.add(loss, norm)
+    log.log(4, every.take())
+    (entry,) = read_metrics(path)
+    assert entry["every_step/lm_loss"] == [3.0, 9.0, None, 2.0]
+    assert entry["every_step/grad_norm"] == [0.5, 4.0, None, 1.0]
+    assert [entry[f"lm_loss/{name}"] for name in ("min", "mean", "max")] == [2.0, pytest.approx(14 / 3), 9.0]
+    assert [entry[f"grad_norm/{name}"] for name in ("min", "mean", "max")] == [0.5, pytest.approx(5.5 / 3), 4.0]
+    assert entry["clipped_steps"] == 2
+    assert "grad_norm 0.50..1.83..4.00  ETA" in console_line(4, 9, entry, 1.0)
+    every.add(1.0, 0.25)
+    assert every.take()["every_step/lm_loss"] == [1.0]
+    assert EveryStep(clip=0.0).take()["clipped_steps"] == 0
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def test_rank_zero_writes_the_log_the_console_and_wandb_offline(config, capsys):
 def test_a_resumed_run_is_one_run_at_wandb_and_redone_steps_are_kept(config):
     for step, loss in ((1, 1.0), (2, 2.0), (2, 2.5)):  # the second one crashed before it had saved
         tracker = WandbTracker(config)
-        tracker.log(step, {"loss": loss, "max_violation/1": 0.5})
+        tracker.log(step, {"loss": loss, "max_violation/1": 0.5, "every_step/lm_loss": [loss]})
         tracker.close()
     ids = {path.stem for path in config.run.path.glob("wandb/offline-run-*/*.wandb")}
     assert ids == {"run-" + (config.run.path / "wandb" / "run_id.txt").read_text().split()[0]}

@@ -20,8 +20,9 @@ from train.watch.speed import matmul_rate
 
 ROOT = Path(__file__).parents[2]
 LOSSES = ("loss", "lm_loss", "mtp_loss/1", "mtp_loss/2", "balance_loss", "z_loss", "grad_norm")
+EVERY = ("every_step/lm_loss", "every_step/grad_norm", "clipped_steps", "grad_norm/max", "lm_loss/mean")
 SPEEDS = ("tokens_per_second", "tflops", "mfu", "peak_tflops", "matmul_share", "seconds/step")
-CONTRACT = {"step", "tokens", *LOSSES, "lr", *SPEEDS}
+CONTRACT = {"step", "tokens", *LOSSES, "lr", *SPEEDS, *EVERY}
 SMALL = [
     "run.steps=4",
     "run.log_every=1",
@@ -102,6 +103,7 @@ def test_a_run_is_repeatable_bit_for_bit_and_keeps_the_contract_of_its_directory
     assert [entry["step"] for entry in commands.metrics("first")] == [1, 2, 3, 4]
     assert set(commands.metrics("first")[0]) >= CONTRACT
     speeds = commands.metrics("first")[-1]
+    assert speeds["every_step/lm_loss"] == [pytest.approx(speeds["lm_loss"])]
     # A CPU has no data sheet: the peak is the rate that was measured.
     assert speeds["mfu"] == speeds["matmul_share"] == pytest.approx(speeds["tflops"] / speeds["peak_tflops"])
     assert "heldout_unigram_entropy" in commands.metrics("first")[-1]

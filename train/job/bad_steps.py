@@ -91,6 +91,7 @@ class Judge:
         in_a_row: bad steps since the last good one.
         skipped: bad steps since the start of the run.
         reason: what was wrong with the last step; empty where it was good.
+        lm_loss: of the last step, over the whole global batch.
     """
 
     def __init__(self, job: Job, state: dict[str, Any] | None = None) -> None:
@@ -101,6 +102,7 @@ class Judge:
         self.in_a_row: int = state.get("in_a_row", 0)
         self.skipped: int = state.get("skipped", 0)
         self.reason = ""
+        self.lm_loss = 0.0
 
     @property
     def state(self) -> dict[str, Any]:
@@ -133,6 +135,7 @@ class Judge:
             self.reason = f"the gradient norm is {grad_norm:.4g}"
         elif self._losses.spikes(lm_loss):
             self.reason = f"lm_loss jumped to {lm_loss:.4g}"
+        self.lm_loss = lm_loss
         self._losses.add(lm_loss)
         self._norms.add(grad_norm)
         self.in_a_row = self.in_a_row + 1 if self.reason else 0

@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 STEP = "step"
 TOKENS = "tokens"  # trained on since the start of the run
@@ -27,6 +27,9 @@ ROUTER_ENTROPY = "router_entropy"  # nats, of a token's scores
 TOP_K_MASS = "top_k_mass"  # sum of a token's scores of the experts that it used
 FORCED_ROUTING = "forced_routing"  # 1 beside every other metric of a run whose experts are chosen in turn
 GRAD_NORM = "grad_norm"  # of the whole gradient, before clipping
+CLIPPED_STEPS = "clipped_steps"  # since the last logged step
+EVERY_LM_LOSS = "every_step/lm_loss"  # list: of each step since the last logged one; in metrics.jsonl only
+EVERY_GRAD_NORM = "every_step/grad_norm"
 LR = "lr"
 TOKENS_PER_SECOND = "tokens_per_second"  # over all processes
 TFLOPS = "tflops"  # 1e12 operations a second that the model needs on these documents, a process
@@ -50,12 +53,18 @@ HELDOUT_ACCEPTANCE = "heldout_acceptance"
 HELDOUT_ACCEPTED_LENGTH = "heldout_accepted_length"  # tokens that a pass of the trunk yields with MTP drafts
 
 METRICS_FILE = "metrics.jsonl"
+type Value = float | list[float]
 BLOCK = 2**16  # bytes of a log that are read at once from its end
 
 
 def mtp_loss(depth: int) -> str:
     """Name of the loss of multi-token-prediction step ``depth``, from 1."""
     return f"mtp_loss/{depth}"
+
+
+def extremes(name: str) -> tuple[str, str, str]:
+    """Names of a metric's least, mean and largest value over the steps since the last logged one."""
+    return f"{name}/min", f"{name}/mean", f"{name}/max"
 
 
 def heldout_mtp_loss(depth: int) -> str:
@@ -90,8 +99,8 @@ class MetricsLog:
         _cut(path, start_step)
         self._file = path.open("a", encoding="utf-8")
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+    def log(self, step: int, values: Mapping[str, Value]) -> None:
+        finite = {name: _finite(value) for name, value in values.items()}
         self._file.write(json.dumps({STEP: step, **finite}) + "\n")
         self._file.flush()
 
@@ -113,13 +122,18 @@ def last_entries(path: Path) -> Iterator[dict[str, float]]:
                 yield entry
 
 
-def console_line(step: int, steps: int, values: Mapping[str, float], eta_s: float) -> str:
-    """``step  10/300  loss 7.6241  lm_loss 6.9042  lr 1.00e-03  8.1k tokens/s  ETA 1m40s``."""
+def console_line(step: int, steps: int, values: Mapping[str, Any], eta_s: float) -> str:
+    """``step  10/300  loss 7.6241  lm_loss 6.9042  grad_norm 0.41..0.52..0.93  lr 1.00e-03  8.1k tokens/s  ETA 1m40s``.
+
+    The gradient norm is the least, mean and largest one since the last line.
+    """
     parts = [f"step {step:>{len(str(steps))}}/{steps}"]
     losses = (LOSS, LM_LOSS, HELDOUT_LM_LOSS, HELDOUT_BITS_PER_BYTE)
     parts += [f"{name} {values[name]:.4f}" for name in losses if name in values]
     if FORCED_ROUTING in values:
         parts.append("FORCED ROUTING")
+    if all(name in values for name in extremes(GRAD_NORM)):
+        parts.append(f"{GRAD_NORM} " + "..".join(f"{values[name]:.2f}" for name in extremes(GRAD_NORM)))
     if LR in values:
         parts.append(f"{LR} {values[LR]:.2e}")
     if TOKENS_PER_SECOND in values:
@@ -144,6 +158,12 @@ def _short(number: float) -> str:
         if number >= size:
             return f"{number / size:.1f}{letter}"
     return f"{number:.0f}"
+
+
+def _finite(value: Value) -> float | list[float | None] | None:
+    if isinstance(value, list):
+        return [one if math.isfinite(one) else None for one in value]
+    return value if math.isfinite(value) else None
 
 
 def _cut(path: Path, start_step: int) -> None:

@@ -12,7 +12,7 @@ from data.errors import one_line
 from data.secrets import hidden
 from train.settings.run import Config, WandbConfig
 from train.settings.tree import ConfigError, to_dict
-from train.watch.metrics import METRICS_FILE, STEP, MetricsLog, console_line
+from train.watch.metrics import METRICS_FILE, STEP, MetricsLog, Value, console_line
 
 RETRY_S = 300.0  # before W&B is started again where it has failed
 
@@ -20,7 +20,7 @@ RETRY_S = 300.0  # before W&B is started again where it has failed
 class Tracker(Protocol):
     """Takes the metrics of one logged step after the other."""
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
+    def log(self, step: int, values: Mapping[str, Value]) -> None:
         """Notes the values of ``step``, once a step."""
 
     def close(self) -> None:
@@ -30,7 +30,7 @@ class Tracker(Protocol):
 class NullTracker:
     """Forgets everything: for all ranks but the first."""
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
+    def log(self, step: int, values: Mapping[str, Value]) -> None:
         pass
 
     def close(self) -> None:
@@ -43,7 +43,7 @@ class CompositeTracker:
     def __init__(self, trackers: Sequence[Tracker]) -> None:
         self._trackers = trackers
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
+    def log(self, step: int, values: Mapping[str, Value]) -> None:
         for tracker in self._trackers:
             tracker.log(step, values)
 
@@ -59,7 +59,7 @@ class ConsoleTracker:
         self._start_step, self._steps = start_step, steps
         self._clock, self._start = clock, clock()
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
+    def log(self, step: int, values: Mapping[str, Value]) -> None:
         seconds_per_step = (self._clock() - self._start) / max(1, step - self._start_step)
         print(console_line(step, self._steps, values, seconds_per_step * (self._steps - step)), flush=True)
 
@@ -91,11 +91,12 @@ class WandbTracker:
                 raise _cannot_start(error) from error
             self._give_up(error)
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
+    def log(self, step: int, values: Mapping[str, Value]) -> None:
         if self._run is None and self._clock() - self._failed >= RETRY_S:
             self._try(self._start_again)
         if self._run is not None:
-            self._try(lambda: self._run.log({STEP: step, **values}))
+            single = {name: value for name, value in values.items() if not isinstance(value, list)}
+            self._try(lambda: self._run.log({STEP: step, **single}))
 
     def close(self) -> None:
         if self._run is not None:
