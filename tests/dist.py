@@ -91,7 +91,7 @@ def _end(process) -> None:
     process.join()
 
 
-def run_ranks(function: Callable, world: int, *args, timeout: float = 120) -> list:
+def run_ranks(function: Callable, world: int, *args, timeout: float = 120, gpus: bool = False) -> list:
     """Calls a module-level function in ``world`` fresh processes and returns their results in order of rank.
 
     Each process has torchrun's environment variables and one thread; the function joins the process group itself
@@ -101,11 +101,13 @@ def run_ranks(function: Callable, world: int, *args, timeout: float = 120) -> li
     Args:
         function, args: pickled to the processes, as what the function returns is pickled back.
         timeout: seconds until all processes are killed.
+        gpus: start processes from nothing, since imports alone touch a GPU, which a fork must not have.
     Raises:
         RankError: a rank raised (its traceback is the message), died or outlasted the timeout.
     """
-    context = get_context("forkserver")
-    context.set_forkserver_preload([PRELOADED])
+    context = get_context("spawn" if gpus else "forkserver")
+    if not gpus:
+        context.set_forkserver_preload([PRELOADED])
     patience = datetime.timedelta(seconds=timeout)
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=patience)
     processes, pipes, call = [], [], pickle.dumps((function, args))

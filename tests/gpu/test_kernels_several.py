@@ -167,7 +167,7 @@ def _results(cases: list[Case]) -> dict[Case, list[dict[str, float]]]:
     found = {}
     for world in (1, 2):
         own = [case for case in cases if case.world == world]
-        found |= dict(zip(own, run_ranks(_train_all, world, own, timeout=600)[0], strict=True))
+        found |= dict(zip(own, run_ranks(_train_all, world, own, timeout=800, gpus=True)[0], strict=True))
     return found
 
 
