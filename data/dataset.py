@@ -132,7 +132,7 @@ class Dataset:
             place, num_bytes = node_directory(config.node_cache), config.shuffle_bytes
             readers = [reader if reader.in_process else Shared(reader, place, num_bytes) for reader in readers]
         pairs = [(reader, source.sizes) for reader, source in zip(readers, self.sources, strict=True)]
-        cache = UnitCache(pairs, config.workers, config.on_corrupt, config.shuffle_bytes)
+        cache = UnitCache(pairs, config.workers, config.on_corrupt, config.shuffle_bytes, 60 * config.retry_minutes)
         streams = [
             TokenStream(reader, sizes, config.seq_length, seed, num_bytes, config.packing, cache, number)
             for number, ((reader, sizes), num_bytes) in enumerate(zip(pairs, self._shuffle_bytes(), strict=True))

@@ -6,7 +6,7 @@ import os
 import shutil
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -82,7 +82,7 @@ def exists(path: str) -> bool:
         filesystem, name = _filesystem(path)
         return bool(filesystem.isfile(name))
 
-    return retrying(redacted(path), ask, Faults())
+    return retrying(redacted(path), ask, Faults(), _renewal(path))
 
 
 def read_file(path: str, faults: Faults) -> bytes:
@@ -90,8 +90,8 @@ def read_file(path: str, faults: Faults) -> bytes:
     if is_http(path):
         return fetch(path, 0, _http_file(path, "").size, faults)
     if is_url(path):
-        filesystem, name = _filesystem(path)
-        return retrying(redacted(path), lambda: filesystem.cat_file(name), faults)
+        name = _filesystem(path)[1]
+        return retrying(redacted(path), lambda: _filesystem(path)[0].cat_file(name), faults, _renewal(path))
     return retrying(path, Path(path).expanduser().read_bytes, faults)
 
 
@@ -165,7 +165,7 @@ def fetch(path: str, start: int, stop: int, faults: Faults) -> bytes:
             raise EOFError(f"{len(content)} bytes came where {stop - start} were asked for from byte {start} on")
         return content
 
-    return retrying(redacted(path), read, faults)
+    return retrying(redacted(path), read, faults, _renewal(path))
 
 
 class RangeFile(io.RawIOBase):
@@ -232,7 +232,7 @@ def _find_url(path: str, setting: str) -> Found:
         ]
         return Found(top, files)
 
-    found = retrying(f"{setting}={redacted(path)}", read, Faults())
+    found = retrying(f"{setting}={redacted(path)}", read, Faults(), _renewal(path))
     if not found.files:
         raise CorpusError(f"{setting}={redacted(path)} does not exist, or holds no file")
     return found
@@ -262,6 +262,13 @@ def _filesystem(path: str) -> tuple[Any, str]:
     return fsspec.core.url_to_fs(path)
 
 
+def _renewal(path: str) -> Callable[[], None] | None:
+    """What makes a URL's file system read its credentials again; None for files and plain web servers."""
+    if not is_url(path) or is_http(path):
+        return None
+    return fsspec.get_filesystem_class(path.partition("://")[0]).clear_instance_cache
+
+
 def _http_file(url: str, setting: str) -> File:
     def read() -> File:
         with _http_answer(urllib.request.Request(url, method="HEAD")) as answer:
@@ -276,7 +283,7 @@ def _http_range(url: str, start: int, stop: int) -> bytes:
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-{stop - 1}"})
     with _http_answer(request) as answer:
         if answer.status != 206 and (start or int(answer.headers["Content-Length"]) != stop):
-            raise OSError(f"the server answered {answer.status}: it does not serve parts of files")
+            raise ValueError(f"the server answered {answer.status}: it does not serve parts of files")
         return answer.read()
 
 

@@ -13,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from data.config import SKIP, STOP
-from data.read.faults import BrokenUnit, Faults
+from data.read.faults import PATIENCE_S, BrokenUnit, Faults
 from data.read.readers import Reader
 from data.read.units import Sizes, Unit
 from data.read.workers import Key, Workers
@@ -27,6 +27,7 @@ class UnitCache:
 
     Args:
         workers: processes that read ahead; 0 reads ahead in a thread.
+        patience_s: seconds for which a storage that is away is asked again.
         num_bytes: of tokens that are kept at most, but for KEPT_UNITS units; more is read again when it is needed.
     """
 
@@ -36,8 +37,9 @@ class UnitCache:
         workers: int = 0,
         on_corrupt: str = STOP,
         num_bytes: int = DEFAULT_BYTES,
+        patience_s: float = PATIENCE_S,
     ) -> None:
-        self.faults = Faults()
+        self.faults = Faults(patience_s=patience_s)
         self._sources = list(sources)
         self._skips = on_corrupt == SKIP
         self._num_bytes = num_bytes
@@ -66,7 +68,7 @@ class UnitCache:
         known = key in self._kept or key in self._coming
         if not known and self._readers[key[0]] is not None:
             if self._workers is None:
-                self._workers = Workers(self._readers, self._num_workers)
+                self._workers = Workers(self._readers, self._num_workers, patience_s=self.faults.patience_s)
             self._coming[key] = self._workers.submit(key)
 
     def release(self, source: int, sample: int) -> None:

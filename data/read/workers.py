@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import CorpusError
-from data.read.faults import BrokenUnit, Faults
+from data.read.faults import PATIENCE_S, BrokenUnit, Faults
 from data.read.readers import Reader
 
 MAX_RESTARTS = 5  # by default, without a unit read in between
@@ -26,8 +26,15 @@ class Workers:
     Processes end with the one that started them, even if that is killed.
     """
 
-    def __init__(self, readers: Sequence[Reader | None], count: int, max_restarts: int = MAX_RESTARTS) -> None:
+    def __init__(
+        self,
+        readers: Sequence[Reader | None],
+        count: int,
+        max_restarts: int = MAX_RESTARTS,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
         self._readers, self._count, self._max_restarts = list(readers), count, max_restarts
+        self._patience_s = patience_s
         self._restarts = 0
         self._pool = self._start()
 
@@ -35,8 +42,8 @@ class Workers:
         """A unit or what is wrong with it, and the faults met on the way; no unit where it is mapped from a file."""
         try:
             if not self._count:
-                return self._pool.submit(_read_unit, self._readers[key[0]], key[1])
-            return self._pool.submit(_read_in_worker, key)
+                return self._pool.submit(_read_unit, self._readers[key[0]], key[1], self._patience_s)
+            return self._pool.submit(_read_in_worker, key, self._patience_s)
         except BrokenProcessPool as error:
             broken: Future[tuple[Any, Faults]] = Future()
             broken.set_exception(error)
@@ -88,8 +95,8 @@ def reader_of(source: int) -> Reader:
     return found
 
 
-def _read_unit(reader: Reader | None, number: int) -> tuple[Any, Faults]:
-    faults = Faults()
+def _read_unit(reader: Reader | None, number: int, patience_s: float) -> tuple[Any, Faults]:
+    faults = Faults(patience_s=patience_s)
     assert reader is not None  # one that costs nothing to read stays where it is asked for
     try:
         return reader.read(number, faults), faults
@@ -97,9 +104,9 @@ def _read_unit(reader: Reader | None, number: int) -> tuple[Any, Faults]:
         return error, faults
 
 
-def _read_in_worker(key: Key) -> tuple[Any, Faults]:
+def _read_in_worker(key: Key, patience_s: float) -> tuple[Any, Faults]:
     reader = reader_of(key[0])
-    found, faults = _read_unit(reader, key[1])
+    found, faults = _read_unit(reader, key[1], patience_s)
     mapped = reader.mapped and not isinstance(found, BrokenUnit)
     return None if mapped else found, faults
 

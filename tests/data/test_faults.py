@@ -13,13 +13,13 @@ import pytest
 
 from data.config import DataConfig
 from data.dataset import Dataset
-from data.errors import CorpusError
+from data.errors import CorpusError, StorageError
 from data.loader import Loader
 from data.order.batches import BatchSchedule
 from data.order.counting import _scan, count_units
 from data.order.stream import TokenStream
 from data.read.corpus import Corpus
-from data.read.faults import ATTEMPTS, BrokenUnit, Faults, retrying
+from data.read.faults import BrokenUnit, Faults, retrying
 from data.read.readers import Reader
 from data.read.remote import fetch
 from data.read.unit_cache import UnitCache
@@ -127,8 +127,8 @@ def test_a_server_that_is_gone_is_named(config: DataConfig, tmp_path: Path) -> N
         with pytest.raises(BrokenUnit, match=r"http://.*/nothing cannot be read: the server answered 404"):
             fetch(url.replace("tokens.parquet", "nothing"), 0, 4, Faults())
         server.fails_every = 1
-        with pytest.raises(BrokenUnit, match=rf"{url} cannot be read after {ATTEMPTS} attempts"):
-            fetch(url, 0, 4, Faults())
+        with pytest.raises(StorageError, match=rf"{url} cannot be read for 1 s"):
+            fetch(url, 0, 4, Faults(patience_s=0.6))
 
 
 def test_retries_are_counted_and_end() -> None:
@@ -146,6 +146,17 @@ def test_retries_are_counted_and_end() -> None:
     with pytest.raises(BrokenUnit, match="file cannot be read: gone"):
         retrying("file", lambda: (_ for _ in ()).throw(FileNotFoundError("gone")), faults)
     assert faults.retries == 2
+    faults.patience_s = 0.25
+    with pytest.raises(StorageError, match="file cannot be read for 0 s: busy"):
+        retrying("file", lambda: (_ for _ in ()).throw(OSError("busy")), faults)
+    assert faults.retries == 3
+    # A token that has expired is asked for anew, where that is possible.
+    renewed: list[int] = []
+    answers = iter([PermissionError("expired"), 7])
+    assert retrying("s3://file", read, faults, lambda: renewed.append(1)) == 7 and renewed == [1]
+    answers = iter([PermissionError("no")])
+    with pytest.raises(BrokenUnit, match="file cannot be read: no"):
+        retrying("file", read, faults)
 
 
 @pytest.fixture
