@@ -12,6 +12,7 @@ from tests.sandbox import bare, clone, installing  # noqa: F401 (fixtures)
 LONG = (
     "data/test_embedded.py",
     "data/test_restart.py",
+    "faults/",
     "gpu/",
     "cluster/",
     "parallel/test_collectives.py",
@@ -26,6 +27,7 @@ LONG = (
     "serving/",
     "test_launch.py",
     "test_launch_shared.py",
+    "train/test_bad_steps.py",
     "train/test_bench.py",
     "train/test_checkpoint.py",
     "train/test_commands.py",
@@ -38,6 +40,7 @@ LONG = (
     "train/test_resize.py",
     "train/test_stop.py",
     "train/test_training.py",
+    "train/test_watch.py",
 )
 
 

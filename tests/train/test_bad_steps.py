@@ -30,8 +30,7 @@ def trained(config: Config, inject: Poison | None = None, code: int = 0) -> str:
 LAYOUTS = {"EP2": {}, "PP2": {"parallel": {"expert": 1, "pipeline": 2}, "model": {"pattern": "GE|*E"}}}
 
 
-@pytest.mark.parametrize("passes", ["forward", "backward"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "passes"), [("EP2", "backward"), ("PP2", "forward")])
 def test_a_step_that_is_not_finite_on_one_process_is_skipped_on_all(tmp_path, corpus, layout, passes):
     run = {"steps": 3, "save_every": 1, "eval_every": 0}
     config = campaign_config(tmp_path, "run", corpus, run=run, **LAYOUTS[layout])

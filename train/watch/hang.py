@@ -38,6 +38,7 @@ class Watchdog:
         self._look_s = min(LOOK_S, 60 * step_minutes / 10)
         self._where: dict[str, Any] = {"step": 0, "doing": "starting", "moves": 0}
         self._moved, self._closed = time.monotonic(), threading.Event()
+        self._sign()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
@@ -71,13 +72,16 @@ class Watchdog:
         self._limit = minutes
         set_timeout(minutes)
 
+    def _sign(self) -> None:
+        self._board.put({**self._where, "time": time.time(), "host": socket.gethostname(), "pid": os.getpid()})
+
     def _watch(self) -> None:
         while not self._closed.wait(self._look_s):
-            self._board.put({**self._where, "time": time.time(), "host": socket.gethostname(), "pid": os.getpid()})
+            self._sign()
             still = time.monotonic() - self._moved
-            if still > 60 * self._limit:
+            # A little before the process groups give up, since what they raise ends the process.
+            if still > 60 * self._limit - 2 * self._look_s:
                 self._report(still)
-                return
 
     def _report(self, still: float) -> None:
         """Writes down where this process is, names who is late, and ends what does not move."""
@@ -96,8 +100,9 @@ class Watchdog:
             note = notes[other]
             if note is not None and note["host"] == socket.gethostname():
                 os.kill(note["pid"], signal.SIGKILL)
-        # Time for the collectives to be given up, so that the main thread says why; then the end.
-        if not self._closed.wait(60 * self._limit / 5 + self._look_s):
+        # Time for the collectives to be given up, so that the main thread says why; then the end, if it has not moved.
+        moved = self._moved
+        if not self._closed.wait(60 * self._limit / 5 + 3 * self._look_s) and self._moved == moved:
             os._exit(1)
 
     def _is_silent(self, note: Mapping[str, Any] | None) -> bool:
