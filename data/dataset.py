@@ -141,9 +141,9 @@ class Dataset:
             return streams[0]
         return MixedStream(streams, Mixture(self.stages, seed), cache)
 
-    def heldout_stream(self) -> TokenStream:
-        """The held-out samples of all sources, in the order in which they lie."""
-        reader = Joined([source.heldout for source in self.sources])
+    def heldout_stream(self, only: Source | None = None) -> TokenStream:
+        """The held-out samples of all sources, or of one, in the order in which they lie."""
+        reader = Joined([source.heldout for source in ([only] if only else self.sources)])
         sizes, length = self._measure(reader, SPLIT), self.config.seq_length
         if not num_samples(sizes.num_tokens, length):
             raise CorpusError(

@@ -4,7 +4,7 @@ many drafted tokens are accepted."""
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from itertools import batched
@@ -12,17 +12,13 @@ from pathlib import Path
 
 import torch
 
+from data.dataset import Source
 from data.loader import heldout_batches
 from data.order.batches import Batch
 from model.batch import MicroBatch, count_targets
 from parallel.collectives import from_last, max_over_all, sum_over
 from parallel.stages import run_schedule
-from train.job.build import Job, build_chunks, build_job
-from train.job.checkpoint import load_model, require_whole
-from train.job.directory import require_checkpoint
-from train.job.shelf import read_state
-from train.settings.commands import EvaluateConfig
-from train.settings.run import Config
+from train.job.build import Job, build_chunks
 from train.use.acceptance import Acceptance, heldout_prompts, measure_acceptance
 from train.watch import metrics
 
@@ -48,16 +44,23 @@ def unigram_entropy(histogram: torch.Tensor) -> float:
     return float(-(share * share.log()).sum())
 
 
-def read_heldout(job: Job, max_samples: int) -> Iterator[Batch]:
-    """This process's share of the held-out sequences, or of so many of them spread evenly."""
+def read_heldout(job: Job, max_samples: int, only: Source | None = None) -> Iterator[Batch]:
+    """This process's share of the held-out sequences, or of so many of them spread evenly; of one source or all."""
     data = job.groups.dp
-    with closing(job.dataset.heldout_stream()) as stream:
+    with closing(job.dataset.heldout_stream(only)) as stream:
         yield from heldout_batches(stream, job.config.batch.micro, data.rank(), data.size(), max_samples)
 
 
+Observer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+
+
 @torch.no_grad()
-def heldout_metrics(job: Job, batches: Iterable[Batch]) -> dict[str, float]:
-    """Losses over what all processes' `read_heldout` has read, the same on every process."""
+def heldout_metrics(job: Job, batches: Iterable[Batch], observe: Observer | None = None) -> dict[str, float]:
+    """Losses over what all processes' `read_heldout` has read, the same on every process.
+
+    Args:
+        observe: is shown each micro-batch: documents [R, S + 1], losses of the next token [T], which are valid [T].
+    """
     steps = job.config.mtp.steps
     token_bytes = torch.from_numpy(job.dataset.token_bytes).long()
     histogram = torch.zeros(job.dataset.vocab_size, dtype=torch.int64)
@@ -66,8 +69,10 @@ def heldout_metrics(job: Job, batches: Iterable[Batch]) -> dict[str, float]:
     for group in in_groups(batches, job.topology.pipeline):
         ready = [microbatch(job, batch, count_targets(batch.documents, steps).clamp(min=1)) for batch in group]
         outputs = run_schedule(job.chunks, ready, job.microbatch_tokens, forward_only=True)
-        for losses, batch in zip(outputs, ready, strict=bool(outputs)):
+        for losses, batch, read in zip(outputs, ready, group, strict=bool(outputs)):
             sums += (losses.tokens_KT.double() * (batch.weights_KT > 0)).sum(dim=1).cpu()
+            if observe:
+                observe(read.documents, losses.tokens_KT[0], batch.weights_KT[0] > 0)
         for batch in ready:
             valid = batch.weights_KT > 0
             counts += valid.sum(dim=1).cpu()
@@ -147,30 +152,3 @@ def write_output(path: Path, values: dict[str, float], found: Acceptance | None)
     """Metrics, and prompts, texts and rounds by accepted tokens if drafts were measured, as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"metrics": values, "drafts": found and found.content()}) + "\n", encoding="utf-8")
-
-
-def run_evaluation(asked: EvaluateConfig, config: Config) -> int:
-    """The evaluate command, in each of its processes."""
-    path = require_checkpoint(config.run, asked.step)
-    job = build_job(config)
-    require_whole(job, path)
-    load_model(job, path)
-    if asked.dtype:
-        job = rounded(job, asked.dtype)
-    values = heldout_metrics(job, read_heldout(job, asked.samples or config.run.eval_samples))
-    draft = asked.draft
-    if draft is None:
-        draft = config.mtp.steps if job.topology.pipeline == 1 else 0
-    found = None
-    if draft:
-        prompts = heldout_prompts(job, asked.prompts, asked.prompt_tokens)
-        found = measure_acceptance(job, job.chunks[0], prompts, draft, asked.tokens, show=True)
-        values |= found.values()
-    if job.is_first:
-        print(f"{config.run.name} after {read_state(path)['step']} steps: {heldout_line(values)}", flush=True)
-    if job.is_first and found:
-        print(f"{found.tally.describe()}, on {len(prompts)} held-out prompts", flush=True)
-    if job.is_first and asked.output:
-        write_output(Path(asked.output), values, found)
-    job.close()
-    return 0

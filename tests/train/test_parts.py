@@ -1,0 +1,54 @@
+"""Held-out loss of parts of the text."""
+
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+import torch
+
+from model.batch import MicroBatch, count_targets
+from train.job.build import Job
+from train.use import parts
+from train.use.parts import ByPlace, places, source_metrics
+
+DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1, 2, 3, 3, 3, -1, -1]])
+
+
+def test_places_count_the_tokens_of_the_document_that_stand_before() -> None:
+    assert places(DOCUMENTS).tolist() == [[0, 1, 2, 0, 1, 2], [0, 0, 0, 1, 2, 0]]
+
+
+def test_losses_are_summed_by_place_over_valid_targets(monkeypatch) -> None:
+    """Each token's loss is its place here, laid out as the network lays them out."""
+    monkeypatch.setattr(parts, "sum_over", lambda total, group: total)
+    monkeypatch.setattr(parts, "from_last", lambda total, group: total)
+    tokens = torch.arange(DOCUMENTS.numel()).view_as(DOCUMENTS)
+    batch = MicroBatch.build(tokens, DOCUMENTS, count_targets(DOCUMENTS, 0))
+    losses = torch.where(batch.weights_KT[0] > 0, batch.targets_KT[0] - 1, 999)  # the number of the token itself
+    by_place = ByPlace(6)
+    by_place.add(DOCUMENTS, losses, batch.weights_KT[0] > 0)
+    job = cast(Job, SimpleNamespace(device=torch.device("cpu"), groups=SimpleNamespace(dp_cp=None, pp=None)))
+    # Of the tokens numbered 0 to 13, those that a token of their document follows: 0 1, 3 4 5; 9 10 of the second row.
+    assert by_place.values(job) == pytest.approx(
+        {"heldout_lm_loss/after_0": (0 + 3 + 9) / 3, "heldout_lm_loss/after_1": (1 + 4 + 5 + 10) / 4}
+    )
+
+
+def test_each_of_several_sources_has_its_own_loss_and_all_count_alike(monkeypatch) -> None:
+    means = {"s3://me:secret@bucket/a": 2.0, "b": 4.0}
+    sources = [SimpleNamespace(path=path) for path in means]
+    job = SimpleNamespace(dataset=SimpleNamespace(sources=sources), is_first=True)
+    monkeypatch.setattr(parts, "read_heldout", lambda job, samples, source: means[source.path])
+    monkeypatch.setattr(
+        parts, "heldout_metrics", lambda job, mean: {"heldout_lm_loss": mean, "heldout_bits_per_byte": mean / 2}
+    )
+    assert source_metrics(cast(Job, job), 8) == {
+        "heldout_lm_loss/s3://***@bucket/a": 2.0,
+        "heldout_bits_per_byte/s3://***@bucket/a": 1.0,
+        "heldout_lm_loss/b": 4.0,
+        "heldout_bits_per_byte/b": 2.0,
+        "heldout_lm_loss/macro": 3.0,
+        "heldout_bits_per_byte/macro": 1.5,
+    }
+    job.dataset.sources = sources[:1]
+    assert source_metrics(cast(Job, job), 8) == {}

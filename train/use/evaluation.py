@@ -1,0 +1,44 @@
+"""The evaluate command: everything that is measured of a checkpoint on held-out text."""
+
+from pathlib import Path
+
+from train.job.build import build_job
+from train.job.checkpoint import load_model, require_whole
+from train.job.directory import require_checkpoint
+from train.job.shelf import read_state
+from train.settings.commands import EvaluateConfig
+from train.settings.run import Config
+from train.use.acceptance import heldout_prompts, measure_acceptance
+from train.use.evaluate import heldout_line, heldout_metrics, read_heldout, rounded, write_output
+from train.use.parts import ByPlace, part_lines, source_metrics
+
+
+def run_evaluation(asked: EvaluateConfig, config: Config) -> int:
+    """The evaluate command, in each of its processes."""
+    path = require_checkpoint(config.run, asked.step)
+    job = build_job(config)
+    require_whole(job, path)
+    load_model(job, path)
+    if asked.dtype:
+        job = rounded(job, asked.dtype)
+    samples = asked.samples or config.run.eval_samples
+    by_place = ByPlace(config.data.seq_length) if job.topology.context == 1 else None  # else rows are in parts
+    values = heldout_metrics(job, read_heldout(job, samples), by_place.add if by_place else None)
+    parts = (by_place.values(job) if by_place else {}) | source_metrics(job, samples)
+    draft = asked.draft
+    if draft is None:
+        draft = config.mtp.steps if job.topology.pipeline == 1 else 0
+    found = None
+    if draft:
+        prompts = heldout_prompts(job, asked.prompts, asked.prompt_tokens)
+        found = measure_acceptance(job, job.chunks[0], prompts, draft, asked.tokens, show=True)
+        values |= found.values()
+    if job.is_first:
+        print(f"{config.run.name} after {read_state(path)['step']} steps: {heldout_line(values)}", flush=True)
+        print("\n".join(part_lines(parts)), flush=True)
+    if job.is_first and found:
+        print(f"{found.tally.describe()}, on {len(prompts)} held-out prompts", flush=True)
+    if job.is_first and asked.output:
+        write_output(Path(asked.output), values | parts, found)
+    job.close()
+    return 0
