@@ -139,9 +139,7 @@ def launch(command: str, arguments: list[str], processes: int, prepare: Callable
     if not nodes.slurm:
         return start(workers, per_node, nodes, prepare, run)
     prepare()
-    return slurm.span(
-        nodes, front, per_node, lambda: max(run.glob("checkpoints/step_*[0-9]"), default=None) if run else None
-    )
+    return slurm.span(nodes, front, per_node, run)
 
 
 def _shown(nodes: Nodes, command: list[str], per_node: int) -> str:

@@ -138,6 +138,21 @@ def test_a_machine_that_failed_twice_is_named_and_left_out(monkeypatch, tmp_path
     assert failed.note(tmp_path, "b").endswith("failed_nodes.txt)")
 
 
+def test_a_job_that_gets_nowhere_is_not_queued_for_ever(monkeypatch, tmp_path: Path, capsys) -> None:
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(slurm, "_ask", lambda *command, errors=False: asked.append(command) or "")
+    given(monkeypatch, SLURM_JOB_ID="7", ENVIRONMENT="BATCH")
+    for went_on in (False, False, True, False, False):
+        slurm._requeue(tmp_path, went_on)
+    assert asked == [("scontrol", "requeue", "7")] * 5
+    slurm._requeue(tmp_path, False)
+    assert len(asked) == 5
+    assert "stopped 3 times without a newer checkpoint: not queued again" in capsys.readouterr().err
+    monkeypatch.setenv("ENVIRONMENT", "")
+    slurm._requeue(tmp_path, True)
+    assert len(asked) == 5, "that is a shell of somebody's"
+
+
 @pytest.fixture
 def port() -> int:
     """A port that was free a moment ago."""

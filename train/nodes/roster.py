@@ -6,6 +6,8 @@ another one from the last checkpoint.
 """
 
 import json
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -23,6 +25,7 @@ JOIN_S = 600.0  # until node 0, or enough others, must be there
 MORE_S = 20.0  # how long further nodes are waited for once there are enough
 CONNECT_S = 5.0
 LEAVE_S = 30.0
+LAST_S = 10.0
 
 
 class NodeLost(Exception):
@@ -136,6 +139,8 @@ class Roster:
 
         Waits for the other nodes, of which one may be the reason, or gone.
         """
+        if self.lost:
+            return RESUMABLE, self.lost
         key = f"end/{attempt.number}"
         first = json.loads(self._store.compare_set(key, "", json.dumps([self.nodes.rank, code, text])))
         self._store.set(f"{key}/{self.nodes.rank}", str(code))
@@ -228,6 +233,16 @@ class Roster:
                     f"node {self.nodes.rank} ({host_name()}) has heard nothing of node 0 at {self.nodes.address}:"
                     f"{self.nodes.port} for {LOST_S:.0f} s: it is gone, or the network between them is"
                 )
+                self._end_at_last()
+
+    def _end_at_last(self) -> None:
+        """Ends this front where its first thread waits for an answer of the store for ever."""
+        deadline = time.monotonic() + LAST_S
+        while not self._ended and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if not self._ended:
+            print(f"error: {self.lost}", file=sys.stderr, flush=True)
+            os._exit(RESUMABLE)
 
     def _look(self, line: TCPStore) -> None:
         """Node 0 looks at the signs of life of the others."""

@@ -6,12 +6,14 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 from train.job.starter import RESUMABLE
 from train.nodes.place import Nodes, job_port
 
+FRUITLESS = "fruitless_starts.txt"  # how often in a row a job was stopped before it had a newer checkpoint
+TOO_OFTEN = 3
 GPU_VARIABLES = ("SLURM_GPUS_ON_NODE", "SLURM_GPUS_PER_NODE")
 
 
@@ -44,15 +46,15 @@ def command_line(nodes: Nodes, command: list[str], per_node: int) -> tuple[list[
     return ["srun", *asked, sys.executable, "-u", *command], given
 
 
-def span(nodes: Nodes, command: list[str], per_node: int, progress: Callable[[], object]) -> int:
+def span(nodes: Nodes, command: list[str], per_node: int, run: Path | None) -> int:
     """Runs a command over the allocation; returns its exit code, after asking Slurm to start a stopped job again.
 
     Args:
         per_node: workers of each node.
-        progress: something that differs once there is a newer checkpoint.
+        run: the run's directory, if it is one.
     """
     line, given = command_line(nodes, command, per_node)
-    before = progress()
+    before = _last_step(run)
     received: list[int] = []
     # In a session of its own, since a second signal to srun kills its tasks: one is passed on, and they save.
     srun = subprocess.Popen(line, env=os.environ | given, start_new_session=True)
@@ -74,17 +76,26 @@ def span(nodes: Nodes, command: list[str], per_node: int, progress: Callable[[],
     if signal.SIGINT in received and code in (0, RESUMABLE):
         return 128 + signal.SIGINT
     if code == RESUMABLE and not set(received) & {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}:
-        _requeue(progress() != before)
+        _requeue(run, _last_step(run) != before)
     return 1 if code < 0 or code > 128 else code
 
 
-def _requeue(went_on: bool) -> None:
-    """Puts a batch job that has stopped before its end back into the queue; one that gets nowhere is left."""
+def _last_step(run: Path | None) -> str:
+    """The name of the newest checkpoint of a run."""
+    return max((path.name for path in run.glob("checkpoints/step_*[0-9]")), default="") if run else ""
+
+
+def _requeue(run: Path | None, went_on: bool) -> None:
+    """Puts a batch job that has stopped before its end back into the queue, unless it gets nowhere."""
     job = os.environ["SLURM_JOB_ID"]
-    if os.environ.get("ENVIRONMENT") != "BATCH":  # somebody in an allocation's shell
+    if os.environ.get("ENVIRONMENT") != "BATCH" or run is None:  # somebody in an allocation's shell
         return
-    if not went_on:
-        print("stopped without a newer checkpoint than before: not queued again", file=sys.stderr, flush=True)
+    file = run / "logs" / FRUITLESS
+    in_vain = 0 if went_on else 1 + (int(file.read_text()) if file.exists() else 0)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"{in_vain}\n")
+    if in_vain >= TOO_OFTEN:
+        print(f"stopped {in_vain} times without a newer checkpoint: not queued again", file=sys.stderr, flush=True)
         return
     print(f"queueing job {job} again: it goes on from its last checkpoint", file=sys.stderr, flush=True)
     if answer := _ask("scontrol", "requeue", job, errors=True):
