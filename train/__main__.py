@@ -263,7 +263,8 @@ def run(arguments: list[str]) -> int:
         raise ConfigError(f"unknown command {command!r}: {hint_known(command, list(COMMANDS))}")
     if not front.world_size():
         front.load_environment([Path(), *([Path(rest[1])] if rest[:1] == [OPTION] else [])])
-    rest = anchored(rest, {setting.path for setting in settings(usage.CONFIGS[command])})
+    of_recipe = SETTINGS if command in usage.WITH_RECIPE else {}
+    rest = anchored(rest, {*of_recipe, *(setting.path for setting in settings(usage.CONFIGS[command]))})
     if {"-h", "--help"} & set(rest):
         print(usage.command_help(command))
         return 0

@@ -76,3 +76,11 @@ def test_a_command_takes_its_callers_folder(tmp_path: Path, monkeypatch) -> None
     monkeypatch.setitem(COMMANDS, "prepare", lambda arguments: given.append(arguments) or 0)
     assert run(["prepare", "--from", str(tmp_path), "input=/texts", "output=mine"]) == 0
     assert given == [["input=/texts", f"output={tmp_path}/mine"]]
+
+
+def test_a_run_is_the_callers_where_the_checkout_cannot_be_written(tmp_path: Path, monkeypatch) -> None:
+    given: list[list[str]] = []
+    monkeypatch.setitem(COMMANDS, "train", lambda arguments: given.append(arguments) or 0)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != paths.ROOT)
+    assert run(["train", "--from", str(tmp_path), "seed=1"]) == 0
+    assert given == [["seed=1", f"run.dir={tmp_path}/runs", f"data.cache={tmp_path}/.cache/corpus"]]
