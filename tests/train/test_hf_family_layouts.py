@@ -16,8 +16,8 @@ from tests.dist import run_ranks
 from tests.model.test_hf_families import their_config
 from tests.train.hf_runs import SHAPE, VOCAB, import_as
 from tests.train.test_hf_layouts import LOSS, TOKENS, job_on, micro_batch, tokens
-from train.job.directory import checkpoint_path
 from train.job.optim import adamw, decays
+from train.job.shelf import Shelf
 from train.settings.optim import OptimConfig
 
 DENSE = replace(SHAPE, pattern="G-G-G-*-", dense_size=80, tied_embeddings=True, linear_value_heads=6)
@@ -65,7 +65,7 @@ def trained(tmp_path_factory) -> tuple[dict[str, list[float]], dict[str, torch.n
     checkpoints = {}
     for name, model in theirs.items():
         model.save_pretrained(place / name)
-        checkpoints[name] = checkpoint_path(import_as(place / name, place / "runs", name), 0)
+        checkpoints[name] = Shelf(import_as(place / name, place / "runs", name) / "checkpoints").path(0)
     ranks = run_ranks(losses_of, 2, checkpoints, timeout=300)
     return {name: next(rank[name] for rank in ranks if rank[name]) for name in LAYOUTS}, theirs
 
