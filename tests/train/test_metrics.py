@@ -134,3 +134,15 @@ def test_every_step_leaves_its_trace(path):
 )
 def test_duration(seconds, text):
     assert duration(seconds) == text
+
+
+def test_a_full_disk_ends_no_run(tmp_path, capsys):
+    log = MetricsLog(tmp_path / "metrics.jsonl", 0)
+    log.log(1, {"loss": 1.0})
+    whole, log._file = log._file, open("/dev/full", "a")  # noqa: SIM115 (no space left, each time)
+    for step in (2, 3):
+        log.log(step, {"loss": 1.0})
+    log.close()
+    whole.close()
+    assert capsys.readouterr().err.count("cannot be written") == 1
+    assert [entry["step"] for entry in read_metrics(tmp_path / "metrics.jsonl")] == [1]

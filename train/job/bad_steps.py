@@ -12,6 +12,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,7 @@ class Judge:
         entry = {"step": step, "reason": self.reason, "samples": [samples[0], samples[-1]], "in_a_row": self.in_a_row}
         entry |= {"parameters": names, "processes": ranks, "time": time.time()}
         directory = self._job.config.run.path / "logs"
-        directory.mkdir(exist_ok=True)
-        with (directory / LOG_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        with suppress(OSError):  # the line above has said the most
+            directory.mkdir(exist_ok=True)
+            with (directory / LOG_FILE).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")

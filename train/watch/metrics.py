@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -91,21 +93,28 @@ class MetricsLog:
     """``metrics.jsonl``: one JSON object a logged step, written through at once.
 
     Floats keep all their digits: equal files mean bit-identical runs. What is not finite becomes
-    null, as JSON has no word for it.
+    null, as JSON has no word for it. A disk that takes no more ends no run: lines wait in memory until it does.
     """
 
     def __init__(self, path: Path, start_step: int) -> None:
         """Opens the log of a run that goes on after ``start_step``; what lies beyond is cut off."""
         _cut(path, start_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._file, self._waits = path.open("a", encoding="utf-8"), False
 
     def log(self, step: int, values: Mapping[str, Value]) -> None:
         finite = {name: _finite(value) for name, value in values.items()}
-        self._file.write(json.dumps({STEP: step, **finite}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({STEP: step, **finite}) + "\n")
+            self._file.flush()
+            self._waits = False
+        except OSError as error:
+            if not self._waits:
+                print(f"warning: {METRICS_FILE} cannot be written ({error}); its lines wait", file=sys.stderr)
+            self._waits = True
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # told already
+            self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
