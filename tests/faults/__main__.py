@@ -2,6 +2,7 @@
 
 import argparse
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -24,9 +25,9 @@ from tests.faults.runs import make_corpus
 FLIPS = 100
 
 
-def campaign(kills: int, processes: list[int], seed: int, root: Path) -> Table:
-    """Runs with so many kills and every other fault, on each number of processes; what became of them."""
-    table, corpus = Table(), make_corpus(root)
+def campaign(table: Table, kills: int, processes: list[int], seed: int, root: Path) -> None:
+    """Runs with so many kills and every other fault, on each number of processes; notes what became of them."""
+    corpus = make_corpus(root)
     for world in processes:
         rng = random.Random(f"{seed} {world}")
         reference = make_reference(root, corpus, world)
@@ -48,7 +49,6 @@ def campaign(kills: int, processes: list[int], seed: int, root: Path) -> Table:
             again = Fault(name, poison)
             failure = run_through(skipped, root, corpus, f"nan_{world}_{number}", [kill, again, again], seed)
             table.add([name, kill.name], failure)
-    return table
 
 
 def main() -> int:
@@ -58,9 +58,13 @@ def main() -> int:
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="faults_") as root:
-        table = campaign(arguments.kills, arguments.processes, arguments.seed, Path(root))
-    print(table.text())
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the table of what was tried until then
+    table = Table()
+    try:
+        with tempfile.TemporaryDirectory(prefix="faults_") as root:
+            campaign(table, arguments.kills, arguments.processes, arguments.seed, Path(root))
+    finally:
+        print(table.text(), flush=True)
     return 1 if table.lost else 0
 
 
