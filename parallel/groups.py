@@ -12,6 +12,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from parallel import compat
 from parallel.topology import Topology
 
+RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # torchrun's word for how often it has started the workers anew
 # The switch of torch's flight recorder, and how many collectives it keeps.
 RECORDER, RECORDED = "TORCH_FR_BUFFER_SIZE", "2000"
 
@@ -38,9 +39,17 @@ def start(device: torch.device, timeout_minutes: float = 30) -> None:
         # fall to pieces. Whoever starts the job may choose otherwise.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", timeout=timeout, device_id=device)
-    else:
-        dist.init_process_group("gloo", timeout=timeout)
+    # torchrun keeps one store for all its restarts, and gloo would find the addresses of processes that have died.
+    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+    store = dist.PrefixStore(f"restart {os.environ.get(RESTARTS, 0)}", store)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world,
+        timeout=timeout,
+        device_id=device if device.type == "cuda" else None,
+    )
 
 
 def set_timeout(minutes: float) -> None:
