@@ -1,12 +1,15 @@
 """What the forward pass keeps for the backward pass: bytes a token of each kind of layer, from the model's shape.
 
+There are two tables: that of the plain modules, and that of the GPU's kernels (``kernels=True``: bfloat16), which keep
+what their ``save_for_backward`` names and compute the rest again.
+
 The formulas sum the tensors that the torch backend's modules save; `tests/model/test_activations.py` compares them
 with what autograd really holds. They leave out what does not grow with a width (indices, masks of tokens).
 """
 
 from functools import partial
 
-from model.config import DELTA_CHUNK, INFERENCE, LAYER, ModelConfig, MtpConfig
+from model.config import DELTA_CHUNK, INFERENCE, KERNEL_HEAD_CHUNK, LAYER, ModelConfig, MtpConfig
 
 FLOAT32_BYTES = 4
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
@@ -54,6 +57,46 @@ def _moe(shape: ModelConfig, element: int, recompute: frozenset[str], expert_ten
     )
 
 
+def _kernel_layer(symbol: str, shape: ModelConfig, recompute: frozenset[str], expert_tensor: int, sent: bool) -> float:
+    """Of the kernels: the norm's input, the normed states that projections read, and what each kernel keeps."""
+    element, hidden = ELEMENT_BYTES[shape.dtype], shape.hidden_size
+    kept: float = 2 * hidden
+    if symbol == "G":
+        key, value = shape.linear_key_heads * shape.linear_key_dim, shape.linear_value_heads * shape.linear_value_dim
+        heads = shape.linear_value_heads
+        kept += 2 * key + 2 * value + 2 * heads + value  # the projection, and what the last one reads
+        if "deltanet" not in recompute:  # the rule's inputs and solved chunks; its output and gate for the norm
+            kept += 2 * key + value + 4 * heads + heads * DELTA_CHUNK + 2 * value
+    elif symbol == "*":
+        queries, keys = shape.attention_heads * shape.head_dim, shape.key_value_heads * shape.head_dim
+        gates = queries * shape.attention_gate
+        # The projection, heads normed and turned, the output, and, gated, the gate and what the last projection reads.
+        kept += (queries + gates + 2 * keys) + (queries + 2 * keys) + queries + 2 * gates
+    elif symbol == "-":
+        kept += 3 * shape.dense_size
+    else:
+        rows = shape.experts_per_token
+        kept += 3 * shape.shared_expert_size + hidden * (shape.shared_expert_size > 0)
+        kept += rows * hidden * expert_tensor * sent  # what came from other ranks
+        kept += 0 if "experts" in recompute else rows * 2 * shape.expert_size
+        return element * kept + FLOAT32_BYTES * shape.experts
+    return element * kept
+
+
+def working_bytes(shape: ModelConfig, vocab_size: int, tokens: float, tensor: int, expert_tensor: int, sent: bool,
+                  last: bool) -> float:  # fmt: skip
+    """Most bytes that kernels work with beside what is kept: in the head, or in the backward pass of a mixture.
+
+    The head: its float32 gradient and a chunk's logits, which become their gradient in place. A mixture: for each row
+    the gradient of its result, and four widths of an expert; rows that travel also as they arrive and as they leave.
+    """
+    element, rows = ELEMENT_BYTES[shape.dtype], tokens / tensor * shape.experts_per_token * expert_tensor
+    width = shape.hidden_size * (3 if sent else 1) + 4 * shape.expert_size / expert_tensor
+    mixture = element * rows * width if "E" in shape.layers else 0.0
+    head = vocab_size / tensor * (FLOAT32_BYTES * shape.hidden_size + element * min(tokens, KERNEL_HEAD_CHUNK))
+    return max(mixture, head if last else 0.0)
+
+
 def layer_bytes(
     symbol: str,
     shape: ModelConfig,
@@ -62,17 +105,20 @@ def layer_bytes(
     recompute: frozenset[str],
     expert_tensor: int = 1,
     sent: bool = False,
+    kernels: bool = False,
 ) -> float:
     """Bytes that one layer keeps for each token of this process's part of the sequence.
 
     Args:
         seq_length: tokens of a whole sequence. tensor: tensor-parallel processes.
         recompute: parts that are computed again, or {LAYER}. expert_tensor: processes that share an expert's width.
-        sent: whether other processes hold experts too, so that rows travel.
+        sent: whether other processes hold experts too, so that rows travel. kernels: whether GPU kernels compute.
     """
     element, hidden = ELEMENT_BYTES[shape.dtype], shape.hidden_size
     if LAYER in recompute:
         return element * hidden / tensor
+    if kernels:
+        return _kernel_layer(symbol, shape, recompute, expert_tensor, sent) / tensor
     kept, whole = _norm(hidden, element, recompute), 0.0
     if symbol == "G":
         kept += element * hidden + _delta_net(shape, element, recompute)
@@ -96,6 +142,7 @@ def mtp_bytes(
     recompute: frozenset[str],
     expert_tensor: int = 1,
     sent: bool = False,
+    kernels: bool = False,
 ) -> float:
     """Bytes that all multi-token-prediction steps keep for each token; arguments as of `layer_bytes`.
 
@@ -106,14 +153,15 @@ def mtp_bytes(
     if chained and LAYER in recompute:
         return mtp.steps * element * hidden / tensor
     each = (
-        layer_bytes(symbol, shape, seq_length, tensor, recompute, expert_tensor, sent) for symbol in shape.mtp_layers
+        layer_bytes(symbol, shape, seq_length, tensor, recompute, expert_tensor, sent, kernels)
+        for symbol in shape.mtp_layers
     )
     step = sum(each)
     step += (3 * _norm(hidden, element, recompute) + 2 * element * hidden) / tensor
     if not chained or mtp.steps < 2:
         return mtp.steps * step
     # Later steps keep no mask, and step k a copy of the keys and values of the k - 2 steps between it and the first.
-    _, mask = _attention(shape, seq_length, element, recompute)
+    mask = 0.0 if kernels else _attention(shape, seq_length, element, recompute)[1]
     copies = (mtp.steps - 1) * (mtp.steps - 2) * element * shape.key_value_heads * shape.head_dim
     return mtp.steps * step - (mtp.steps - 1) * mask + copies / tensor
 
@@ -130,6 +178,7 @@ def stage_bytes(
     last: bool,
     expert_tensor: int = 1,
     sent: bool = False,
+    kernels: bool = False,
 ) -> float:
     """Bytes that a pipeline stage keeps for one micro-batch of ``tokens`` tokens on this process.
 
@@ -144,11 +193,12 @@ def stage_bytes(
         recompute=recompute,
         expert_tensor=expert_tensor,
         sent=sent,
+        kernels=kernels,
     )
     kept = sum(each(symbol) for symbol in symbols)
     if not last:
         return kept * tokens
     kept += _norm(hidden, element, recompute) / tensor
-    kept += mtp_bytes(shape, mtp, seq_length, tensor, recompute, expert_tensor, sent)
+    kept += mtp_bytes(shape, mtp, seq_length, tensor, recompute, expert_tensor, sent, kernels)
     kept += (1 + mtp.steps) * element * hidden
     return kept * tokens + FLOAT32_BYTES * vocab_size * hidden / tensor

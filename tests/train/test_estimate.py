@@ -93,7 +93,7 @@ def test_stages_of_an_interleaved_pipeline() -> None:
     assert len(first.balance) == 4 and sum(first.balance) == pytest.approx(1)
     assert first.balance[3] > 0.5  # head and MTP
     assert first.bubble == pytest.approx(0.5 / (4 + 0.5))
-    assert last.memory["head's working space"] > first.memory["head's working space"] == 0
+    assert last.memory["working space"] > first.memory["working space"]
     assert first.traffic["pipeline sends"] > 0
 
 
@@ -104,8 +104,33 @@ def test_recomputation_keeps_less_and_sends_more() -> None:
         place = footprint(config, check_plan(config, 64), 151936, 0)
         kept.append(place.memory["activations"])
         sent.append(place.traffic["expert all-to-all"])
-    assert kept[0] > 2 * kept[1] > 2 * kept[2]
+    # Kernels keep little that selective recomputation could spare beside rows that came from elsewhere.
+    assert kept[0] > 1.4 * kept[1] > 1.4 * 2 * kept[2]
     assert sent[0] == sent[1] == sent[2] / 1.5
+
+
+@pytest.mark.parametrize(("micro", "length", "gigabytes"), [(2, 4096, 136.9), (4, 4096, 143.8)])
+def test_the_memory_of_whole_steps_is_what_was_measured(micro: int, length: int, gigabytes: float) -> None:
+    """Peaks of whole training steps of `proxy` on one GPU, as tests/bench/RESULTS.md has them."""
+    held = _proxy(micro, length)
+    assert sum(held.values()) / 1e9 == pytest.approx(gigabytes, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("micro", "length", "gigabytes"),
+    [(2, 4096, 29.7), (4, 4096, 31.2), (8, 4096, 35.9), (1, 32768, 35.9), (1, 65536, 52.0)],
+)
+def test_the_memory_of_forward_and_backward_is_what_was_measured(micro: int, length: int, gigabytes: float) -> None:
+    """The same without engine: gradients come in the model's type, and all are there at the end of the pass."""
+    held = _proxy(micro, length)
+    begin = held["weights"] + held["activations"] + held["working space"]
+    assert max(begin, 2 * held["weights"]) / 1e9 == pytest.approx(gigabytes, rel=0.1)
+
+
+def _proxy(micro: int, length: int) -> dict[str, float]:
+    sizes = [f"batch.micro={micro}", f"batch.global={micro}", f"data.seq_length={length}"]
+    config = compose(["-cn", "proxy", *sizes], planned=True)
+    return footprint(config, check_plan(config, 1), 151936, 0).memory
 
 
 @pytest.mark.parametrize(

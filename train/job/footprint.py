@@ -107,7 +107,7 @@ def footprint(config: Config, topology: Topology, vocab_size: int, pipeline_rank
     held = layout_cost.state_bytes(weights, topology, element)
     held["activations"] = _activations(config, topology, vocab_size, pipeline_rank, steps)
     held["a layer computed again"] = _recomputed_bytes(config, topology, pipeline_rank)
-    held["head's working space"] = _head_bytes(config, topology, vocab_size, pipeline_rank)
+    held["working space"] = _working_bytes(config, topology, vocab_size, pipeline_rank)
     traffic = layout_cost.gradient_traffic(weights, topology, element)
     traffic |= _layer_traffic(config, topology, pipeline_rank, steps)
     last = len(model.stages) - 1
@@ -146,9 +146,12 @@ def _tokens(config: Config, topology: Topology) -> float:
     return config.batch.micro * config.data.seq_length / topology.context
 
 
-def _experts(topology: Topology) -> tuple[int, bool]:
-    """Parts of an expert's width, and whether rows travel to other holders of experts."""
-    return topology.expert_tensor, topology.expert_owners > 1
+def _experts(config: Config, topology: Topology) -> tuple[int, bool, bool]:
+    """Parts of an expert's width, whether rows travel to other holders of experts, and whether kernels compute.
+
+    A plan is one for GPUs: bfloat16 runs on kernels there.
+    """
+    return topology.expert_tensor, topology.expert_owners > 1, config.model.dtype == "bfloat16"
 
 
 def _activations(config: Config, topology: Topology, vocab_size: int, pipeline_rank: int, steps: int) -> float:
@@ -164,7 +167,7 @@ def _activations(config: Config, topology: Topology, vocab_size: int, pipeline_r
             topology.tensor,
             recomputed(config.parallel),
             number == len(stages) - 1,
-            *_experts(topology),
+            *_experts(config, topology),
         )
         for number in numbers
     ]
@@ -179,18 +182,22 @@ def _recomputed_bytes(config: Config, topology: Topology, pipeline_rank: int) ->
     model, length, parts = config.model, config.data.seq_length, recomputed(config.parallel)
     numbers, sizes = stage_numbers(topology, pipeline_rank), (model, length, topology.tensor)
     kept = [
-        [activations.layer_bytes(symbol, *sizes, again, *_experts(topology)) for again in (frozenset(), parts)]
+        [activations.layer_bytes(symbol, *sizes, again, *_experts(config, topology)) for again in (frozenset(), parts)]
         for symbol in set("".join(model.stages[number] for number in numbers))
     ]
     if numbers[-1] == len(model.stages) - 1 and config.mtp.keys == INFERENCE and LAYER in parts:
         steps = (model, config.mtp, length, topology.tensor)
-        kept += [[activations.mtp_bytes(*steps, again, *_experts(topology)) for again in (frozenset(), parts)]]
+        kept += [[activations.mtp_bytes(*steps, again, *_experts(config, topology)) for again in (frozenset(), parts)]]
     return _tokens(config, topology) * max(whole - part for whole, part in kept)
 
 
-def _head_bytes(config: Config, topology: Topology, vocab_size: int, pipeline_rank: int) -> float:
-    """The head's float32 gradient while it is summed, and a chunk's logits with their gradient."""
-    if pipeline_rank != topology.pipeline - 1:
+def _working_bytes(config: Config, topology: Topology, vocab_size: int, pipeline_rank: int) -> float:
+    """On kernels that of `working_bytes`; else the head's float32 gradient and a chunk's logits with theirs."""
+    last, (parts, sent, kernels) = pipeline_rank == topology.pipeline - 1, _experts(config, topology)
+    if kernels:
+        tokens = _tokens(config, topology)
+        return activations.working_bytes(config.model, vocab_size, tokens, topology.tensor, parts, sent, last)
+    if not last:
         return 0.0
     rows = vocab_size / topology.tensor
     return layout_cost.FLOAT32_BYTES * rows * (config.model.hidden_size + 2 * HEAD_CHUNK)
