@@ -85,7 +85,8 @@ def fill(job: Job) -> list[LanguageModel]:
         initialise(chunk, chunk.sharded_state_dict(), job.config.seed)
         with torch.no_grad():
             for moe in chunk.moe_layers():
-                moe.router.weight.mul_(torch.linspace(1.0, 10.0, job.config.model.experts)[:, None])
+                preferred = torch.linspace(1.0, 10.0, job.config.model.experts)[:, None]
+                moe.router.weight.mul_(preferred.to(job.device))
     return job.chunks
 
 
