@@ -6,7 +6,7 @@
 # is given on its line goes before the #SBATCH lines.
 set -euo pipefail
 
-readonly COMMANDS="train test setup estimate prepare evaluate generate export import bench doctor"
+readonly COMMANDS="train test setup estimate prepare evaluate generate status export import bench doctor"
 readonly EXTRAS="gpu te deepspeed s3" # of pyproject.toml, beside dev, which is always there
 # launch-state of an environment that is complete: the folder that it was made for, then its extras and the checksum of
 # the requirements; of one that is being made: "installing", then that folder.
@@ -25,6 +25,7 @@ usage: ./launch.sh COMMAND [options] [key=value ...]
   prepare    turn raw text into tokenized shards
   evaluate   measure a run's held-out loss
   generate   write text with a run's checkpoint
+  status     say how a run is: step, speed, last checkpoint, health
   export     write a run's weights as a Hugging Face checkpoint
   import     make a run of a Hugging Face checkpoint
   bench      time a model on this machine, and transformers beside it

@@ -246,6 +246,7 @@ COMMANDS = {
     "prepare": prepare,
     "evaluate": commands.evaluate,
     "generate": commands.generate,
+    "status": commands.status,
     "export": commands.export,
     "import": commands.import_,
     "bench": bench,

@@ -19,6 +19,7 @@ from train.job.provenance import TOKENIZER_CONFIG_FILE, kept_tokenizer
 from train.settings.commands import (
     EvaluateConfig,
     GenerateConfig,
+    StatusConfig,
     check_decoding,
     check_draft,
     check_evaluate,
@@ -27,6 +28,7 @@ from train.settings.commands import (
 )
 from train.settings.run import Config, load_config
 from train.settings.tree import ConfigError, from_text
+from train.watch.status import print_status
 
 SHARE = 0.8  # of a GPU's memory that weights may take: the rest is for what is computed
 LARGEST_VOCAB = 2**18  # where a run leaves its vocabulary to the tokenizer
@@ -109,6 +111,12 @@ def generate(arguments: list[str]) -> int:
         with front.prepare_among_workers(prepare):
             return run_generation(generation, config)
     return front.launch("generate", [*arguments, *fewest], processes, prepare, None)
+
+
+def status(arguments: list[str]) -> int:
+    """Says how a run is, whether it runs or not; imports no torch."""
+    print_status(load_config(from_text(StatusConfig, run_by_name(arguments)).run))
+    return 0
 
 
 def prepare(arguments: list[str]) -> int:

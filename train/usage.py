@@ -8,7 +8,7 @@ from pathlib import Path
 from data.config import PrepareConfig
 from train.hub.settings import ExportConfig, ImportConfig
 from train.plan.estimate import EstimateConfig
-from train.settings.commands import BenchConfig, DryRunConfig, EvaluateConfig, GenerateConfig
+from train.settings.commands import BenchConfig, DryRunConfig, EvaluateConfig, GenerateConfig, StatusConfig
 from train.settings.run import Config
 from train.settings.tree import MISSING, Setting, settings
 
@@ -22,6 +22,7 @@ SUMMARIES = {
     "prepare": "Turns raw text into a corpus: tokenized shards, a tokenizer and a manifest.",
     "evaluate": "Measures a run's last checkpoint on held-out text.",
     "generate": "Writes text with a run's last checkpoint.",
+    "status": "Says how a run is: step, speed, last checkpoint, health, time left.",
     "export": "Writes a run's weights as a Hugging Face checkpoint, for transformers, vLLM and SGLang.",
     "import": "Makes a run of a Hugging Face checkpoint, for others to start from: train run.init=NAME.",
     "bench": "Times forward and backward passes on GPUs, where their time goes, and others'.",
@@ -64,6 +65,7 @@ EXAMPLES = {
         ("generate run=mine prompt_file=prompt.txt", "of a file's text"),
         ("generate run=mine draft=2", "with drafts from the MTP layer: the same text in fewer passes"),
     ),
+    "status": (("status run=mine", "from another terminal, whether it runs or not"),),
     "export": (
         ("export run=mine out=models/mine", "the last checkpoint, as it was trained"),
         ("export run=mine out=models/mine dtype=bfloat16", "in half the room"),
@@ -95,6 +97,7 @@ CONFIGS = {
     "prepare": PrepareConfig,
     "evaluate": EvaluateConfig,
     "generate": GenerateConfig,
+    "status": StatusConfig,
     "export": ExportConfig,
     "import": ImportConfig,
     "bench": BenchConfig,

@@ -65,6 +65,13 @@ class EvaluateConfig:
     output: str | None = setting(None, "JSON file for prompts, texts and the acceptance of their drafts")
 
 
+@dataclass(frozen=True)
+class StatusConfig:
+    """What `status` is asked about."""
+
+    run: RunReference = field(default_factory=RunReference)
+
+
 LOWEST_TEMPERATURE = 1e-4  # below it a difference of logits overflows float32
 
 

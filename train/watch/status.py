@@ -1,0 +1,64 @@
+"""How a run is, from another terminal: read from its files alone, whether it runs or not."""
+
+import math
+import time
+from pathlib import Path
+
+from train.job.heartbeat import last_beat
+from train.job.shelf import Shelf
+from train.settings.run import Config
+from train.watch import metrics
+from train.watch.metrics import METRICS_FILE, STEP, duration, last_entries
+
+SILENT_STEPS, SILENT_S = 5, 60.0  # steps, and seconds, without a sign of life after which a run does not seem to run
+
+
+def last_logged(run: Path) -> dict[str, float]:
+    """The last logged step that has a loss; empty where there is none yet."""
+    file = run / METRICS_FILE
+    return next((entry for entry in last_entries(file) if metrics.LOSS in entry), {}) if file.exists() else {}
+
+
+def status_lines(config: Config, now: float) -> list[str]:
+    """Step, speed, last save, health and the time that is left, at ``now`` (seconds since 1970)."""
+    run, steps = config.run.path, config.run.steps
+    entry, beat, newest = last_logged(run), last_beat(run), Shelf(config.run.checkpoints).newest()
+    step = int(beat.get("step", entry.get(STEP, 0)))
+    seconds = entry.get(metrics.STEP_SECONDS, math.nan)
+    lines = [f"{run}: step {step:,} of {steps:,} ({step / steps:.1%})"]
+    if entry:
+        shown = (metrics.LOSS, metrics.LM_LOSS, metrics.GRAD_NORM, metrics.TOKENS_PER_SECOND, metrics.MFU)
+        values = "  ".join(f"{name} {entry[name]:.5g}" for name in shown if entry.get(name) is not None)
+        lines.append(f"logged at step {entry[STEP]:,.0f}: {values}")
+    lines.append(f"life: {_life(beat, step >= steps, seconds, now)}")
+    saved = f"{newest.name}, {duration(now - newest.stat().st_mtime)} ago" if newest else "none yet"
+    lines.append(f"last checkpoint: {saved}")
+    if step < steps:
+        left = duration((steps - step) * seconds) if math.isfinite(seconds) else "unknown: no step is logged yet"
+        lines.append(f"left: {left} of training at this speed")
+    return [*lines, f"health: {'; '.join(_complaints(entry)) or 'nothing to complain of'}"]
+
+
+def _life(beat: dict[str, float], finished: bool, seconds: float, now: float) -> str:
+    if finished:
+        return "the run is finished"
+    if not beat:
+        return "no step has been done yet"
+    silence = now - beat["time"]
+    patience = max(SILENT_S, SILENT_STEPS * seconds if math.isfinite(seconds) else 0.0)
+    seems = "" if silence < patience else ": it does not seem to run; the same command goes on from its last checkpoint"
+    return f"{duration(silence)} since the last step, on {beat['host']} (process {beat['pid']}){seems}"
+
+
+def _complaints(entry: dict[str, float]) -> list[str]:
+    """What a person should look at."""
+    found = [f"{name} is not finite" for name in (metrics.LOSS, metrics.GRAD_NORM) if entry.get(name, 0.0) is None]
+    for name in (metrics.SKIPPED_STEPS, metrics.DEAD_EXPERTS, metrics.DATA_RETRIES, metrics.DATA_SKIPPED_TOKENS):
+        if entry.get(name):
+            found.append(f"{name} {entry[name]:g}")
+    return found
+
+
+def print_status(config: Config) -> None:
+    """Says how the run is now."""
+    print("\n".join(status_lines(config, time.time())))
