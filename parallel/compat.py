@@ -1,12 +1,13 @@
-"""Every patch of megatron-core, one function each: the symbol, the versions, the reason.
+"""Every patch of megatron-core and DeepSpeed, one function each: the symbol, the versions, the reason.
 
-All but `use_torch_adamw`, `sum_gradients` and `read_with` let megatron-core 0.19 run without CUDA, and none of
-these is applied with a GPU.
+All but `use_torch_adamw`, `sum_gradients`, `read_with` and those of DeepSpeed let megatron-core 0.19 run
+without CUDA, and none of these is applied with a GPU.
 `tests/parallel/test_compat.py` holds a test for each that fails once upstream no longer needs the patch.
 """
 
 import contextlib
 import importlib
+import math
 import types
 from collections.abc import Callable
 from typing import Any
@@ -138,6 +139,39 @@ def sum_gradients() -> None:
     """
     layers: Any = importlib.import_module("megatron.core.tensor_parallel.layers")
     layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(wgrad_gemm_accum_fp32=add_weight_gradient)
+
+
+def leave_out_shared_memory() -> None:
+    """Symbol: `deepspeed.ops.__compatible_ops__`, 0.19.x.
+
+    Reason: on CPUs DeepSpeed compiles an all-reduce for inference when it is first started, a minute's work that no
+    training calls.
+    """
+    operations: Any = importlib.import_module("deepspeed.ops")
+    operations.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def ask_before_steps(zero: Any, stage: int, is_accepted: Callable[[float], bool]) -> None:
+    """Symbols: `scaled_global_norm` of DeepSpeed's ZeRO 1 and 2, `_get_norm_groups` of its ZeRO 3, 0.19.x.
+
+    Reason: between the norm of all gradients and the step nobody is asked. A norm that is not finite makes both leave
+    the step out, so that is what they are told of a step that is not accepted.
+    """
+    original = zero._get_norm_groups if stage == 3 else zero.scaled_global_norm
+
+    def judged() -> Any:
+        norm = original()
+        squares = [float(one) ** 2 if float(one) >= 0 else math.inf for one in (norm if stage == 3 else [norm])]
+        whole = math.sqrt(sum(squares))
+        if is_accepted(whole if math.isfinite(whole) else math.inf):
+            return norm
+        refused = torch.tensor(math.inf)
+        return [refused] if stage == 3 else refused
+
+    if stage == 3:
+        zero._get_norm_groups = judged
+    else:
+        zero.scaled_global_norm = judged
 
 
 def apply(device: torch.device) -> None:

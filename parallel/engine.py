@@ -7,12 +7,25 @@ them without knowing the engine.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Protocol
 
+from parallel.topology import Topology, TopologyError, setting
+
+ENGINES = ("megatron", "deepspeed")
 type State = dict[str, Any]  # megatron-core's sharded state dict
 
 
 type Accept = Callable[[list[Any], float], bool]  # whether a step of these outputs and this gradient norm is taken
+
+
+@dataclass(frozen=True)
+class DeepSpeedConfig:
+    """What engine=deepspeed splits over the data-parallel processes, and where its optimizer works."""
+
+    zero: int = setting(1, "ZeRO stage: 1 splits the optimizer, 2 also gradients, 3 also weights (no experts)")
+    offload: bool = setting(False, "keeps the optimizer in the host's memory, and steps there with the fused CPU Adam")
+    persistent: int = setting(100_000, "ZeRO 3: parameters of fewer numbers stay whole on every process")
 
 
 @dataclass(frozen=True)
@@ -23,6 +36,55 @@ class AdamW:
     eps: float
     weight_decay: float
     clip: float
+
+
+def check_engine(
+    engine: str, deepspeed: DeepSpeedConfig, topology: Topology, experts: int, dtype: str, verify_every: int = 0
+) -> None:
+    """Raises TopologyError for what an engine cannot do, with what can.
+
+    Args:
+        experts: mixtures of experts of the model. dtype: the model's type. verify_every: run.verify_every.
+    """
+    if engine not in ENGINES:
+        raise TopologyError(f"engine={engine!r} is not known: choose {' or '.join(ENGINES)}")
+    if engine != "deepspeed":
+        return
+    if deepspeed.zero not in (1, 2, 3):
+        raise TopologyError(f"deepspeed.zero={deepspeed.zero} is not known: choose 1, 2 or 3")
+    if deepspeed.zero == 3 and experts:
+        raise TopologyError(
+            "deepspeed.zero=3 does not split experts: choose deepspeed.zero=2 with deepspeed.offload=true, or spread "
+            "the experts with parallel.expert"
+        )
+    for name, size in (("pipeline", topology.pipeline), ("expert_tensor", topology.expert_tensor)):
+        if size > 1:
+            raise TopologyError(
+                f"parallel.{name}={size} is not for engine=deepspeed: choose parallel.{name}=1 and spread the model "
+                f"with deepspeed.zero, parallel.tensor and parallel.expert, or engine=megatron"
+            )
+    if verify_every:
+        raise TopologyError(
+            f"run.verify_every={verify_every} is not for engine=deepspeed, which keeps no gradients to compare: choose "
+            f"run.verify_every=0, or engine=megatron"
+        )
+    if dtype != "float32":
+        raise TopologyError(
+            f"model.dtype={dtype} is not for engine=deepspeed, which has one type for all weights where routers and "
+            f"norms need float32: choose model.dtype=float32, or engine=megatron"
+        )
+
+
+def require_package(engine: str) -> None:
+    """Raises TopologyError where what an engine is made of is not installed."""
+    if engine == "deepspeed" and find_spec("deepspeed") is None:
+        raise TopologyError("engine=deepspeed needs DeepSpeed, which is not installed: ./launch.sh setup deepspeed")
+
+
+def require_planned(engine: str) -> None:
+    """Raises TopologyError where nothing foresees what an engine holds and sends."""
+    if engine != "megatron":
+        raise TopologyError(f"engine={engine} is not planned for: leave it out and read what engine=megatron holds")
 
 
 class Engine(Protocol):

@@ -1,7 +1,7 @@
 """The megatron-core engine behind the protocol of `parallel.engine`: DDP, distributed optimizer, gradient clipping."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from parallel import compat, main_grads, optimizer_state
 from parallel.engine import Accept, AdamW, State
+from parallel.optimizer_state import OptimizerShard
 from parallel.replicas import bits_of, damaged_replicas
 from parallel.stages import load_weights, run_schedule, sharded_weights
 from parallel.topology import ParallelConfig
@@ -213,7 +214,9 @@ class MegatronEngine:
     def damaged_replicas(self) -> list[str]:
         """Parameters that are not the same, bit for bit, on all ranks that hold them; the same answer everywhere."""
         self.gather_weights()
-        return damaged_replicas(self.wrapped, self.groups)
+        experts = {id(x) for ddp in self.wrapped for buffer in ddp.expert_parallel_buffers for x in buffer.params}
+        parameters = [pair for chunk in self.chunks for pair in chunk.named_parameters()]
+        return damaged_replicas(parameters, [id(parameter) in experts for _, parameter in parameters], self.groups)
 
     def gather_weights(self) -> None:
         """Makes every rank's weights whole after a step. All ranks call it."""
@@ -226,8 +229,11 @@ class MegatronEngine:
         if is_loading:
             self._allocate_moments()
         weights = self._sharded_weights()
-        optimizer = optimizer_state.sharded_state(self.optimizer.chained_optimizers, weights)
+        optimizer = optimizer_state.sharded_state(self._shards(), weights)
         return weights | {"optimizer": optimizer, "optimizer_step": self._steps}
+
+    def _shards(self) -> Iterator[OptimizerShard]:
+        return optimizer_state.distributed_shards(self.optimizer.chained_optimizers)
 
     def _sharded_weights(self) -> State:
         return sharded_weights(self.chunks, {"dp_cp_group": self.groups.dp_cp})
@@ -249,7 +255,7 @@ class MegatronEngine:
         self._steps = state["optimizer_step"]
         load_weights(self.chunks, state)
         optimizers = self.optimizer.chained_optimizers
-        optimizer_state.take(optimizers, self._sharded_weights(), state["optimizer"])
+        optimizer_state.take(self._shards(), self._sharded_weights(), state["optimizer"])
         self._apply_settings()
         for part in optimizers:
             for group in part.optimizer.param_groups:

@@ -10,7 +10,7 @@ alone; `fully_reshardable` gathers everything on every process first, and does n
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -54,41 +54,43 @@ class OptimizerShard:
 
     Attributes:
         main: what AdamW works on: float32 [stop - start], the parameter's own numbers or a copy of them.
+        moments: AdamW's two of these numbers, by `MOMENTS`.
         start, stop: which numbers of the parameter.
     """
 
-    optimizer: torch.optim.Optimizer
     parameter: nn.Parameter
     main: Tensor
+    moments: Mapping[str, Tensor]
     start: int
     stop: int
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """All numbers of the optimizer's that no weight of the model holds, by name."""
-        found = {name: self.optimizer.state[self.main][name] for name in MOMENTS}
-        return found | ({} if self.parameter.dtype == torch.float32 else {MASTER: self.main})
+        return {**self.moments, **({} if self.parameter.dtype == torch.float32 else {MASTER: self.main})}
 
 
-def parts(optimizers: list[DistributedOptimizer]) -> Iterator[OptimizerShard]:
-    """What this process holds of every parameter."""
+def distributed_shards(optimizers: list[DistributedOptimizer]) -> Iterator[OptimizerShard]:
+    """What this process holds of every parameter in megatron-core's distributed optimizers."""
     for optimizer in optimizers:
         ranges = (bucket for buffer in optimizer.gbuf_ranges for buckets in buffer.values() for bucket in buckets)
         for parameter, places in ((p, places) for bucket in ranges for p, places in bucket["param_map"].items()):
             group, order = optimizer.model_param_group_index_map[parameter]
             main = optimizer.optimizer.param_groups[group]["params"][order]
-            yield OptimizerShard(optimizer.optimizer, parameter, main, places["param"].start, places["param"].end)
+            moments = {name: optimizer.optimizer.state[main][name] for name in MOMENTS}
+            yield OptimizerShard(parameter, main, moments, places["param"].start, places["param"].end)
 
 
-def sharded_state(optimizers: list[DistributedOptimizer], weights: State) -> dict[str, list[ShardedTensor]]:
+def sharded_state(shards: Iterable[OptimizerShard], weights: State) -> dict[str, list[ShardedTensor]]:
     """megatron-core's description of the optimizer's state, for saving, or for loading into the same tensors.
 
     Args:
+        shards: of every parameter that this process holds something of.
         weights: the sharded state dict of the model, which says where its parameters lie in the whole tensors.
     """
     described = {id(entry.data): entry for entry in nested_values(weights) if isinstance(entry, ShardedTensor)}
     found = {}
-    for part in parts(optimizers):
+    for part in shards:
         whole = described[id(part.parameter)]
         for name, tensor in part.tensors.items():
             key = f"optimizer.{name}.{whole.key}"
@@ -96,10 +98,10 @@ def sharded_state(optimizers: list[DistributedOptimizer], weights: State) -> dic
     return found
 
 
-def take(optimizers: list[DistributedOptimizer], weights: State, state: dict[str, list[Tensor]]) -> None:
+def take(shards: Iterable[OptimizerShard], weights: State, state: dict[str, list[Tensor]]) -> None:
     """Takes what `sharded_state` described and a checkpoint filled."""
     described = {id(entry.data): entry for entry in nested_values(weights) if isinstance(entry, ShardedTensor)}
-    for part in parts(optimizers):
+    for part in shards:
         for name, tensor in part.tensors.items():
             loaded = state[f"optimizer.{name}.{described[id(part.parameter)].key}"]
             for (_, view), values in zip(_views(part, tensor), loaded, strict=True):

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
@@ -17,18 +16,20 @@ def bits_of(x: Tensor) -> Tensor:
     return x.detach().contiguous().flatten().view(WORDS[x.element_size()]).sum(dtype=torch.int64)
 
 
-def damaged_replicas(chunks: Sequence[DistributedDataParallel], groups: ProcessGroupCollection) -> list[str]:
+def damaged_replicas(
+    parameters: Sequence[tuple[str, Tensor]], of_expert: Sequence[bool], groups: ProcessGroupCollection
+) -> list[str]:
     """Parameters that are not the same on all data-parallel ranks that hold them, with the process; empty if all are.
 
     Every process calls it, and gets the same answer. Where two ranks differ there is no telling which of them is right.
+
+    Args:
+        of_expert: of each parameter, whether the ranks that hold it too are those of an expert.
     """
-    experts = {id(x) for chunk in chunks for buffer in chunk.expert_parallel_buffers for x in buffer.params}
-    parameters = [pair for chunk in chunks for pair in chunk.module.named_parameters()]
-    names = [name for name, _ in parameters]
-    of_expert = torch.tensor([id(parameter) in experts for _, parameter in parameters])
+    names, of_expert_P = [name for name, _ in parameters], torch.tensor(of_expert)
     bits = torch.stack([bits_of(parameter) for _, parameter in parameters])
     apart = torch.zeros(len(names), dtype=torch.bool)
-    for own, group in ((~of_expert, groups.dp_cp), (of_expert, groups.expt_dp)):
+    for own, group in ((~of_expert_P, groups.dp_cp), (of_expert_P, groups.expt_dp)):
         part = bits[own.to(bits.device)]
         apart[own] = (max_over(part, group) != -max_over(-part, group)).cpu()
     found = [name for name, damaged in zip(names, apart.tolist(), strict=True) if damaged]

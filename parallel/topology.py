@@ -20,7 +20,8 @@ class TopologyError(ValueError):
     """A layout that cannot be built; the message names the sizes that clash, why, and the nearest valid values."""
 
 
-def _setting[T](default: T, text: str) -> T:
+def setting[T](default: T, text: str) -> T:
+    """A field of settings: its default and what it means."""
     return field(default=default, metadata={"help": text})
 
 
@@ -71,20 +72,20 @@ class Shape(Protocol):
 class ParallelConfig:
     """Sizes of each kind of parallelism; what is left of the processes is data parallel."""
 
-    tensor: int = _setting(1, "processes that share each layer's heads and columns")
-    pipeline: int = _setting(1, "processes that share the layers; the pattern has as many stages, or a multiple")
-    context: int = _setting(1, "processes that share each sequence")
-    expert: int | str = _setting("auto", "processes that share a layer's experts, or auto")
-    expert_tensor: int = _setting(1, "processes that share each expert's width")
-    recompute: str = _setting("none", "what the backward pass computes again to save memory: none, selective or full")
-    recompute_modules: tuple[str, ...] = _setting(
+    tensor: int = setting(1, "processes that share each layer's heads and columns")
+    pipeline: int = setting(1, "processes that share the layers; the pattern has as many stages, or a multiple")
+    context: int = setting(1, "processes that share each sequence")
+    expert: int | str = setting("auto", "processes that share a layer's experts, or auto")
+    expert_tensor: int = setting(1, "processes that share each expert's width")
+    recompute: str = setting("none", "what the backward pass computes again to save memory: none, selective or full")
+    recompute_modules: tuple[str, ...] = setting(
         (), "selective: which of attention, deltanet, experts and norm; empty: all of them"
     )
-    bucket: int = _setting(
+    bucket: int = setting(
         40_000_000, "numbers of a bucket of gradients or weights, which travels while others are computed; at least"
     )
-    bucket_share: int = _setting(1_000_000, "numbers of each data-parallel rank's share of a bucket, at least")
-    world: int | None = _setting(None, "processes of the whole job; null takes what is started")
+    bucket_share: int = setting(1_000_000, "numbers of each data-parallel rank's share of a bucket, at least")
+    world: int | None = setting(None, "processes of the whole job; null takes what is started")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ LONG = (
     "cluster/",
     "parallel/test_collectives.py",
     "parallel/test_compat.py",
+    "parallel/test_deepspeed.py",
     "parallel/test_dense.py",
     "parallel/test_dist.py",
     "parallel/test_engine.py",

@@ -52,8 +52,9 @@ ROOMS = {
         ),
     ),
     "parallel": (
-        *("engine_megatron", "replicas", "board", "groups", "stages", "optimizer_state", "checkpoint", "compat"),
-        *("layout_cost", "main_grads", "collectives", "topology", "engine", "quiet"),
+        *("engine_deepspeed", "engine_megatron", "deepspeed_groups", "replicas", "board", "groups", "stages"),
+        *("optimizer_state", "checkpoint", "compat", "layout_cost", "main_grads", "collectives", "engine", "topology"),
+        "quiet",
     ),
 }
 BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.Match)

@@ -5,6 +5,7 @@ A failure here says that upstream no longer needs a patch, which can then go.
 
 import contextlib
 import importlib
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -242,3 +243,11 @@ def _apply_for_a_gpu() -> list[bool]:
 def test_nothing_is_patched_for_a_gpu():
     assert all(run_ranks(_apply_for_a_gpu, 1)[0])
     assert isinstance(compat.optimizer_context(torch.device("cuda")), contextlib.nullcontext)
+
+
+def test_deepspeed_still_compiles_its_shared_memory_operation():
+    pytest.importorskip("deepspeed", reason="needs DeepSpeed: ./launch.sh setup deepspeed")
+    from deepspeed.comm import torch as backend
+
+    source = inspect.getsource(backend.build_shm_op)
+    assert "__compatible_ops__" in source and "shm_comm_op" in inspect.getsource(backend.TorchBackend.__init__)

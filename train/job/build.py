@@ -160,6 +160,10 @@ def engine_of(
     chunks: list[LanguageModel], config: Config, groups: ProcessGroupCollection, device: torch.device
 ) -> Engine:
     """The engine of a configuration around pipeline stages whose parameters are filled."""
+    if config.engine == "deepspeed":
+        from parallel.engine_deepspeed import DeepSpeedEngine  # it need not be installed for the other
+
+        return DeepSpeedEngine(chunks, groups, adamw(config.optim), device, decays, config.deepspeed)
     return MegatronEngine(chunks, groups, adamw(config.optim), device, decays, config.parallel)
 
 

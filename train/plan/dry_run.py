@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import torch
 
 from parallel import groups as process_groups
+from parallel.engine import require_planned
 from parallel.topology import Topology, microbatches
 from train.job.build import allocated_bytes, build_chunks
 from train.job.footprint import footprint, planned_vocab
@@ -18,6 +19,7 @@ from train.settings.run import Config, describe
 
 def dry_run(config: Config, topology: Topology, rank: int = 0) -> str:
     """What process ``rank`` of the job would hold, send and compute, as text."""
+    require_planned(config.engine)
     vocab_size = planned_vocab(config, topology)
     process_groups.start_fake(rank, topology.world)
     try:

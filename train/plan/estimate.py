@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from model.config import MtpConfig
 from model.cost import cost
+from parallel.engine import require_planned
 from parallel.topology import Topology
 from train.job.footprint import Footprint, checkpoint_bytes, exact_balance, footprint, planned_vocab
 from train.job.gpus import GPUS
@@ -202,6 +203,7 @@ def comparison_lines(config: Config, vocab_size: int, budget: Budget, peers: dic
 
 def estimate_text(config: Config, topology: Topology, budget: Budget, peers: dict[str, Config]) -> str:
     """All of the above as text. ``peers``: configurations of `PUBLISHED`, or none."""
+    require_planned(config.engine)
     vocab_size = planned_vocab(config, topology)
     budget = replace(budget, tokens=budget.tokens or run_tokens(config))
     places = [footprint(config, topology, vocab_size, rank) for rank in range(topology.pipeline)]

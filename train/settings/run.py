@@ -13,6 +13,7 @@ from data.order.batches import BatchSchedule
 from data.secrets import hidden
 from model.config import BalanceConfig, ModelConfig, ModelError, MtpConfig, check_balance, check_model
 from parallel.checkpoint.unpickle import UnsafePickle
+from parallel.engine import DeepSpeedConfig, check_engine, require_package
 from parallel.topology import ParallelConfig, Topology, TopologyError, check_length, microbatches, resolve
 from train.settings.checks import check_choice, check_least, check_seed
 from train.settings.optim import OptimConfig, check_optim
@@ -116,6 +117,7 @@ class Config:
     """Everything that decides a training run."""
 
     seed: int = setting(1234, "seed of the initialisation and of the order of the data")
+    engine: str = setting("megatron", "who runs the training steps: megatron or deepspeed")
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
@@ -123,6 +125,7 @@ class Config:
     mtp: MtpConfig = field(default_factory=MtpConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 
@@ -147,6 +150,7 @@ def check(config: Config, world: int) -> Topology:
         USER_ERRORS: the first setting that cannot be used.
     """
     topology = check_plan(config, world)
+    require_package(config.engine)
     check_data(config.data, config.mtp.steps)
     _check_writable(config.run)
     return topology
@@ -165,6 +169,8 @@ def check_plan(config: Config, world: int) -> Topology:
     check_model(config.model, config.mtp)
     check_balance(config.balance)
     topology = resolve(config.parallel, config.model, world)
+    experts = config.model.layers.count("E") + config.mtp.steps
+    check_engine(config.engine, config.deepspeed, topology, experts, config.model.dtype, config.run.verify_every)
     _check_schedule("batch.schedule", config.batch.schedule)
     _check_schedule("batch.length_schedule", config.batch.length_schedule)
     microbatches(topology, config.batch.global_, config.batch.micro)
