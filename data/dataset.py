@@ -75,12 +75,14 @@ class Dataset:
 
     Args:
         tokenizer: opens no source: there are only this tokenizer, its tokens and what ends a document.
+        shared: other processes of this machine read the same samples, or samples of the same units.
     Raises:
         CorpusError: a source that cannot be used, in one line.
     """
 
-    def __init__(self, config: DataConfig, tokenizer: Tokenizer | None = None) -> None:
-        self.config = config
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer | None = None, shared: bool = False) -> None:
+        self.config, self._shared = config, shared
+        self._files: dict[str, Shared] = {}
         if tokenizer is not None:
             self.corpora, self.sources, self.tokenizer = [], [], tokenizer
             self.vocabulary = Vocabulary.of(tokenizer)
@@ -94,6 +96,11 @@ class Dataset:
         self.corpora = list(corpora.values())
         self.vocabulary = common_vocabulary(config, corpora)
         self.sources = [self._open(path, corpora.get(path)) for path in paths]
+
+    def close(self) -> None:
+        """Deletes the files that this machine's processes shared."""
+        for shared in self._files.values():
+            shared.forget()
 
     @property
     def path(self) -> str:
@@ -120,18 +127,10 @@ class Dataset:
         """int32 [vocab_size]: UTF-8 bytes that each token stands for, 0 for special tokens."""
         return self.corpora[0].token_bytes if self.corpora else self.tokenizer.token_bytes
 
-    def train_stream(self, seed: int, shared: bool = False) -> TokenStream | MixedStream:
-        """The samples of training, with `data.workers` processes behind them. Close it when done.
-
-        Args:
-            shared: other processes of this machine read the same samples, or samples of the same units.
-        """
+    def train_stream(self, seed: int) -> TokenStream | MixedStream:
+        """The samples of training, with `data.workers` processes behind them. Close it when done."""
         config = self.config
-        readers = [source.train for source in self.sources]
-        if shared:
-            place, num_bytes = node_directory(config.node_cache), config.shuffle_bytes
-            readers = [reader if reader.in_process else Shared(reader, place, num_bytes) for reader in readers]
-        pairs = [(reader, source.sizes) for reader, source in zip(readers, self.sources, strict=True)]
+        pairs = [(self._of_machine(source.train), source.sizes) for source in self.sources]
         cache = UnitCache(pairs, config.workers, config.on_corrupt, config.shuffle_bytes, 60 * config.retry_minutes)
         streams = [
             TokenStream(reader, sizes, config.seq_length, seed, num_bytes, config.packing, cache, number)
@@ -143,7 +142,7 @@ class Dataset:
 
     def heldout_stream(self, only: Source | None = None) -> TokenStream:
         """The held-out samples of all sources, or of one, in the order in which they lie."""
-        reader = Joined([source.heldout for source in ([only] if only else self.sources)])
+        reader: Reader = Joined([source.heldout for source in ([only] if only else self.sources)])
         sizes, length = self._measure(reader, SPLIT), self.config.seq_length
         if not num_samples(sizes.num_tokens, length):
             raise CorpusError(
@@ -151,6 +150,7 @@ class Dataset:
                 f"needed): lower it, or hold out more (data.heldout_fraction={self.config.heldout_fraction} of files "
                 f"as they are, heldout_fraction of prepare)"
             )
+        reader = self._of_machine(reader)
         cache = UnitCache([(reader, sizes)], on_corrupt=self.config.on_corrupt)
         return TokenStream(reader, sizes, length, seed=0, shuffle_bytes=0, cache=cache)
 
@@ -254,6 +254,14 @@ class Dataset:
                 lines.append(f"of the run: {count / samples:.2%}, {tokens:,} tokens, read {times:.2f} times")
             lines += [f"left out: {reason}" for reason in (*source.train.left_out, *sizes.broken)]
         return lines
+
+    def _of_machine(self, reader: Reader) -> Reader:
+        """The reader, with units that the processes of this machine share."""
+        if not self._shared or reader.in_process:
+            return reader
+        shared = Shared(reader, node_directory(self.config.node_cache), self.config.shuffle_bytes)
+        self._files[shared.key] = shared
+        return shared
 
     def _shuffle_bytes(self) -> list[int]:
         """Of each source, its share of data.shuffle_bytes: that of its samples, where it is largest."""

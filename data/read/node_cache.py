@@ -40,10 +40,10 @@ class Shared(Wrapped):
     def __init__(self, base: Reader, directory: Path, num_bytes: int) -> None:
         super().__init__(base)
         self._directory, self._num_bytes = directory, num_bytes
-        self._key = digest_of(base.identity)[:24]
+        self.key = digest_of(base.identity)[:24]
 
     def read(self, unit: int, faults: Faults) -> Unit:
-        path = self._directory / f"{self._key}-{unit}{ENDING}"
+        path = self._directory / f"{self.key}-{unit}{ENDING}"
         found = _map(path)
         if found is not None:
             return found
@@ -69,6 +69,11 @@ class Shared(Wrapped):
 
     def known(self) -> Sizes | None:
         return self._base.known()
+
+    def forget(self) -> None:
+        """Deletes this source's files. Whoever has one mapped keeps it, whoever needs one reads it again."""
+        for path in self._directory.glob(f"{self.key}-*"):
+            path.unlink(missing_ok=True)
 
     def _open_directory(self) -> None:
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)

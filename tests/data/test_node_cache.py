@@ -31,7 +31,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def steps(config: DataConfig, rank: int, shared: bool) -> list[list[np.ndarray]]:
-    stream = Dataset(config).train_stream(3, shared)
+    stream = Dataset(config, shared=shared).train_stream(3)
     with Loader(stream, BatchSchedule.constant(8), 2, rank, WORLD) as loader:
         return [[batch.tokens.numpy() for batch in next(loader)] for _ in range(30)]
 
@@ -51,7 +51,11 @@ def test_ranks_of_a_machine_read_each_shard_once(make_corpus, tmp_path: Path, re
     together.append(steps(replace(config, workers=1), 1, shared=True))
     for one, other in zip([*alone, alone[0], alone[1]], together, strict=True):
         np.testing.assert_array_equal(one, other)
-    assert not list(cache.glob("*.lock"))
+    assert not list(cache.glob("*.lock")) and list(cache.glob("*"))
+    dataset = Dataset(config, shared=True)
+    dataset.train_stream(3).close()
+    dataset.close()
+    assert not list(cache.glob("*"))
 
 
 @pytest.fixture

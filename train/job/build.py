@@ -75,7 +75,8 @@ class Job:
         ]
 
     def close(self) -> None:
-        """Leaves the job's process group."""
+        """Lets go of what the processes of a machine share, and leaves the job's process group."""
+        self.dataset.close()
         process_groups.stop()
 
 
@@ -137,7 +138,7 @@ def build_job(config: Config, tokenizer: Tokenizer | None = None) -> Job:
         check_kernels(config.model, topology)
     groups = process_groups.lay_out(topology, config.run.start_timeout)
     from_first(lambda: Dataset(config.data, tokenizer) and None)
-    dataset = Dataset(config.data, tokenizer)
+    dataset = Dataset(config.data, tokenizer, shared=topology.world > 1)
     with torch.device(device):
         chunks = build_chunks(config, topology, groups, padded_vocab(config, dataset, topology))
     return Job(config, topology, groups, device, dataset, chunks)

@@ -21,7 +21,7 @@ class Progress:
         self.skips = Skips(windows, number, data.get("place", number))
         self.judge = Judge(job, data.get("judge"))
         self.identity = job.dataset.identity(job.config.seed)
-        self.stream: Stream = job.dataset.train_stream(job.config.seed, shared=job.topology.world > 1)
+        self.stream: Stream = job.dataset.train_stream(job.config.seed)
         self.start = start.step
 
     def loader(self) -> Loader:
