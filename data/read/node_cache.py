@@ -47,6 +47,7 @@ class Shared(Wrapped):
         found = _map(path)
         if found is not None:
             return found
+        read: Unit | None = None
         try:
             self._open_directory()
             with locked(path.with_suffix(".lock"), wait=True):
@@ -57,8 +58,8 @@ class Shared(Wrapped):
                     self._sweep()
             path.with_suffix(".lock").unlink(missing_ok=True)
         except OSError:  # full, or not to be written: this process reads for itself
-            return self._base.read(unit, faults)
-        return found or _map(path) or read
+            return read or self._base.read(unit, faults)
+        return found or _map(path) or read or self._base.read(unit, faults)
 
     @property
     def identity(self) -> list[Any]:

@@ -105,3 +105,12 @@ def test_without_a_place_each_process_reads_for_itself(corpus: Corpus, reads: li
     reader = Shared(PreparedReader(corpus, "train"), tmp_path / "file" / "units", 2**20)
     assert reader.read(0, Faults()).num_documents > 0
     assert reads == ["train0"]
+
+
+def test_a_full_disk_costs_no_second_reading(shared, reads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("data.read.node_cache._write", full)
+    assert shared(2**20).read(0, Faults()).num_documents > 0
+    assert reads == ["train0"]
