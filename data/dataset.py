@@ -136,6 +136,7 @@ class Dataset:
             TokenStream(reader, sizes, config.seq_length, seed, num_bytes, config.packing, cache, number)
             for number, ((reader, sizes), num_bytes) in enumerate(zip(pairs, self._shuffle_bytes(), strict=True))
         ]
+        cache.places = sum(stream.lanes.count for stream in streams)
         if len(streams) == 1:
             return streams[0]
         return MixedStream(streams, Mixture(self.stages, seed), cache)

@@ -17,7 +17,7 @@ import numpy as np
 
 FEW_LANES, MOST_LANES = 32, 1024
 WINDOW_SAMPLES = 4096  # at most
-OPEN_UNITS = 2  # of a lane, at most for most of the time: a window is half a unit, and the next unit is read ahead
+OPEN_UNITS = 2  # of a lane, at most for most of the time
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Lanes:
         several = min(len(filled), max(FEW_LANES, len(filled) // 4))
         count = min(MOST_LANES, several, samples, int(num_bytes / (OPEN_UNITS * filled.mean())))
         count = 1 << max(1, count).bit_length() - 1
-        window = num_bytes // (2 * OPEN_UNITS * count * sample_bytes)
+        # Half of what a lane has beside one unit: windows that lie at the border of two need both.
+        window = int((num_bytes / count - filled.mean()) / 2 / sample_bytes)
         return cls(samples, count, min(WINDOW_SAMPLES, max(1, window)))
 
     @cached_property

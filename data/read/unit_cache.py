@@ -19,7 +19,7 @@ from data.read.units import Sizes, Unit
 from data.read.workers import Key, Workers
 
 DEFAULT_BYTES = 2**28
-KEPT_UNITS = 2  # at least, however large they are: a sample may lie at the border of two
+KEPT_UNITS = 2  # of each place that is read at, however large they are: a sample may lie at the border of two
 
 
 class UnitCache:
@@ -28,7 +28,11 @@ class UnitCache:
     Args:
         workers: processes that read ahead; 0 reads ahead in a thread.
         patience_s: seconds for which a storage that is away is asked again.
-        num_bytes: of tokens that are kept at most, but for KEPT_UNITS units; more is read again when it is needed.
+        num_bytes: of tokens that are kept at most; more is read again when it is needed.
+
+    Attributes:
+        places: how many places of the sources are read at in turn. Fewer units are never kept, or each would be read
+            for each of its samples.
     """
 
     def __init__(
@@ -42,7 +46,7 @@ class UnitCache:
         self.faults = Faults(patience_s=patience_s)
         self._sources = list(sources)
         self._skips = on_corrupt == SKIP
-        self._num_bytes = num_bytes
+        self._num_bytes, self.places = num_bytes, 1
         self._kept: OrderedDict[Key, Unit | None] = OrderedDict()
         self._kept_bytes = 0
         self._coming: dict[Key, Future[tuple[Any, Faults]]] = {}
@@ -142,7 +146,7 @@ class UnitCache:
     def _keep(self, key: Key, unit: Unit | None) -> None:
         self._kept[key] = unit
         self._kept_bytes += _bytes(unit)
-        while len(self._kept) > KEPT_UNITS and self._kept_bytes > self._num_bytes:
+        while len(self._kept) > KEPT_UNITS * self.places and self._kept_bytes > self._num_bytes:
             self._drop(next(iter(self._kept)))
 
     def _drop(self, key: Key) -> None:

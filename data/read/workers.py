@@ -1,12 +1,15 @@
 """Workers: the processes, or the thread, that read units for a training process; what every worker does first."""
 
 import os
+import queue
 import signal
 import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -15,9 +18,46 @@ from data.errors import CorpusError
 from data.read.faults import PATIENCE_S, BrokenUnit, Faults
 from data.read.readers import Reader
 
+CLOSE_S = 5.0
 MAX_RESTARTS = 5  # by default, without a unit read in between
 
 type Key = tuple[int, int]  # source, unit
+
+
+class ReaderThread(Executor):
+    """One thread that nobody waits for long: it may stand before a storage that is away, and ends with the process."""
+
+    def __init__(self) -> None:
+        self._tasks: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def submit[**P, T](self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Puts a call at the end of the row."""
+        future: Future[T] = Future()
+        self._tasks.put((future, partial(function, *args, **kwargs)))
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="reader", daemon=True)
+            self._thread.start()
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Ends the thread after the call that it is at."""
+        with suppress(queue.Empty):
+            while cancel_futures and (task := self._tasks.get_nowait()) is not None:
+                task[0].cancel()
+        self._tasks.put(None)
+        if wait and self._thread is not None:
+            self._thread.join(CLOSE_S)
+
+    def _run(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            future, call = task
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(call())
+            except BaseException as error:  # whatever it is, it belongs to the one who waits for the result
+                future.set_exception(error)
 
 
 class Workers:
@@ -72,7 +112,7 @@ class Workers:
 
     def _start(self) -> Executor:
         if not self._count:
-            return ThreadPoolExecutor(1, "reader")
+            return ReaderThread()
         # A fork would copy threads and devices of a training process.
         return ProcessPoolExecutor(
             self._count, mp_context=get_context("spawn"), initializer=start_worker, initargs=(self._readers,)

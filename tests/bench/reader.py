@@ -99,7 +99,7 @@ def _config(corpus: Path, column: str, workers: int = 0) -> DataConfig:
         seq_length=LENGTH,
         workers=workers,
         heldout_fraction=0.0,
-        shuffle_bytes=2**27,  # a quarter of the corpus, so that units come and go
+        shuffle_bytes=2**26,  # a small part of the corpus, so that units come and go
         cache=str(corpus.parent / "cache"),
     )
 

@@ -71,8 +71,8 @@ def test_lanes_keep_to_their_bytes(sizes: list[int], num_bytes: int) -> None:
     assert lanes.count & (lanes.count - 1) == 0 and lanes.count <= len(filled)
     if num_bytes >= 2 * FEW_LANES * filled.mean() and len(filled) >= FEW_LANES:
         assert lanes.count >= FEW_LANES
-    # A window is at most half of what a lane may hold.
-    assert lanes.window == 1 or lanes.window * 50 * 2 * lanes.count <= num_bytes / 2
+    # Two units at a window's border are within what a lane may hold, and so is half as much again.
+    assert lanes.window == 1 or lanes.window * 50 * 2 <= num_bytes / lanes.count - filled.mean() + 1e-6
 
 
 def stream(lanes: int) -> TokenStream:

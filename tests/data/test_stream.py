@@ -253,7 +253,7 @@ def test_closing_ends_the_thread_and_the_iteration(stream: TokenStream) -> None:
     before = set(threading.enumerate())
     loader = Loader(stream, BatchSchedule.constant(4), 2, rank=0, world=1)
     next(loader)
-    assert {thread.name for thread in set(threading.enumerate()) - before} == {"loader", "reader_0"}
+    assert {thread.name for thread in set(threading.enumerate()) - before} == {"loader", "reader"}
     loader.close()
     assert set(threading.enumerate()) == before
     with pytest.raises(StopIteration):
