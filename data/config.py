@@ -53,7 +53,10 @@ class DataConfig:
     )
     tokenizer: str = setting("", "tokenizer.json, or its directory, of files read as they are")
     eod_token: str = setting(EOD_TOKEN, "the token of data.tokenizer that ends each document")
-    heldout_fraction: float = setting(0.01, "share of files read as they are (by row groups) kept for evaluation")
+    heldout_fraction: float = setting(
+        HELDOUT_FRACTION, "share of files read as they are that is kept for evaluation; 0: none, and no evaluation"
+    )
+    heldout_tokens: int = setting(HELDOUT_TOKENS, "about how many tokens of them are kept for evaluation at most")
     unit_bytes: int = setting(
         UNIT_BYTES, "how much of JSON lines, arrow and Megatron files, read as they are, is read together"
     )

@@ -46,6 +46,7 @@ def check_data(config: DataConfig, mtp_steps: int) -> None:
     for setting, value, least in (
         ("data.subset_seed", config.subset_seed, 0),
         ("data.workers", config.workers, 0),
+        ("data.heldout_tokens", config.heldout_tokens, 0),
         ("data.shuffle_bytes", config.shuffle_bytes, 1),
         ("data.unit_bytes", config.unit_bytes, 1),
         ("data.retry_minutes", config.retry_minutes, 0),
@@ -141,8 +142,18 @@ class Dataset:
             return streams[0]
         return MixedStream(streams, Mixture(self.stages, seed), cache)
 
+    @cached_property
+    def has_heldout(self) -> bool:
+        """Whether held-out text fills a sample; else there is no evaluation."""
+        reader = Joined([source.heldout for source in self.sources])
+        return num_samples(self._measure(reader, SPLIT).num_tokens, self.config.seq_length) > 0
+
     def heldout_stream(self, only: Source | None = None) -> TokenStream:
-        """The held-out samples of all sources, or of one, in the order in which they lie."""
+        """The held-out samples of all sources, or of one, in the order in which they lie.
+
+        Raises:
+            CorpusError: they fill no sample.
+        """
         reader: Reader = Joined([source.heldout for source in ([only] if only else self.sources)])
         sizes, length = self._measure(reader, SPLIT), self.config.seq_length
         if not num_samples(sizes.num_tokens, length):
@@ -156,8 +167,7 @@ class Dataset:
         return TokenStream(reader, sizes, length, seed=0, shuffle_bytes=0, cache=cache)
 
     def check(self) -> None:
-        """Raises CorpusError where a source, or what is held out, does not fill one sample."""
-        self.heldout_stream().close()
+        """Raises CorpusError where a source does not fill one sample."""
         for source in self.sources:
             TokenStream(source.train, source.sizes, self.config.seq_length, 0, 0, self.config.packing).close()
 
@@ -254,6 +264,8 @@ class Dataset:
                 times, tokens = count / self._samples_per_epoch(source), count * self.config.seq_length
                 lines.append(f"of the run: {count / samples:.2%}, {tokens:,} tokens, read {times:.2f} times")
             lines += [f"left out: {reason}" for reason in (*source.train.left_out, *sizes.broken)]
+        if not self.has_heldout:
+            lines.append("no evaluation: the held-out text fills no sample")
         return lines
 
     def _of_machine(self, reader: Reader) -> Reader:

@@ -10,6 +10,7 @@ from data.files import why_unwritable
 from data.order.mixture import source_weights
 from data.order.stream import permutation
 from data.prepare.embedded import library_root
+from data.prepare.heldout import BYTES_PER_TOKEN, heldout_share
 from data.prepare.prepare import embedded_corpus
 from data.read.corpus import Corpus
 from data.read.formats import open_rows
@@ -17,10 +18,12 @@ from data.read.listing import ROW_ENDINGS, list_files
 from data.read.manifest import HELDOUT, TRAIN, is_corpus
 from data.read.mapped_corpus import map_corpus
 from data.read.megatron_files import MegatronReader, megatron_prefix
-from data.read.readers import ChosenUnits, PreparedReader, Reader
+from data.read.readers import ChosenUnits, CutUnits, PreparedReader, Reader
 from data.read.remote import is_url
 from data.read.row_reader import RowReader
 from data.text.tokenizer import Tokenizer, check_vocab_size
+
+HELDOUT_SEED = 2**32 - 1  # no subset's, so that both are independent
 
 
 def check_source(path: str, config: DataConfig) -> None:
@@ -90,7 +93,7 @@ def splits(
     """Readers of a source for training and of its held-out documents."""
     if corpus is not None:
         return PreparedReader(corpus, TRAIN), PreparedReader(corpus, HELDOUT)
-    return _split_units(_direct(path, config, tokenizer()), config.heldout_fraction)
+    return _split_units(_direct(path, config, tokenizer()), config.heldout_fraction, config.heldout_tokens)
 
 
 def _direct(path: str, config: DataConfig, tokenizer: Tokenizer) -> Reader:
@@ -103,13 +106,17 @@ def _direct(path: str, config: DataConfig, tokenizer: Tokenizer) -> Reader:
     return RowReader(open_rows(path, listing, config.column, skips, config.unit_bytes, cache=cache), tokenizer)
 
 
-def _split_units(reader: Reader, heldout_fraction: float) -> tuple[Reader, Reader]:
-    """Readers for training and of held-out units, the same in every run."""
-    count = max(1, round(heldout_fraction * reader.num_units)) if heldout_fraction else 0
-    if count >= reader.num_units:
-        raise CorpusError(
-            f"data.corpus={reader.path} has {reader.num_units} unit (row group, or piece of a file), and {count} would "
-            f"be held out for evaluation: write it in smaller row groups, or prepare it"
-        )
-    order = permutation(reader.num_units, 0)
-    return ChosenUnits(reader, sorted(order[count:])), ChosenUnits(reader, sorted(order[:count]))
+def _split_units(reader: Reader, fraction: float, max_tokens: int) -> tuple[Reader, Reader]:
+    """Readers for training and of held-out documents, the same in every run: whole units, or of one unit a part."""
+    known = reader.known()
+    num_bytes = reader.num_bytes if known is None else BYTES_PER_TOKEN * known.num_tokens
+    wanted = heldout_share(fraction, max_tokens, num_bytes) * reader.num_units  # in units
+    order = permutation(reader.num_units, 0).tolist()
+    count = round(wanted)
+    if count or not wanted:
+        return ChosenUnits(reader, sorted(order[count:])), ChosenUnits(reader, sorted(order[:count]))
+    cut, limit = order[0], int(wanted * 2**64)
+    return (
+        CutUnits(reader, range(reader.num_units), cut, limit, HELDOUT_SEED, below=False),
+        CutUnits(reader, [cut], cut, limit, HELDOUT_SEED),
+    )

@@ -181,7 +181,7 @@ def fit(training: Training, loader: Loader, tracker: Tracker, stop: StopRequest)
             values |= every.take() | resource_metrics(job) | training.source_metrics(step)
         if due(step, run.save_every, run.steps):  # before anything that may fail
             training.save(step)
-        if due(step, run.eval_every, run.steps):
+        if due(step, run.eval_every, run.steps) and job.dataset.has_heldout:
             values |= training.evaluate(step)
         if step == 1 and routers_start:
             values |= routers_start

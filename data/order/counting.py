@@ -83,7 +83,7 @@ def _count(reader: Reader, length: int, journal: Path, skips: bool) -> Index:
 
 def _index(reader: Reader, entries: dict[int, list[Any]], broken: list[str]) -> Index:
     nothing = [0, 0, 0, 0, ""]
-    columns = list(zip(*(entries.get(unit, nothing) for unit in range(reader.num_units)), strict=True))
+    columns = list(zip(*(entries.get(unit, nothing) for unit in range(reader.num_units)), strict=True)) or [()] * 5
     names = ("documents", "tokens", "samples", "empty")
     arrays = {name: np.array(column, dtype=np.int64) for name, column in zip(names, columns, strict=False)}
     return Index(arrays, {"digest": sha256("".join(columns[4]).encode()).hexdigest(), "broken": broken})

@@ -155,41 +155,31 @@ class ChosenUnits(Wrapped):
         return Sizes(documents, tokens, empty, digest_of([sizes.digest, self._units]))
 
 
-class Subset(ChosenUnits):
-    """A share of another reader's units, spread evenly over it: whole ones, and of one more a share of its documents.
+class CutUnits(ChosenUnits):
+    """Some units of another reader, of one of them only a part of its documents.
 
-    Units are taken in a seeded order whose every beginning is spread evenly, until they hold `fraction` of the tokens
-    (or of the units, where nobody knows their tokens without reading them). Of the last unit a document stays if the
-    seeded hash of its tokens lies below its share of all hashes. So a smaller fraction is part of a larger one, and
-    what is not trained on is not read.
+    Args:
+        cut: the unit of the base that is read in part; None: all are whole.
+        limit: a document of it stays if the hash of its tokens is less, or not less with `below` false.
     """
 
-    def __init__(self, base: Reader, fraction: float, seed: int) -> None:
-        order, known = spread_order(base.num_units, seed), base.known()
-        weights = np.ones(base.num_units, dtype=np.int64) if known is None else known.tokens
-        ends = np.cumsum(weights[order])
-        wanted = fraction * int(ends[-1])
-        whole = int(np.searchsorted(ends, wanted, side="right"))
-        units, self._limit, self._seed = sorted(order[:whole].tolist()), 0, seed
-        last = int(order[min(whole, len(order) - 1)])
-        if whole < len(order):
-            begin = int(ends[whole - 1]) if whole else 0
-            self._limit = int((wanted - begin) / int(weights[last]) * 2**64)
-            if self._limit:
-                units = sorted([*units, last])
+    def __init__(
+        self, base: Reader, units: Sequence[int], cut: int | None, limit: int, seed: int, below: bool = True
+    ) -> None:
         super().__init__(base, units)
-        self._cut = units.index(last) if self._limit else None
+        self._cut = None if cut is None else self._units.index(cut)
+        self._limit, self._seed, self._below = limit, seed, below
 
     @property
     def identity(self) -> list[Any]:
-        return [*super().identity, "subset", self._limit, self._seed]
+        return [*super().identity, "cut", self._cut, self._limit, self._seed, self._below]
 
     def read(self, unit: int, faults: Faults) -> Unit:
         documents = super().read(unit, faults)
         if unit != self._cut:
             return documents
-        numbers = range(documents.num_documents)
-        kept = [document_hash(documents.document(number), self._seed) < self._limit for number in numbers]
+        hashes = (document_hash(documents.document(n), self._seed) for n in range(documents.num_documents))
+        kept = [(own < self._limit) == self._below for own in hashes]
         return documents.keep(np.array(kept, dtype=bool))
 
     def lengths(self, unit: int, faults: Faults) -> np.ndarray:
@@ -202,7 +192,29 @@ class Subset(ChosenUnits):
         unit = self.read(self._cut, Faults())  # the only one that has to be read
         documents, tokens = sizes.documents.copy(), sizes.tokens.copy()
         documents[self._cut], tokens[self._cut] = unit.num_documents, unit.num_tokens
-        return Sizes(documents, tokens, sizes.empty, digest_of([sizes.digest, self._limit, self._seed]))
+        return Sizes(documents, tokens, sizes.empty, digest_of([sizes.digest, self._limit, self._seed, self._below]))
+
+
+class Subset(CutUnits):
+    """A share of another reader's units, spread evenly over it: whole ones, and of one more a share of its documents.
+
+    Units are taken in a seeded order whose every beginning is spread evenly, until they hold `fraction` of the tokens
+    (or of the units, where nobody knows their tokens without reading them). So a smaller fraction is part of a larger
+    one, and what is not trained on is not read.
+    """
+
+    def __init__(self, base: Reader, fraction: float, seed: int) -> None:
+        order, known = spread_order(base.num_units, seed), base.known()
+        weights = np.ones(base.num_units, dtype=np.int64) if known is None else known.tokens
+        ends = np.cumsum(weights[order])
+        wanted = fraction * int(ends[-1])
+        whole = int(np.searchsorted(ends, wanted, side="right"))
+        units, limit, cut = order[:whole].tolist(), 0, None
+        if whole < len(order):
+            begin = int(ends[whole - 1]) if whole else 0
+            limit = int((wanted - begin) / int(weights[order[whole]]) * 2**64)
+            cut = int(order[whole]) if limit else None
+        super().__init__(base, sorted([*units, *([] if cut is None else [cut])]), cut, limit, seed)
 
 
 def spread_order(count: int, seed: int) -> np.ndarray:

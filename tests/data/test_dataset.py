@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -197,7 +198,7 @@ def test_a_run_says_what_it_really_reads(settings_of) -> None:
     (line,) = dataset.describe()
     assert f"{source.sizes.num_tokens:,} tokens to train on in {source.sizes.num_documents:,} documents" in line
     assert f"of {source.whole.num_tokens:,} (data.subset=0.5)" in line
-    assert "best-fit packing fills 89.82% of all places" in line
+    assert "best-fit packing fills 89.20% of all places" in line
 
 
 def test_identity_names_what_changed(settings_of, mixed) -> None:
@@ -282,10 +283,36 @@ def test_held_out_units_are_not_trained_on(settings_of) -> None:
     assert dataset.heldout_stream().samples_per_epoch > 1
 
 
-def test_without_held_out_text_a_run_is_refused(settings_of) -> None:
-    dataset = Dataset(settings_of("parquet tokens", heldout_fraction=0.0))
-    with pytest.raises(CorpusError, match=r"all held-out text \(0 tokens.*data\.heldout_fraction=0\.0"):
-        dataset.check()
+@pytest.mark.parametrize("none", [{"heldout_fraction": 0.0}, {"heldout_tokens": 0}])
+def test_without_held_out_text_there_is_no_evaluation(settings_of, none: dict) -> None:
+    dataset = Dataset(settings_of("parquet tokens", **none))
+    dataset.check()
+    assert not dataset.has_heldout
+    assert dataset.describe()[-1] == "no evaluation: the held-out text fills no sample"
+    with pytest.raises(CorpusError, match=r"all held-out text \(0 tokens.*data\.heldout_fraction="):
+        dataset.heldout_stream()
+
+
+@pytest.mark.parametrize("kind", ["parquet tokens", "jsonl text", "megatron"])
+def test_a_corpus_of_one_unit_is_divided_by_its_documents(settings_of, tmp_path: Path, kind: str) -> None:
+    config = settings_of(kind, heldout_fraction=0.2, unit_bytes=2**20, cache=str(tmp_path))
+    if kind == "parquet tokens":
+        table = pq.read_table(config.corpus)
+        pq.write_table(table, tmp_path / "one.parquet")
+        config = replace(config, corpus=str(tmp_path / "one.parquet"))
+    (source,) = Dataset(config).sources
+    assert source.train.num_units == source.heldout.num_units == 1
+    parts = [reader.read(0, Faults()) for reader in (source.train, source.heldout)]
+    train, heldout = ({bytes(part.document(n)) for n in range(part.num_documents)} for part in parts)
+    assert len(train | heldout) == len(TEXTS) and not train & heldout
+    assert 5 < len(heldout) < 35  # 90 draws of 0.2
+    assert (source.sizes.num_documents, source.sizes.num_tokens) == (len(train), parts[0].num_tokens)
+
+
+def test_held_out_text_is_capped_in_tokens(settings_of) -> None:
+    (source,) = Dataset(settings_of("parquet tokens", heldout_fraction=0.5, heldout_tokens=500)).sources
+    held = sum(source.heldout.read(unit, Faults()).num_tokens for unit in range(source.heldout.num_units))
+    assert 200 < held < 1000  # whole row groups of seven documents
 
 
 def test_sources_with_different_tokenizers_are_refused(mixed, tmp_path: Path) -> None:

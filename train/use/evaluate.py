@@ -83,11 +83,9 @@ def heldout_metrics(job: Job, batches: Iterable[Batch], observe: Observer | None
     sums, counts, histogram = total.cpu().split([1 + steps, 1 + steps, len(histogram)])
     losses = (sums / counts.clamp(min=1)).tolist()
     num_bytes = float((histogram * token_bytes).sum())
-    values = {
-        metrics.HELDOUT_LM_LOSS: losses[0],
-        metrics.HELDOUT_BITS_PER_BYTE: float(sums[0]) / math.log(2) / num_bytes,
-        metrics.HELDOUT_UNIGRAM_ENTROPY: unigram_entropy(histogram),
-    }
+    values = {metrics.HELDOUT_LM_LOSS: losses[0], metrics.HELDOUT_UNIGRAM_ENTROPY: unigram_entropy(histogram)}
+    if num_bytes:  # else every target ends a document
+        values[metrics.HELDOUT_BITS_PER_BYTE] = float(sums[0]) / math.log(2) / num_bytes
     return values | {metrics.heldout_mtp_loss(step): losses[step] for step in range(1, 1 + steps)}
 
 
@@ -141,9 +139,10 @@ def heldout_line(values: dict[str, float]) -> str:
     loss, entropy = values[metrics.HELDOUT_LM_LOSS], values[metrics.HELDOUT_UNIGRAM_ENTROPY]
     text = (
         f"held-out lm_loss {loss:.4f} nats a token, {abs(entropy - loss):.4f} {'under' if loss < entropy else 'above'} "
-        f"the unigram entropy {entropy:.4f}; "
-        f"{values[metrics.HELDOUT_BITS_PER_BYTE]:.4f} bits a byte"
+        f"the unigram entropy {entropy:.4f}"
     )
+    if metrics.HELDOUT_BITS_PER_BYTE in values:
+        text += f"; {values[metrics.HELDOUT_BITS_PER_BYTE]:.4f} bits a byte"
     deeper = (metrics.HELDOUT_MTP_LOSS, metrics.HELDOUT_ACCEPTANCE, metrics.HELDOUT_ACCEPTED_LENGTH)
     return "; ".join([text, *(f"{name} {value:.4f}" for name, value in values.items() if name.startswith(deeper))])
 
