@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import signal
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from pathlib import Path
 from tests.faults.harness import Injection, checkpoints, contents, losses, start, tokens
 from tests.faults.injections import Fails, InSave, InStep, Poison, StaleDirectory
 from tests.faults.runs import STEPS, campaign_config
+from train.job.heartbeat import last_beat
 from train.job.shelf import BROKEN, Shelf, why_broken
 from train.settings.run import Config
 
@@ -95,12 +95,12 @@ def make_reference(
 ) -> Reference:
     """Trains the run that the others are compared with; it keeps every checkpoint."""
     config = campaign_config(root, f"{name}_{world}", corpus, run={"keep": 0})
-    begin = time.monotonic()
     code = start(config, world, config.run.path / "log", inject).wait()
     assert code == 0, (config.run.path / "log").read_text()[-3000:]
     run = config.run.path
     found = {step: contents(Shelf(config.run.checkpoints).path(step)) for step in checkpoints(run)}
-    return Reference(config, world, time.monotonic() - begin, by_step(run), tokens(run), found)
+    seconds = last_beat(run)["seconds"]["wall"]  # without the imports of the first start
+    return Reference(config, world, seconds, by_step(run), tokens(run), found)
 
 
 def by_step(run: Path) -> dict[float, dict[str, float]]:
