@@ -46,8 +46,8 @@ def campaign(table: Table, kills: int, processes: list[int], seed: int, root: Pa
         for number, (name, poison) in enumerate(poisoned(world).items()):
             skipped = make_reference(root, corpus, world, f"poisoned_{number}", poison)
             kill = Fault("kill -9 of all", poison, kill="all")
-            again = Fault(name, poison)
-            failure = run_through(skipped, root, corpus, f"nan_{world}_{number}", [kill, again, again], seed)
+            again = Fault(name, poison, ends=False)
+            failure = run_through(skipped, root, corpus, f"nan_{world}_{number}", [kill, again], seed)
             table.add([name, kill.name], failure)
 
 

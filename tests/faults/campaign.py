@@ -243,7 +243,7 @@ def flips(reference: Reference, root: Path, number: int, seed: int) -> list[str]
     """Bits flipped all over a checkpoint, every kind of file in turn: the files whose damage was not seen."""
     rng, unseen = random.Random(seed), []
     source = Shelf(reference.config.run.checkpoints).path(STEPS)
-    copy = root / f"flips_{STEPS:08d}"
+    copy = root / f"flips_{reference.world}"
     shutil.copytree(source, copy)
     kinds = sorted(path.name for path in copy.iterdir() if path.stat().st_size)
     for index in range(number):
