@@ -19,6 +19,7 @@ COMMANDS = [
     "prepare",
     "evaluate",
     "generate",
+    "status",
     "export",
     "import",
     "bench",

@@ -34,7 +34,7 @@ EXAMPLES = {
         ("train -cn tiny_512e run.steps=5", "another recipe, one setting changed"),
         ("train run.name=mine seed=1 optim=wsd", "a named run, another group choice"),
         ("train data.corpus=corpora/mine", "on a corpus made by prepare"),
-        ("train engine=deepspeed deepspeed.offload=true", "with DeepSpeed's ZeRO, AdamW in the host's memory"),
+        ("train engine=deepspeed deepspeed.offload=true", "DeepSpeed's ZeRO, AdamW on the CPU"),
         ("train -m seed=1,2,3 optim.lr=1e-3,2e-3", "six runs: a sweep"),
         ("train -cn qwen3_next_80b_a3b run.dry_run=true parallel.world=512", "what one GPU of 512 would hold"),
     ),

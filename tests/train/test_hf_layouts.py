@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import parallel_state
 from torch import Tensor
 from transformers import Qwen3NextForCausalLM
 
@@ -18,6 +18,7 @@ from model.batch import MicroBatch, count_targets
 from model.config import ModelConfig, MtpConfig
 from model.network import LanguageModel
 from parallel import groups as process_groups
+from parallel.checkpoint.saving import BackgroundSaver
 from parallel.engine_megatron import MegatronEngine
 from parallel.stages import sharded_weights
 from parallel.topology import ParallelConfig, resolve
@@ -38,7 +39,7 @@ from tests.train.hf_runs import (
 from train.job.build import Job, build_chunks
 from train.job.checkpoint import load_model
 from train.job.optim import adamw, decays
-from train.job.shelf import STATE_FILE, Shelf
+from train.job.shelf import Shelf, write_state
 from train.settings.optim import OptimConfig
 from train.settings.run import RunReference, load_config
 
@@ -86,7 +87,9 @@ def travel(telling_checkpoint: Path, runs: Path, imported: list[Path]) -> dict[s
     for name, (parallel, shape) in LAYOUTS.items():
         job = job_on(parallel, shape, telling_checkpoint, mtp=1)
         path = Shelf(runs / name / "checkpoints").path(1)
-        dist_checkpointing.save(sharded_weights(job.chunks, {"dp_cp_group": job.groups.dp_cp}), str(path))
+        saver = BackgroundSaver(job.groups.dp_cp)
+        saver.start(sharded_weights(job.chunks, {"dp_cp_group": job.groups.dp_cp}), path, lambda digests: None)
+        saver.wait()
         if name == "TP2":
             results["ours"] = logits_of(job.chunks[0])
     for (name, (parallel, shape)), path in zip(list(LAYOUTS.items())[:2], imported, strict=True):
@@ -126,10 +129,10 @@ def travelled(tmp_path_factory) -> Iterator[tuple[Path, dict[str, Tensor], Qwen3
     source = add_checkpoint(make_run(place / "runs", "telling", SHAPE, corpus).run.path, telling(SHAPE))
     for name, (_, shape) in LAYOUTS.items():
         run = make_run(place / "runs", name, shape, corpus)
-        path = Shelf(run.run.checkpoints).path(1)
-        path.mkdir(parents=True)
-        (path / STATE_FILE).write_text("{}")
+        Shelf(run.run.checkpoints).path(1).mkdir(parents=True)
     found = run_ranks(travel, 2, source, place / "runs", imported, timeout=300)[0]
+    for name in LAYOUTS:
+        write_state(Shelf(place / "runs" / name / "checkpoints").path(1), 1, {}, {})
     yield place, {name: torch.tensor(values) for name, values in found.items()}, theirs
 
 

@@ -155,7 +155,7 @@ def test_a_run_is_used_on_other_processes_than_it_was_trained_on(commands: Comma
     assert greedy.splitlines()[-1].startswith("one two")
     assert commands.run("generate", *name, "prompt=one two", "tokens=12", processes=1) == greedy
     drafted = commands.run("generate", *name, "prompt=one two", "tokens=12", "draft=2", processes=2)
-    assert greedy.splitlines()[-1] in drafted.splitlines()
+    assert greedy.splitlines()[-1] in drafted  # what is said of the drafts is on stderr, which comes when it comes
     assert "drafts of 2: " in drafted and " a pass" in drafted
     assert last["heldout_accepted_length"] >= 1.0
     path, few = commands.runs / "drafts.json", ("draft=3", "prompts=5", "prompt_tokens=9", "tokens=6", "samples=2")
@@ -238,7 +238,7 @@ def test_max_time_ends_a_run_with_a_checkpoint(commands: Commands):
 def test_a_corrupt_shard_is_named_before_any_work(commands: Commands, tmp_path: Path, corpus: Path):
     broken = tmp_path / "broken"
     broken.mkdir()
-    for path in corpus.iterdir():
+    for path in Path(corpus).iterdir():
         (broken / path.name).write_bytes(path.read_bytes())
     shard = broken / "train-00000-00001.parquet"
     content = bytearray(shard.read_bytes())
