@@ -149,11 +149,6 @@ def gather_numbers(own: int, device: torch.device) -> list[int]:
     return gather_counts(torch.tensor([own], device=device), _everyone()).flatten().tolist()
 
 
-def wait_for_all() -> None:
-    """Returns once every process of the job has come here."""
-    dist.barrier()
-
-
 def gather_counts(counts: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Stacks every rank's integers: [...] -> [group size, ...]."""
     gathered = counts.new_empty(group.size() * counts.numel())

@@ -180,7 +180,7 @@ ATTENTION = (
         lambda s: (s.hidden_size, s.attention_heads * s.head_dim),
     ),
 )
-MIXTURE = (
+MOE = (
     _norm("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", _hidden),
     Rule("mlp.router.weight", ("mlp.gate.weight",), lambda s: (s.experts, s.hidden_size), float32=True),
     Rule("mlp.shared_expert.gate_weight", ("mlp.shared_expert_gate.weight",), lambda s: (1, s.hidden_size)),
@@ -202,7 +202,7 @@ DENSE = (
     *_swiglu("mlp.", "mlp.", lambda s: s.dense_size),
 )
 MIXERS = {"G": DELTA_NET, "*": ATTENTION}
-FEED_FORWARD = {"E": MIXTURE, "-": DENSE}
+FEED_FORWARD = {"E": MOE, "-": DENSE}
 EMBEDDING = Rule("embedding.word_embeddings.weight", ("embed_tokens.weight",), _vocabulary)
 FINAL_NORM = _norm("decoder.final_norm.weight", "norm.weight", _hidden)
 HEAD = Rule("output_layer.weight", ("lm_head.weight",), _vocabulary)

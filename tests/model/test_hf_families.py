@@ -21,23 +21,11 @@ from model.hf.pieces import pieces
 from model.init import initialise
 from model.network import LanguageModel
 from tests.model import hf as as_theirs
+from tests.model.test_hf_parity import SHAPE as PARITY
 
 TOKENS, VOCAB = 512, 96
-SHAPE = ModelConfig(
-    vocab_size=VOCAB,
-    hidden_size=64,
-    attention_heads=4,
-    key_value_heads=2,
-    head_dim=32,
-    linear_key_heads=2,
-    linear_value_heads=4,
-    linear_key_dim=16,
-    linear_value_dim=24,
-    experts=8,
-    experts_per_token=2,
-    expert_size=20,
-    shared_expert_size=40,
-    dense_size=80,
+SHAPE = replace(
+    PARITY, vocab_size=VOCAB, experts=8, experts_per_token=2, expert_size=24, shared_expert_size=40, dense_size=80
 )
 CLASSES = {
     QWEN3_5.model_type: (Qwen3_5TextConfig, Qwen3_5ForCausalLM),

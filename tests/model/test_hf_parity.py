@@ -10,7 +10,7 @@ from transformers.models.qwen3_next import modeling_qwen3_next as theirs
 from model.batch import MicroBatch, count_targets
 from model.config import ModelConfig, MtpConfig
 from model.documents import Documents
-from model.hf.names import ATTENTION, DELTA_NET, MIXTURE
+from model.hf.names import ATTENTION, DELTA_NET, MOE
 from model.kernels.backends import column_linear, row_linear
 from model.layers.attention import GatedAttention, GatedAttentionSubmodules, rotary_table
 from model.layers.deltanet import GatedDeltaNet, GatedDeltaNetSubmodules
@@ -107,7 +107,7 @@ def test_mixture_of_experts(groups) -> None:
     moe = MixtureOfExperts(hybrid_config(SHAPE, MtpConfig()), SwiGLUSubmodules(column_linear, row_linear), groups)
     randomise(moe)
     other = theirs.Qwen3NextSparseMoeBlock(as_theirs.config(SHAPE))
-    as_theirs.load(other, as_theirs.layer_weights(moe, MIXTURE, SHAPE, "mlp.", "mlp."))
+    as_theirs.load(other, as_theirs.layer_weights(moe, MOE, SHAPE, "mlp.", "mlp."))
     hidden = hidden_states()
     weights, experts = moe.router(hidden, None)
     _, their_weights, their_experts = other.gate(hidden)

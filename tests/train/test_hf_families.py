@@ -14,7 +14,7 @@ from model.config import ModelConfig
 from tests.train.hf_runs import SHAPE, add_checkpoint, export_run, import_as, make_corpus, make_run, read_all, telling
 from train.hub.fp8 import FP8, SCALE, block_scales, dequantize
 from train.job.shelf import Shelf
-from train.settings.run import Config
+from train.settings.run import Config, save_config
 from train.settings.tree import ConfigError
 
 DENSE = replace(SHAPE, pattern="G-G-G-*-", dense_size=80, tied_embeddings=True, dtype="bfloat16")
@@ -146,18 +146,23 @@ def test_what_sees_goes_in_and_out_untouched(tmp_path: Path, run: Config) -> Non
     assert config_of(alone)["model_type"] == "qwen3_5_moe_text" and "vision_config" not in config_of(alone)
 
 
-def test_a_run_that_started_from_an_import_carries_the_same(tmp_path: Path, run: Config) -> None:
+@pytest.mark.parametrize("setting", ["init", "fork"])
+def test_a_run_that_started_from_an_import_carries_the_same(tmp_path: Path, run: Config, setting: str) -> None:
     source = wrap(export_run(run, tmp_path / "text", model_type="qwen3_5_moe_text"), tmp_path / "source")
     back = import_as(source, tmp_path / "runs", "back")
     further = make_run(tmp_path / "runs", "further", EXPERTS, Path(run.data.corpus))
-    further = replace(further, run=replace(further.run, init=str(back)))
-    (further.run.path / "config.yaml").unlink()
-    from train.settings.run import save_config
-
+    named = str(back) if setting == "init" else f"{back}@0"
+    further = replace(further, run=replace(further.run, **{setting: named}))
     save_config(further)
     add_checkpoint(further.run.path, telling(EXPERTS))
     out = export_run(further, tmp_path / "out")
     assert_same(tensors_of(out), tensors_of(source))
+    in_fp8 = export_run(further, tmp_path / "in_fp8", quantize="fp8")
+    tower = {name for name in tensors_of(source) if name.startswith("model.visual.")}
+    assert all(torch.equal(tensors_of(in_fp8)[name], tensors_of(source)[name]) for name in tower)
+    # Loaders quantize every module that is not listed.
+    listed = set(config_of(in_fp8)["quantization_config"]["modules_to_not_convert"])
+    assert "model.visual.blocks.0.attn.qkv" in listed
 
 
 def in_fp8(source: Path, directory: Path) -> tuple[Path, dict[str, torch.Tensor]]:

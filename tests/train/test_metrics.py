@@ -7,8 +7,9 @@ import tracemalloc
 
 import pytest
 
+from tests.train.logs import read_metrics
 from train.watch.every_step import EveryStep
-from train.watch.metrics import MetricsLog, console_line, duration, last_entries, mtp_loss, read_metrics
+from train.watch.metrics import MetricsLog, console_line, duration, last_entries, mtp_loss
 
 
 @pytest.fixture

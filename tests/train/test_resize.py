@@ -17,12 +17,12 @@ from parallel.engine_megatron import MegatronEngine
 from parallel.optimizer_state import boxes
 from parallel.topology import ParallelConfig
 from tests.dist import run_ranks
-from tests.parallel.tiny import MODEL, PIPELINED, build_tiny, part_of, random_batch, start_engine, tiny_config
+from tests.parallel.tiny import MODEL, PIPELINED, build_tiny, start_engine, tiny_config
+from tests.train.resized import train_steps
 from train.job.build import Job
 from train.job.checkpoint import load, save
 from train.job.directory import COUNTS
 from train.job.shelf import Shelf
-from train.loop import step_metrics, train_step
 from train.settings.run import BatchConfig, RunConfig
 from train.watch.metrics import GRAD_NORM
 
@@ -53,16 +53,6 @@ def _job(name: str, part: int, runs: Path) -> Job:
     return replace(job, config=replace(job.config, batch=BatchConfig(global_=ROWS, micro=1)))
 
 
-def _train(job: Job, engine: MegatronEngine, first: int, last: int) -> list[dict[str, float]]:
-    values = []
-    for step in range(first, last + 1):
-        own = part_of(random_batch(ROWS, step), job.groups.dp.rank(), job.topology.data)
-        batches = [part_of(own, index, len(own.tokens)) for index in range(len(own.tokens))]
-        outputs, grad_norm = train_step(job, engine, batches, 1e-3)
-        values.append(step_metrics(job, outputs) | {GRAD_NORM: grad_norm})
-    return values
-
-
 def held_pieces(engine: MegatronEngine) -> Pieces:
     """What this process holds of every float of the model and the optimizer."""
     found: Pieces = {}
@@ -81,13 +71,13 @@ def _part(part: int, runs: Path) -> dict:
         straight = None
         if not part:
             job = _job(name, part, runs)
-            straight = _train(job, start_engine(job), 1, STEPS)
+            straight = train_steps(job, start_engine(job), 1, STEPS)
         job = _job(name, part, runs)
         engine = start_engine(job)
         if part:
             load(engine, Shelf(job.config.run.checkpoints).path(part))
         loaded = held_pieces(engine) if part else None
-        values = _train(job, engine, part + 1, part + 1)
+        values = train_steps(job, engine, part + 1, part + 1)
         save(job, engine, part + 1, {})
         found[name] = {"straight": straight, "loaded": loaded, "values": values, "saved": held_pieces(engine)}
     return found

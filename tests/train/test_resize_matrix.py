@@ -10,18 +10,16 @@ from megatron.core import parallel_state
 
 from model.config import BalanceConfig, ModelConfig
 from parallel import groups as process_groups
-from parallel.engine import Engine
 from parallel.topology import ParallelConfig
 from tests.dist import run_ranks
-from tests.parallel.tiny import MODEL, PIPELINED, build_tiny, part_of, random_batch, start_engine, tiny_config
+from tests.parallel.tiny import MODEL, PIPELINED, build_tiny, start_engine, tiny_config
+from tests.train.resized import train_steps
 from tests.train.test_resize import LOSSES, held_pieces, whole
 from train.job.build import Job
 from train.job.checkpoint import load, save
 from train.job.directory import COUNTS
 from train.job.shelf import Shelf
-from train.loop import step_metrics, train_step
 from train.settings.run import BatchConfig, RunConfig
-from train.watch.metrics import GRAD_NORM
 
 ROWS, SAVED = 4, 1
 LAYOUTS: dict[str, tuple[ParallelConfig, ModelConfig]] = {
@@ -48,16 +46,6 @@ def _job(name: str, runs: Path) -> Job:
     return replace(job, config=replace(job.config, batch=BatchConfig(global_=ROWS, micro=1)))
 
 
-def _train(job: Job, engine: Engine, first: int, last: int) -> list[dict[str, float]]:
-    values = []
-    for step in range(first, last + 1):
-        own = part_of(random_batch(ROWS, step), job.groups.dp.rank(), job.topology.data)
-        batches = [part_of(own, index, len(own.tokens)) for index in range(len(own.tokens))]
-        outputs, grad_norm = train_step(job, engine, batches, 1e-3)
-        values.append(step_metrics(job, outputs) | {GRAD_NORM: grad_norm})
-    return values
-
-
 def _matrix(runs: Path, pairs: list[tuple[str, str]], steps: int) -> dict:
     """Saves on each layout and goes on there; loads on the others and goes on there."""
     process_groups.start(torch.device("cpu"))
@@ -65,15 +53,15 @@ def _matrix(runs: Path, pairs: list[tuple[str, str]], steps: int) -> dict:
     for name in sorted({one for one, _ in pairs}):
         job = _job(name, runs)
         engine = start_engine(job)
-        _train(job, engine, 1, SAVED)
+        train_steps(job, engine, 1, SAVED)
         save(job, engine, SAVED, {})
         shelves[name] = Shelf(job.config.run.checkpoints)
-        found[name, name] = held_pieces(engine), _train(job, engine, SAVED + 1, SAVED + steps)
+        found[name, name] = held_pieces(engine), train_steps(job, engine, SAVED + 1, SAVED + steps)
     for one, other in pairs:
         job = _job(other, runs)
         engine = start_engine(job)
         load(engine, shelves[one].path(SAVED))
-        found[one, other] = held_pieces(engine), _train(job, engine, SAVED + 1, SAVED + steps)
+        found[one, other] = held_pieces(engine), train_steps(job, engine, SAVED + 1, SAVED + steps)
     return found
 
 

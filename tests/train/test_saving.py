@@ -110,6 +110,7 @@ def _saves(runs: Path) -> dict:
     found["failures"] = _failures(job, engine, checkpoints)
     found["kept"] = shelf.steps(), sorted(path.name for path in shelf.root.iterdir() if path.suffix)
     found["whole"] = [why_broken(shelf.path(step), deep=True) for step in shelf.steps()]
+    torch.distributed.barrier()  # both have read them
     if job.is_first:  # the two newest are damaged on the disk
         for step, name in ((7, "__1_0.distcp"), (3, ".metadata")):
             path = shelf.path(step) / name

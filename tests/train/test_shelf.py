@@ -188,7 +188,7 @@ def test_a_step_that_is_saved_again_is_never_lost(tmp_path, kill: int):
     assert why_broken(shelf.path(1), deep=True) == ""
 
 
-def test_room_is_made_by_rule_and_never_of_the_last_one(tmp_path, monkeypatch):
+def test_room_is_made_by_rule_and_never_of_the_last_one(tmp_path, monkeypatch, capsys):
     shelf = Shelf(tmp_path)
     for step in (10, 20, 30, 40):
         _put(shelf, step)
@@ -198,9 +198,11 @@ def test_room_is_made_by_rule_and_never_of_the_last_one(tmp_path, monkeypatch):
     assert shelf.make_room(needed=1, keep_every=30) == 0
     assert shelf.steps() == [30, 40]
     assert not list(tmp_path.glob("*.broken"))
+    said = capsys.readouterr().err
+    assert "lacks room for a checkpoint: deleted step_00000020.broken, step_00000010" in said
     free[0] = 2
     assert shelf.make_room(needed=1, keep_every=0) == 2
-    assert shelf.steps() == [30, 40]
+    assert shelf.steps() == [30, 40] and not capsys.readouterr().err
 
 
 def test_a_damaged_checkpoint_is_set_aside_by_name(tmp_path):

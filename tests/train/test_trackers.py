@@ -4,10 +4,10 @@ import psutil
 import pytest
 import wandb
 
+from tests.train.logs import read_metrics
 from tests.train.wandb_files import history
 from train.settings.run import Config
 from train.settings.tree import ConfigError, from_dict
-from train.watch.metrics import read_metrics
 from train.watch.trackers import ConsoleTracker, NullTracker, WandbTracker, _run_id, build_trackers, check_login
 
 

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.config import PrepareConfig
 from data.order.batches import Batch
-from data.prepare.prepare import prepare
+from tests.faults.runs import make_corpus
 from train.loop import due
 from train.use.evaluate import in_groups, unigram_entropy
 from train.use.generate import choose
@@ -38,20 +37,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
-    """Counting, in words: a text that a model can learn."""
-    root = tmp_path_factory.mktemp("corpus")
-    words = ["nought", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-    texts = [" ".join(words[int(digit)] for digit in str(number)) for number in range(0, 3000, 7)]
-    (root / "texts.jsonl").write_text("".join(json.dumps({"text": text * 5}) + "\n" for text in texts))
-    return prepare(
-        PrepareConfig(
-            input=str(root / "texts.jsonl"),
-            output=str(root / "corpus"),
-            vocab_size=300,
-            shard_tokens=4000,
-            heldout_fraction=0.2,
-        )
-    )
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 class Commands:

@@ -36,19 +36,17 @@ def keep(source: Path, reader: SafetensorsReader, packed: list[str], run: Path) 
     if names:
         entries = reader.entries
         planned = [PlannedTensor(name, entries[name].shape, TORCH_DTYPES[entries[name].dtype]) for name in names]
-        copy(reader, SafetensorsWriter(directory, planned, FILE_BYTES), planned, close=True)
+        writer = SafetensorsWriter(directory, planned, FILE_BYTES)
+        copy(reader, writer, planned)
+        writer.close()
 
 
-def copy(
-    reader: SafetensorsReader, writer: SafetensorsWriter, planned: list[PlannedTensor], close: bool = False
-) -> None:
+def copy(reader: SafetensorsReader, writer: SafetensorsWriter, planned: list[PlannedTensor]) -> None:
     """Copies tensors as they are, bit by bit."""
     with byte_bar("copying what goes with the model", sum(tensor.num_bytes for tensor in planned)) as bar:
         for tensor in planned:
             writer.write(tensor.name, reader.read(tensor.name))
             bar.update(tensor.num_bytes)
-    if close:
-        writer.close()
 
 
 def carried_by(run: Config) -> Path | None:
@@ -56,7 +54,7 @@ def carried_by(run: Config) -> Path | None:
     while True:
         if (run.run.path / CARRIED).is_dir():
             return run.run.path / CARRIED
-        if run.run.init is None or not run.run.origin.path.is_dir():
+        if not (run.run.init or run.run.fork) or not run.run.origin.path.is_dir():
             return None
         run = load_config(run.run.origin)
 

@@ -18,7 +18,7 @@ from parallel.checkpoint import stored
 from train.hub import carried, fp8
 from train.hub.files import EXACT_FILE, appearing, compare, copy_files, refuse_broken, write_json
 from train.hub.safetensors_files import TORCH_DTYPES as READABLE
-from train.hub.safetensors_files import PlannedTensor, SafetensorsWriter
+from train.hub.safetensors_files import PlannedTensor, SafetensorsReader, SafetensorsWriter
 from train.hub.settings import FP8_BLOCKS, HF_CONFIG, TOKENIZER_DIR, ExportConfig, max_length, read_json
 from train.hub.tokenizer_files import TOKENIZER_CONFIG_FILE, TOKENIZER_FILES, write_tokenizer
 from train.job.directory import COUNTS
@@ -105,14 +105,14 @@ def export_run(config: ExportConfig, run: Config, checkpoint: Path) -> None:
     with appearing(Path(config.out)) as building:
         storage = Storage(PARAMS_DTYPES[dtype], config.quantize == FP8_BLOCKS)
         limit = int(config.shard_size * 1e9)
-        exact = _write_weights(pieces, source, building, storage, limit, form, str(checkpoint))
+        tower = carried.tower(form.directory) if form.wrapped else None
+        exact = _write_weights(pieces, source, building, storage, limit, tower, str(checkpoint))
         length = max_length(config, run)
         values = hf_config.to_hf(run.model, mtp, run.balance.weight, length, dtype, eod_id, form.family, form.config)
         if storage.fp8:
-            names = [
-                part.name for piece in pieces for part in piece.parts if not fp8.quantizable(part.name, part.shape)
-            ]
-            values["quantization_config"] = fp8.quantization_config(names)
+            parts = [part for piece in pieces for part in piece.parts]
+            kept = [part.name for part in parts if not fp8.quantizable(part.name, part.shape)]
+            values["quantization_config"] = fp8.quantization_config(kept + (list(tower.entries) if tower else []))
         write_json(building / HF_CONFIG, values)
         ids = {} if eod_id is None else {"eos_token_id": eod_id, "pad_token_id": eod_id}
         write_json(building / GENERATION_CONFIG, {**ids, "do_sample": False})
@@ -153,12 +153,15 @@ def _write_weights(
     directory: Path,
     storage: Storage,
     limit: int,
-    form: Form,
+    tower: SafetensorsReader | None,
     where: str,
 ) -> dict[str, list[float]]:
-    """Writes all weights; returns, by their name, what those were that lose digits when something is added."""
-    along = carried.tower(form.directory) if form.wrapped else None
-    beside = [PlannedTensor(name, x.shape, READABLE[x.dtype]) for name, x in along.entries.items()] if along else []
+    """Writes all weights; returns, by their name, what those were that lose digits when something is added.
+
+    Args:
+        tower: what goes with the model as it is.
+    """
+    beside = [PlannedTensor(name, x.shape, READABLE[x.dtype]) for name, x in tower.entries.items()] if tower else []
     planned = [tensor for piece in pieces for part in piece.parts for tensor in storage.planned(piece, part)]
     writer, broken, exact = SafetensorsWriter(directory, planned + beside, limit), [], {}
     with byte_bar("exporting", sum(tensor.num_bytes for tensor in planned)) as bar:
@@ -174,8 +177,8 @@ def _write_weights(
                     writer.write(its_plan.name, numbers)
                     bar.update(its_plan.num_bytes)
             del ours
-    if along:
-        carried.copy(along, writer, beside)
+    if tower:
+        carried.copy(tower, writer, beside)
     writer.close()
     refuse_broken(broken, where)
     return exact

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from train.hub.files import listed
 from train.hub.safetensors_files import Entry, SafetensorsReader
 from train.settings.tree import ConfigError
 
 FP8, SCALE = "F8_E4M3", "_scale_inv"
 EXPORT_BLOCK = 128
 PROJECTIONS = ("_proj", "in_proj_qkvz", "in_proj_qkv", "in_proj_z")
-LISTED = 5
 
 
 def dequantize(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
@@ -40,7 +40,7 @@ class Fp8Reader(SafetensorsReader):
         self._block, self._scales = block, {}
         if weights and block is None:
             raise ConfigError(
-                f"{len(weights)} tensors are stored in FP8 ({_listed(weights)}), and config.json has no "
+                f"{len(weights)} tensors are stored in FP8 ({listed(list(weights))}), and config.json has no "
                 "quantization_config that says how: without weight_block_size they cannot be read"
             )
         for name, entry in weights.items():
@@ -54,7 +54,7 @@ class Fp8Reader(SafetensorsReader):
                 self._scales[name] = scale
         if missing := [name for name in weights if name not in self._scales]:
             raise ConfigError(
-                f"{len(missing)} FP8 tensors have no scales ({_listed(missing)} with {SCALE} after the name): "
+                f"{len(missing)} FP8 tensors have no scales ({listed(missing)} with {SCALE} after the name): "
                 "they would load as noise; copy the checkpoint again, whole"
             )
         taken = {name + SCALE for name in self._scales}
@@ -72,11 +72,6 @@ class Fp8Reader(SafetensorsReader):
             return tensor
         assert self._block is not None
         return dequantize(tensor, self._reader.read(name + SCALE, span if tensor.ndim > 2 else None), self._block)
-
-
-def _listed(names: object) -> str:
-    every = list(names)  # type: ignore[call-overload]  # a dict's names or a list
-    return ", ".join(every[:LISTED]) + (", ..." if len(every) > LISTED else "")
 
 
 def block_scales(weight: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor]:

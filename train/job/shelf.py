@@ -11,6 +11,7 @@ Whatever is killed in the middle leaves one of these names, and `sweep` makes go
 import json
 import re
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -151,16 +152,23 @@ class Shelf:
     def make_room(self, needed: int, keep_every: int) -> int:
         """Deletes checkpoints while a disk lacks room for ``needed`` bytes: never the newest, nor those kept for good.
 
-        Those that were set aside go first. Returns the bytes that are free then.
+        Those that were set aside go first. Each is named on stderr, since run.keep may have promised it. Returns the
+        bytes that are free then.
         """
+        gone = []
         if self.free() < needed:
-            for broken in self.root.glob(f"step_*{BROKEN}"):
+            for broken in sorted(self.root.glob(f"step_*{BROKEN}")):
                 shutil.rmtree(broken, ignore_errors=True)
+                gone.append(broken.name)
         for step in self.steps()[:-1]:
             if self.free() >= needed:
                 break
             if not (keep_every and step % keep_every == 0):
                 self.delete(step)
+                gone.append(self.path(step).name)
+        if gone:
+            names = ", ".join(gone)
+            print(f"warning: {self.root} lacks room for a checkpoint: deleted {names}", file=sys.stderr, flush=True)
         return self.free()
 
     def free(self) -> int:

@@ -117,12 +117,6 @@ class MetricsLog:
             self._file.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The objects of a log, in order; lines that a crash has torn or filled with zeros are left out."""
-    with path.open("rb") as file:
-        return [entry for line in file if (entry := _entry(line)) is not None]
-
-
 def last_entries(path: Path) -> Iterator[dict[str, float]]:
     """The objects of a log from its end on; reads no more of the file than is asked for."""
     with path.open("rb") as file:
