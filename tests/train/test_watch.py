@@ -54,7 +54,7 @@ def test_looking_twice_changes_nothing_and_finds_what_is_damaged(tmp_path, corpu
         assert start(config, 2, config.run.path / "log").wait() == 0
     assert losses(looks.run.path) == losses(plain.run.path)
     line = json.loads((looks.run.path / "metrics.jsonl").read_text().splitlines()[-1])
-    assert 0 < line["goodput"] < 1 and line["seconds_starting"] > 0 and line["seconds_redone"] == 0
+    assert 0 < line["goodput"] < 1 and line["wall_seconds/starting"] > 0 and line["wall_seconds/redone"] == 0
     for inject, says in (
         (FlipsWeight(), "weights differ between processes that hold the same ones: decoder.final_norm.weight"),
         (ForgetsBits(), "process 1 computed a step twice and got other gradients"),

@@ -14,11 +14,12 @@ TRAINING, DATA, SAVING, EVALUATING, STARTING, REDONE = KINDS = (
 )
 WALL = "wall"  # of all starts of the run, without the time between them
 GOODPUT = "goodput"  # share of the wall time that was training
+WALL_SECONDS = "wall_seconds"
 
 
 def seconds(kind: str) -> str:
     """Name of the metric of the seconds spent on something since the start of the run."""
-    return f"seconds_{kind}"
+    return f"{WALL_SECONDS}/{kind}"
 
 
 class Clock:

@@ -11,8 +11,10 @@ from typing import Any, BinaryIO
 
 STEP = "step"
 TOKENS = "tokens"  # trained on since the start of the run
+EPOCH = "epoch"  # times that a source was read
 LOSS = "loss"  # what is minimised: lm_loss + weighted MTP and balance losses
 LM_LOSS = "lm_loss"  # nats a token, next-token prediction
+MTP_LOSS = "mtp_loss"
 # Of the routers; means over layers, and by layer as `of_layer` names them. Loads are relative to an even share, 1.0.
 BALANCE_LOSS = "balance_loss"  # over the global batch; 1.0 is perfectly balanced
 BALANCE_LOSS_MICRO = "balance_loss_micro"  # over each micro-batch of a data-parallel rank (or sequence: balance.scope)
@@ -27,18 +29,43 @@ LOAD_P90 = "expert_load_p90"
 DEAD_EXPERTS = "dead_experts"  # experts of a layer that no token of the global batch used
 ROUTER_ENTROPY = "router_entropy"  # nats, of a token's scores
 TOP_K_MASS = "top_k_mass"  # sum of a token's scores of the experts that it used
+EXPERT_LOAD = "expert_load"  # list: of each expert
 FORCED_ROUTING = "forced_routing"  # 1 beside every other metric of a run whose experts are chosen in turn
 GRAD_NORM = "grad_norm"  # of the whole gradient, before clipping
 CLIPPED_STEPS = "clipped_steps"  # since the last logged step
 EVERY_LM_LOSS = "every_step/lm_loss"  # list: of each step since the last logged one; in metrics.jsonl only
 EVERY_GRAD_NORM = "every_step/grad_norm"
+GROUP_GRAD_NORM = "group_grad_norm"  # of a group of parameters, and of it in a layer; before clipping
+UPDATE_TO_WEIGHT = "update_to_weight"  # norm of what a step adds to the weights of a group, over their own norm
 LR = "lr"
+# Of the trunk's layers on sampled steps (run.detail_every): definitions in `model.layers.gauges`.
+ATTENTION_SINK = "attention_sink"
+GATE_MEAN = "gate_mean"
+GATE_LOW = "gate_low"
+ACTIVATION_MAX = "activation_max"
+ACTIVATION_PEAK = "activation_peak"
+MASSIVE_ACTIVATIONS = "massive_activations"
+DECAY_MIN = "decay_min"
+DECAY_MEAN = "decay_mean"
+DECAY_MAX = "decay_max"
+BETA_MIN = "beta_min"
+BETA_MEAN = "beta_mean"
+BETA_MAX = "beta_max"
+A_LOG_MIN = "A_log_min"
+A_LOG_MAX = "A_log_max"
+DT_BIAS_MIN = "dt_bias_min"
+DT_BIAS_MAX = "dt_bias_max"
+NORM_GAIN_MIN = "norm_gain_min"  # 1 + weight, by the norm's place in its layer
+NORM_GAIN_MAX = "norm_gain_max"
 TOKENS_PER_SECOND = "tokens_per_second"  # over all processes
 TFLOPS = "tflops"  # 1e12 operations a second that the model needs on these documents, a process
 MFU = "mfu"  # the same as a share of peak_tflops
 PEAK_TFLOPS = "peak_tflops"  # of the GPU's data sheet, dense bfloat16; elsewhere the rate measured at the start
 MATMUL_SHARE = "matmul_share"  # tflops as a share of the rate of a large matrix product, measured at the start
 STEP_SECONDS = "seconds/step"  # mean since the last logged step, from its batches to its updated weights
+SLOWEST_RATE = "slowest_rate"  # of matrix products, of the slowest process over the median one's
+SLOWEST_PROCESS = "slowest_process"
+DISK_FREE = "disk_free_gb"
 EXPERT_ROWS_MAX = "expert_rows_max"  # most rows that any rank received in a micro-batch, over an even share
 MEMORY_PEAK = "memory_peak_gb"  # of the fullest GPU since the last logged step, and what its allocator holds
 MEMORY_RESERVED = "memory_reserved_gb"
@@ -61,7 +88,12 @@ BLOCK = 2**16  # bytes of a log that are read at once from its end
 
 def mtp_loss(depth: int) -> str:
     """Name of the loss of multi-token-prediction step ``depth``, from 1."""
-    return f"mtp_loss/{depth}"
+    return f"{MTP_LOSS}/{depth}"
+
+
+def seconds(part: str) -> str:
+    """Name of the seconds that a part of the steps since the last logged one took."""
+    return f"seconds/{part}"
 
 
 def extremes(name: str) -> tuple[str, str, str]:
