@@ -110,7 +110,8 @@ class ModelConfig:
     norm_eps: float = _setting(1e-6, "epsilon of every RMSNorm")
     init_std: float = _setting(0.02, "standard deviation of linear and embedding weights at the start")
     dtype: str = _setting("float32", "parameter and activation type: float32 or bfloat16")
-    backend: str = _setting("torch", "implementation of the modules: torch")
+    backend: str = _setting("torch", "what linear layers are made of: torch, or te (Transformer Engine, on GPUs)")
+    fp8: str = _setting("off", "te: how projections round to 8 bits: off, block, current or delayed (scales)")
 
     @property
     def layers(self) -> str:
@@ -267,8 +268,6 @@ def check_model(model: ModelConfig, mtp: MtpConfig) -> None:
                 f"model.{name}={getattr(model, name)} is not a multiple of {ALIGNED}, as the kernels of model.dtype="
                 f"bfloat16 need it: choose {-(-getattr(model, name) // ALIGNED) * ALIGNED}"
             )
-    if model.backend != "torch":
-        raise ModelError(f"model.backend={model.backend!r} is not known: choose torch")
     check_mtp(mtp)
 
 

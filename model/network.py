@@ -48,7 +48,7 @@ class LanguageModel(HybridModel):
     ):
         super().__init__(
             config=config,
-            hybrid_stack_spec=stack_spec(),
+            hybrid_stack_spec=stack_spec(config.shape.backend),
             vocab_size=vocab_size,
             max_sequence_length=0,
             hybrid_layer_pattern=full_pattern(config.shape, config.mtp),

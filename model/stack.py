@@ -18,8 +18,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
+from model.backend import FP8
 from model.config import LAYER, BalanceConfig, Layout, ModelConfig, MtpConfig, OneProcess
-from model.kernels.backends import ReplicatedLinear, column_linear, row_linear
+from model.kernels.backends import LINEARS, ReplicatedLinear
 from model.layers.attention import GatedAttention, GatedAttentionSubmodules
 from model.layers.deltanet import GatedDeltaNet, GatedDeltaNetSubmodules
 from model.layers.dense import Dense, SwiGLUSubmodules
@@ -112,6 +113,7 @@ def hybrid_config(
             the backward pass.
     """
     dtype = PARAMS_DTYPES[shape.dtype]
+    fp8, fp8_recipe = FP8.get(shape.fp8, (None, "delayed"))
     return HybridConfig(
         shape=shape,
         mtp=mtp,
@@ -131,6 +133,8 @@ def hybrid_config(
         mtp_use_repeated_layer=mtp.steps > 0,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
+        fp8=fp8,
+        fp8_recipe=fp8_recipe,
         pipeline_dtype=dtype,
         tensor_model_parallel_size=layout.tensor,
         sequence_parallel=layout.tensor > 1,
@@ -147,8 +151,9 @@ def hybrid_config(
     )
 
 
-def stack_spec() -> ModuleSpec:
-    """The spec of the trunk (and of the MTP layer inside it) for the pure-torch backend."""
+def stack_spec(backend: str = "torch") -> ModuleSpec:
+    """The spec of the trunk (and of the MTP layer inside it), whose linear layers are a backend's."""
+    linears = LINEARS[backend]
 
     def layer(**parts) -> ModuleSpec:
         return ModuleSpec(module=Layer, submodules=TransformerLayerSubmodules(**parts))
@@ -163,12 +168,12 @@ def stack_spec() -> ModuleSpec:
     def feed_forward(mlp) -> ModuleSpec:
         return layer(
             pre_mlp_layernorm=ResidualRMSNorm,
-            mlp=mlp.builder(SwiGLUSubmodules(column_linear, row_linear)),
+            mlp=mlp.builder(SwiGLUSubmodules(linears.column, linears.row)),
             mlp_bda=get_bias_dropout_add,
         )
 
-    attention = GatedAttentionSubmodules(column_linear, row_linear, HeadNorm)
-    delta = GatedDeltaNetSubmodules(column_linear, row_linear, GatedRMSNorm)
+    attention = GatedAttentionSubmodules(linears.column, linears.row, HeadNorm)
+    delta = GatedDeltaNetSubmodules(linears.heads, linears.row, GatedRMSNorm)
     mtp = ModuleSpec(module=MtpLayer, submodules=MtpSubmodules(ZeroCentredRMSNorm, ReplicatedLinear, Stack))
     return ModuleSpec(
         module=Stack,

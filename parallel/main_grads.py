@@ -23,6 +23,8 @@ def fuse(chunk: nn.Module) -> None:
     for module in chunk.modules():
         if isinstance(module, ColumnParallelLinear | RowParallelLinear):
             module.gradient_accumulation_fusion = True
+        elif "fuse_wgrad_accumulation" in vars(module):  # of Transformer Engine, which need not be there
+            vars(module)["fuse_wgrad_accumulation"] = True
 
 
 def add_weight_gradient(x_NI: Tensor, grad_NO: Tensor, total_OI: Tensor) -> None:

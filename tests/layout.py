@@ -32,8 +32,21 @@ ROOMS = {
         *("job", "settings"),
     ),
     "model": (
-        *("preflight", "decode", "reference", "init", "network", "stack", "layers", "kernels", "batch", "cost", "hf"),
-        *("documents", "config"),
+        *(
+            "preflight",
+            "rounding",
+            "decode",
+            "reference",
+            "init",
+            "network",
+            "stack",
+            "layers",
+            "kernels",
+            "batch",
+            "cost",
+            "hf",
+        ),
+        *("documents", "backend", "config"),
     ),
     "data": (
         *(

@@ -22,7 +22,9 @@ from omegaconf.errors import OmegaConfBaseException
 from data.dataset import check_data
 from data.errors import StorageError, one_line
 from data.secrets import hidden, hide
+from model.backend import check_backend, require_backend
 from model.config import check_model
+from parallel.engine import require_package
 from parallel.quiet import quiet_upstream
 from train import arguments as command_line
 from train import commands, front, usage
@@ -235,9 +237,12 @@ def doctor(arguments: list[str]) -> int:
     """Says what this machine is, and checks its kernels."""
     config = compose(arguments, planned=True)
     check_model(config.model, config.mtp)
+    check_backend(config.model)
+    require_package(config.engine)
+    require_backend(config.model)
     from train.measure.doctor import run_doctor
 
-    return run_doctor(config.model)
+    return run_doctor(config)
 
 
 COMMANDS = {

@@ -3,6 +3,7 @@ between a plain function and its GPU kernel, which is made here and nowhere else
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import wraps
 from importlib import import_module
 
@@ -62,6 +63,42 @@ def row_linear(rows_in: int, rows_out: int, config, tp_group) -> RowParallelLine
         skip_bias_add=False,
         tp_group=tp_group,
     )
+
+
+def te_column_linear(rows_in: int, rows_out: int, config, tp_group) -> nn.Module:
+    """Transformer Engine's, in place of `column_linear`; it need not be installed for the others."""
+    from model.kernels.te import Linear
+
+    return Linear(rows_in, rows_out, config, tp_group, "column")
+
+
+def te_row_linear(rows_in: int, rows_out: int, config, tp_group) -> nn.Module:
+    """Transformer Engine's, in place of `row_linear`."""
+    from model.kernels.te import Linear
+
+    return Linear(rows_in, rows_out, config, tp_group, "row")
+
+
+def te_heads_linear(rows_in: int, rows_out: int, config, tp_group) -> nn.Module:
+    """Transformer Engine's projection into the heads of Gated DeltaNet."""
+    from model.kernels.te import HeadsLinear
+
+    return HeadsLinear(rows_in, rows_out, config, tp_group)
+
+
+@dataclass(frozen=True)
+class Linears:
+    """The linear layers of a backend: cut by outputs, cut by inputs, and into the heads of Gated DeltaNet."""
+
+    column: Callable[..., nn.Module]
+    row: Callable[..., nn.Module]
+    heads: Callable[..., nn.Module]
+
+
+LINEARS = {
+    "torch": Linears(column_linear, row_linear, column_linear),
+    "te": Linears(te_column_linear, te_row_linear, te_heads_linear),
+}
 
 
 class ReplicatedLinear(nn.Module):

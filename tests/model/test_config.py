@@ -81,7 +81,6 @@ MISTAKES = {
         "model.expert_size=100 is not a multiple of 8, as the kernels of model.dtype=bfloat16 need it: choose 104",
     ),
     "type": ({"dtype": "float16"}, "model.dtype='float16' is not known: choose float32 or bfloat16"),
-    "backend": ({"backend": "jax"}, "model.backend='jax' is not known: choose torch"),
     **{f"{name} of none": ({name: 0}, f"model.{name}=0 must be at least 1") for name in SIZES},
     "negative shared expert": (
         {"shared_expert_size": -1},

@@ -168,6 +168,15 @@ def engine_of(
     return MegatronEngine(chunks, groups, adamw(config.optim), device, decays, config.parallel)
 
 
+def optimizer_error(config: Config) -> float | None:
+    """How far an optimizer that the engine brings along is from AdamW in float64, relative; None: it is torch's."""
+    if config.engine == "deepspeed" and config.deepspeed.offload:
+        from parallel.engine_deepspeed import cpu_adam_error
+
+        return cpu_adam_error()
+    return None
+
+
 def allocated_bytes(chunk: LanguageModel, groups: ProcessGroupCollection, config: Config) -> dict[str, int]:
     """Bytes that the engine of a configuration takes for a pipeline stage: weights, gradients, optimizer."""
     return engine_megatron.allocated_bytes(chunk, groups, config.parallel)

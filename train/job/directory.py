@@ -174,8 +174,9 @@ def _refuse_other_settings(config: Config, checkpoint: Path) -> None:
         return
     origin = read_config(path)
     before = dict(leaves(to_dict(origin)))
-    # Where a pattern is cut into pipeline stages is a matter of the layout.
+    # Where a pattern is cut into pipeline stages is a matter of the layout; a backend's weights are the same numbers.
     same = ("model.pattern", "model.repeats") if origin.model.layers == config.model.layers else ()
+    same += ("model.backend", "model.fp8")
     changed = [
         f"{key}={value} (was {before.get(key)})"
         for key, value in leaves(to_dict(config))

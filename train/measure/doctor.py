@@ -11,9 +11,20 @@ import torch.distributed as dist
 
 from model.config import ModelConfig
 from model.preflight import TOLERANCE, cases, error
+from model.rounding import linear_errors
 from parallel.groups import local_device
+from train.job.build import optimizer_error
+from train.settings.run import Config
 
-PACKAGES = ("torch", "triton", "megatron-core", "flash-linear-attention", "tilelang", "flash-qla", "transformers")
+PACKAGES = (
+    *("torch", "triton", "megatron-core", "flash-linear-attention", "tilelang", "flash-qla", "transformers"),
+    *("transformer-engine", "deepspeed"),
+)
+# FP8 keeps 3 bits of a number (2 of gradients, but in blocks): errors of 2^-4 (2^-3) at the most and a third of that on
+# average, in both factors of a product, which sums of thousands leave as they are. A wrong scale or transposition is
+# off by as much as the result.
+FP8_TOLERANCE = 0.1
+ADAM_TOLERANCE = 1e-5  # float32, a few operations
 LITTLE_DISK = 50  # gigabytes
 FIRST_TIME = "(the first time on a machine some are compiled, which takes minutes)"
 
@@ -80,7 +91,7 @@ def refuse_wrong_kernels(shape: ModelConfig, device: torch.device, show: bool) -
     """
     if device.type != "cuda" or shape.dtype != "bfloat16":
         return
-    wrong = check_kernels(shape, device, show)
+    wrong = check_kernels(shape, device, show) + check_fp8(shape, device, show)
     if wrong:
         raise RuntimeError(
             f"this machine computes {', '.join(wrong)} wrongly: another version of torch, Triton or fla may mend it "
@@ -88,11 +99,35 @@ def refuse_wrong_kernels(shape: ModelConfig, device: torch.device, show: bool) -
         )
 
 
-def run_doctor(shape: ModelConfig) -> int:
+def check_fp8(shape: ModelConfig, device: torch.device, show: bool = True) -> list[str]:
+    """Compares each linear layer that is Transformer Engine's with its products in float64; the names of the wrong."""
+    if shape.backend != "te":
+        return []
+    tolerance = TOLERANCE if shape.fp8 == "off" else FP8_TOLERANCE
+    found = linear_errors(shape, device)
+    if show:
+        print(f"Transformer Engine (model.fp8={shape.fp8}) against float64, forwards and backwards:", flush=True)
+        for name, error in found.items():
+            verdict = "right" if error <= tolerance else f"WRONG: more than {tolerance}"
+            print(f"  {name:<32}error {error:.1e}  {verdict}", flush=True)
+    return [name for name, error in found.items() if not error <= tolerance]
+
+
+def check_optimizer(config: Config) -> list[str]:
+    """Compares an optimizer that the engine brings along with AdamW in float64; its name if it is wrong."""
+    error = optimizer_error(config)
+    if error is None:
+        return []
+    verdict = "right" if error <= ADAM_TOLERANCE else f"WRONG: more than {ADAM_TOLERANCE}"
+    print(f"the engine's AdamW on the CPU against float64: error {error:.1e}  {verdict}", flush=True)
+    return [] if error <= ADAM_TOLERANCE else ["AdamW on the CPU"]
+
+
+def run_doctor(config: Config) -> int:
     """The doctor command; 1 if anything is wrong."""
     device = local_device()
     print("\n".join(facts(device)))
-    wrong = check_kernels(shape, device)
+    wrong = check_kernels(config.model, device) + check_fp8(config.model, device) + check_optimizer(config)
     if wrong:
         print(f"WRONG on this machine: {', '.join(wrong)}", file=sys.stderr)
         return 1

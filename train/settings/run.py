@@ -11,6 +11,7 @@ from data.errors import CorpusError, one_line
 from data.files import why_unwritable, write_whole
 from data.order.batches import BatchSchedule
 from data.secrets import hidden
+from model.backend import check_backend, check_fp8_sizes, require_backend
 from model.config import BalanceConfig, ModelConfig, ModelError, MtpConfig, check_balance, check_model
 from parallel.checkpoint.unpickle import UnsafePickle
 from parallel.engine import DeepSpeedConfig, check_engine, require_package
@@ -151,6 +152,7 @@ def check(config: Config, world: int) -> Topology:
     """
     topology = check_plan(config, world)
     require_package(config.engine)
+    require_backend(config.model)
     check_data(config.data, config.mtp.steps)
     _check_writable(config.run)
     return topology
@@ -167,6 +169,7 @@ def check_plan(config: Config, world: int) -> Topology:
     check_optim(config.optim)
     check_choice("wandb.mode", config.wandb.mode, ("offline", "online", "disabled"))
     check_model(config.model, config.mtp)
+    check_backend(config.model, config.parallel.recompute)
     check_balance(config.balance)
     topology = resolve(config.parallel, config.model, world)
     experts = config.model.layers.count("E") + config.mtp.steps
@@ -182,6 +185,8 @@ def check_plan(config: Config, world: int) -> Topology:
     for length in (config.data.seq_length, *(length for _, length in config.batch.length_schedule)):
         _check_divides("batch.length_schedule", length, "data.seq_length", config.data.seq_length)
         check_length(topology, length, config.model)
+        tokens = config.batch.micro * length // topology.context
+        check_fp8_sizes(config.model, topology, tokens)
     return topology
 
 

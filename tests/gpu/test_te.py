@@ -1,0 +1,205 @@
+"""Transformer Engine's linear layers beside torch's: the same model, and what FP8 rounds."""
+
+import json
+import statistics
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from model.backend import FP8, TE_LINEARS
+from model.batch import MicroBatch, count_targets
+from model.config import ModelConfig, MtpConfig
+from model.network import LanguageModel
+from model.stack import hybrid_config
+from parallel import groups as process_groups
+from parallel.engine import AdamW
+from parallel.engine_megatron import MegatronEngine
+from parallel.topology import Topology
+from tests.model.helpers import randomise
+from train.measure.doctor import check_fp8
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(find_spec("transformer_engine") is None, reason="needs Transformer Engine"),
+]
+ROOT = Path(__file__).parents[2]
+MTP = MtpConfig(steps=2)
+SHAPE = ModelConfig(dtype="bfloat16", hidden_size=256, linear_key_heads=4, linear_value_heads=8)
+BACKENDS = {"torch": ("torch", "off"), "te": ("te", "off"), **{fp8: ("te", fp8) for fp8 in FP8}}
+# The text that runs are compared on: three blocks of Gated DeltaNet and one of attention, of widths that FP8 takes.
+RUN = [
+    "model=small",
+    "model.repeats=1",
+    "model.vocab_size=null",
+    "batch.global=32",
+    "batch.micro=32",
+    "run.log_every=1",
+]
+STEPS, LAST = 200, 50
+
+
+@pytest.fixture(scope="module")
+def groups():
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+    yield process_groups.lay_out(Topology(world=1, tensor=1, pipeline=1, context=1, expert=1, data=1))
+    process_groups.stop()
+
+
+@pytest.fixture(scope="module")
+def networks(groups) -> dict[str, LanguageModel]:
+    """The same weights in each backend."""
+    with torch.device("cuda"):
+        found = {
+            name: LanguageModel(hybrid_config(replace(SHAPE, backend=backend, fp8=fp8), MTP), 512, groups)
+            for name, (backend, fp8) in BACKENDS.items()
+        }
+    randomise(found["torch"])
+    for network in found.values():
+        network.load_state_dict(found["torch"].state_dict())
+    return found
+
+
+def a_batch(seed: int = 0) -> MicroBatch:
+    tokens = torch.randint(0, 512, (4, 257), generator=torch.Generator().manual_seed(seed))
+    documents = (torch.arange(257) > 100).long().expand(4, -1).clone()
+    return MicroBatch.build(tokens, documents, count_targets(documents, MTP.steps)).to(torch.device("cuda"))
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def results(network: LanguageModel) -> tuple[Tensor, dict[str, Tensor]]:
+    network.zero_grad()
+    losses = network(a_batch())
+    losses.total.backward()
+    return losses.by_step.detach(), {name: p.grad.clone() for name, p in network.named_parameters()}
+
+
+def test_in_bfloat16_it_is_the_model_of_torch(networks) -> None:
+    (expected, gradients), (found, others) = (results(networks[name]) for name in ("torch", "te"))
+    # The same products in bfloat16 by another choice of cuBLAS's kernels: 8 bits of mantissa, through 8 layers.
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=0)
+    worst = max((relative_error(others[name], gradients[name]), name) for name in gradients)
+    print(f"te in bfloat16: losses {found.tolist()}, torch's {expected.tolist()}, worst gradient {worst}")
+    assert worst[0] < 5e-2, worst
+
+
+@pytest.mark.parametrize("fp8", FP8)
+def test_in_fp8_it_is_nearly_the_model_of_torch(networks, fp8: str) -> None:
+    if fp8 == "delayed":  # its first scales are one, far too small for gradients
+        results(networks[fp8]), results(networks[fp8])
+    (expected, gradients), (found, others) = (results(networks[name]) for name in ("torch", fp8))
+    errors = {name: relative_error(others[name], gradients[name]) for name in gradients}
+    print(
+        f"{fp8}: losses {found.tolist()}, torch's {expected.tolist()}, median error {statistics.median(errors.values())}"
+    )
+    # 3 bits of mantissa: 2^-4 for each number, random, in both factors of a product; sums average it out.
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=0)
+    assert statistics.median(errors.values()) < 0.2
+    assert all(x.isfinite().all() for x in others.values())
+
+
+def test_fp8_rounds_what_the_table_names_and_nothing_else(networks) -> None:
+    from model.kernels.te import Linear
+
+    seen = set()
+    hooks = [
+        module.register_forward_hook(lambda module, *_, name=name: seen.add((name.split(".")[-1], module.fp8)))
+        for name, module in networks["block"].named_modules()
+        if isinstance(module, Linear)
+    ]
+    networks["block"](a_batch())
+    assert seen == {(name, True) for name in TE_LINEARS}
+    for hook in hooks:
+        hook.remove()
+    others = [x for x in networks["block"].modules() if type(x).__module__.startswith("transformer_engine")]
+    assert not others
+
+
+def test_write_strengths_and_decays_are_not_rounded(networks) -> None:
+    x = torch.randn(1024, 1, SHAPE.hidden_size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    layers = [networks[name].decoder.layers[0].self_attention.in_proj for name in ("te", "block")]
+    outs = [layer(x)[0].unflatten(-1, (SHAPE.linear_key_heads, -1)) for layer in layers]
+    wide = layers[1].wide
+    # Sums of bfloat16 products, rounded once to 8 bits: 2^-9 for each way of adding them up.
+    assert relative_error(outs[1][..., -wide:], outs[0][..., -wide:]) < 4e-3
+    assert relative_error(outs[1][..., :-wide], outs[0][..., :-wide]) > 1e-2, "nothing was rounded"
+    upstream = torch.zeros_like(outs[0])
+    upstream[..., -wide:] = torch.randn_like(upstream[..., -wide:])
+    grads = [
+        torch.autograd.grad(out, [x, layer.weight], upstream.clone()) for out, layer in zip(outs, layers, strict=True)
+    ]
+    for found, expected in zip(grads[1], grads[0], strict=True):
+        assert relative_error(found, expected) < 8e-3
+
+
+@pytest.mark.parametrize("fp8", FP8)
+def test_linear_layers_in_fp8_are_as_near_as_the_doctor_wants(fp8: str) -> None:
+    assert check_fp8(replace(SHAPE, backend="te", fp8=fp8), torch.device("cuda"), show=True) == []
+
+
+def test_gradients_go_into_the_sums_of_data_parallelism(networks, groups) -> None:
+    norms = {}
+    for name in ("torch", "te", "block"):
+        with torch.device("cuda"):
+            network = LanguageModel(hybrid_config(networks[name].config.shape, MTP), 512, groups)
+        network.load_state_dict(networks["torch"].state_dict())
+        adamw = AdamW((0.9, 0.95), 1e-8, 0.1, 1.0)
+        engine = MegatronEngine([network], groups, adamw, torch.device("cuda"), lambda name: True)
+        for balance in network.balances().values():
+            balance.begin_step(recording=False)
+        engine.compute_gradients([a_batch(0), a_batch(1)], 1024)
+        norms[name] = {key: float(p.main_grad.norm()) for key, p in network.named_parameters()}
+    for key, norm in norms["torch"].items():
+        assert norms["te"][key] == pytest.approx(norm, rel=3e-2), key
+        assert norms["block"][key] == pytest.approx(norm, rel=0.3), key  # a sum left out or taken twice shows as more
+
+
+def _train(directory: Path, name: str, backend: str, steps: int = STEPS, *more: str) -> list[dict]:
+    kind, fp8 = BACKENDS[backend]
+    settings = [*RUN, f"model.backend={kind}", f"model.fp8={fp8}", f"run.steps={steps}", f"run.name={name}"]
+    settings += [f"run.dir={directory}", f"data.cache={directory / 'cache'}", "wandb.mode=disabled", *more]
+    command = [sys.executable, "-m", "train", "train", *settings]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads(line) for line in (directory / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def _end_loss(metrics: list[dict]) -> float:
+    """Mean loss of the last steps."""
+    losses = [one["lm_loss"] for one in metrics if "lm_loss" in one]
+    assert len(losses) == STEPS
+    return statistics.mean(losses[-LAST:])
+
+
+@pytest.fixture(scope="module")
+def text_runs(tmp_path_factory) -> tuple[Path, dict[str, float]]:
+    directory = tmp_path_factory.mktemp("runs")
+    return directory, {name: _end_loss(_train(directory, name, name)) for name in ("torch", "te", "block")}
+
+
+@pytest.mark.timeout(400)
+def test_two_hundred_steps_of_text_end_at_the_loss_of_torch(text_runs) -> None:
+    _, losses = text_runs
+    print(f"mean loss of the last {LAST} of {STEPS} steps: {losses}")
+    for name in ("te", "block"):
+        assert losses[name] == pytest.approx(losses["torch"], rel=5e-3), name
+
+
+@pytest.mark.timeout(400)
+def test_a_run_goes_on_with_another_backend(text_runs) -> None:
+    directory, _ = text_runs
+    metrics = _train(directory, "torch", "block", STEPS + 5)
+    metrics = _train(directory, "torch", "torch", STEPS + 10)
+    losses = {one["step"]: one["lm_loss"] for one in metrics if "lm_loss" in one}
+    before = statistics.mean(losses[step] for step in range(STEPS - 9, STEPS + 1))
+    after = statistics.mean(losses[step] for step in range(STEPS + 1, STEPS + 11))
+    assert after == pytest.approx(before, rel=0.1)  # of batches of other text
