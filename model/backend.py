@@ -3,6 +3,7 @@
 The modules, their order and the names in a checkpoint are the same with every backend: a run goes on with another one.
 """
 
+from dataclasses import replace
 from importlib.util import find_spec
 
 import torch
@@ -28,6 +29,11 @@ TE_LINEARS = {
     "linear_fc1": "shared expert, dense layer: gate and up",
     "linear_fc2": "shared expert, dense layer: down",
 }
+
+
+def on_torch(model: ModelConfig) -> ModelConfig:
+    """The same model of torch's parts, which every machine has."""
+    return replace(model, backend="torch", fp8="off")
 
 
 def check_backend(model: ModelConfig, recompute: str = "none") -> None:

@@ -152,7 +152,7 @@ def test_doctor_goes_on_where_torch_refuses_its_cudnn(monkeypatch: pytest.Monkey
 
 def test_doctor_fails_on_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(doctor, "error", lambda case: 0.2 if case.name == "grouped products" else 0.0)
-    assert doctor.run_doctor(SMALL) == 1
+    assert doctor.run_doctor(Config(model=SMALL)) == 1
     assert "grouped products" in capsys.readouterr().err
 
 

@@ -5,9 +5,11 @@ group whose other members are not there; activations and traffic come from formu
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 
+from model.backend import on_torch
 from parallel import groups as process_groups
 from parallel.engine import require_planned
 from parallel.topology import Topology, microbatches
@@ -20,6 +22,7 @@ from train.settings.run import Config, describe
 def dry_run(config: Config, topology: Topology, rank: int = 0) -> str:
     """What process ``rank`` of the job would hold, send and compute, as text."""
     require_planned(config.engine)
+    config = replace(config, model=on_torch(config.model))  # which holds and sends as much
     vocab_size = planned_vocab(config, topology)
     process_groups.start_fake(rank, topology.world)
     try:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from data.config import DataConfig
 from data.files import why_unwritable
+from model.backend import on_torch, require_backend
 from parallel.topology import ParallelConfig
 from train.settings.checks import check_choice, check_least, check_seed
 from train.settings.run import Config, RunReference, check_plan
@@ -125,13 +126,14 @@ class Elsewhere:
 def used_elsewhere(config: Config, arguments: list[str]) -> Config:
     """The configuration of a run, laid out as the arguments say, on the text that they name.
 
-    What they leave open is the run's text, and a layout for any number of processes: pipeline stages are joined.
+    What they leave open is the run's text, and a layout for any number of processes: pipeline stages are joined. Its
+    model is made of torch's parts, whatever it was trained with.
 
     Raises:
         ConfigError: an argument that sets nothing of a layout or of data.
     """
     asked = values_of(Elsewhere, arguments)
-    model = config.model
+    model = on_torch(config.model)
     if asked.get("parallel", {}).get("pipeline", 1) == 1:
         model = replace(model, pattern=model.pattern.replace("|", ""))
     return from_dict(Config, over(to_dict(replace(config, model=model, parallel=ParallelConfig())), asked))
@@ -164,6 +166,7 @@ def check_variants(configs: Mapping[str, Config], world: int) -> None:
     for name, config in configs.items():
         batch = replace(config.batch, global_=config.batch.micro * world, schedule=())
         layouts.add(check_plan(replace(config, batch=batch), world))
+        require_backend(config.model)
         if config.parallel.pipeline > 1:
             raise ConfigError(
                 f"parallel.pipeline={config.parallel.pipeline} but bench times all layers in one process: choose "
