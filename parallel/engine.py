@@ -68,10 +68,10 @@ def check_engine(
             f"run.verify_every={verify_every} is not for engine=deepspeed, which keeps no gradients to compare: choose "
             f"run.verify_every=0, or engine=megatron"
         )
-    if dtype != "float32":
+    if deepspeed.zero == 3 and dtype != "float32":
         raise TopologyError(
-            f"model.dtype={dtype} is not for engine=deepspeed, which has one type for all weights where routers and "
-            f"norms need float32: choose model.dtype=float32, or engine=megatron"
+            f"model.dtype={dtype} is not for deepspeed.zero=3, which has one type for all weights where norms need "
+            f"float32: choose deepspeed.zero=2, model.dtype=float32, or engine=megatron"
         )
 
 

@@ -36,6 +36,7 @@ needs_deepspeed = pytest.mark.skipif(
 STEPS, ROWS, LR = 20, 8, 1e-3
 SPARSE = replace(MODEL, pattern="GE*E", hidden_size=32, expert_size=16, shared_expert_size=16)
 DENSE = replace(SPARSE, pattern="G-*-", dense_size=32)
+NARROW = replace(SPARSE, dtype="bfloat16")  # but for routers, norms and decays, which ZeRO must leave as they are
 EXPERTS_APART, EXPERTS_TWICE = ParallelConfig(expert=2), ParallelConfig(expert=1)
 MEGATRON = DeepSpeedConfig(zero=0)  # it is not asked
 
@@ -101,6 +102,7 @@ def _trajectories(cases: dict) -> dict[str, list[dict[str, float]]]:
 
 CHAINS = {
     "sparse": (SPARSE, [(EXPERTS_APART, zero(2)), (EXPERTS_APART, MEGATRON), (EXPERTS_TWICE, zero(1))]),
+    "bfloat16": (NARROW, [(EXPERTS_APART, zero(2)), (EXPERTS_APART, MEGATRON), (EXPERTS_TWICE, zero(1))]),
     "dense": (DENSE, [(EXPERTS_TWICE, zero(3)), (EXPERTS_TWICE, MEGATRON), (EXPERTS_TWICE, zero(3))]),
 }
 type Pieces = list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]]
@@ -159,8 +161,8 @@ def _refusal() -> str:
 
 
 def _all(runs: Path) -> dict:
-    (runs / "sparse").mkdir(exist_ok=True)
-    (runs / "dense").mkdir(exist_ok=True)
+    for name in CHAINS:
+        (runs / name).mkdir(exist_ok=True)
     return (
         _trajectories(CASES)
         | {name: _chain(name, runs / name) for name in CHAINS}
@@ -182,11 +184,14 @@ def long_ranks() -> list[dict]:
     return run_ranks(_trajectories, 2, references | LONG_CASES, timeout=500)
 
 
-def _assert_equal_runs(found: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
-    """As between layouts (`test_parity`): rounding at first, later a token that is tipped to another expert."""
+def _assert_equal_runs(found: list[dict[str, float]], expected: list[dict[str, float]], narrow: bool = False) -> None:
+    """As between layouts (`test_parity`): rounding at first, later a token that is tipped to another expert. ZeRO adds
+    up gradients in bfloat16 where the model is ``narrow``: 2^-9 each, which the norm of all averages out."""
     for step, (one, other) in enumerate(zip(found, expected, strict=True)):
         for key in LOSSES & one.keys():
-            tolerance = 1e-5 if not step else 1e-2 if key == GRAD_NORM else 2e-3 if key in ROUTERS else 7e-4
+            tolerance = (
+                2e-3 if narrow else 1e-5 if not step else 1e-2 if key == GRAD_NORM else 2e-3 if key in ROUTERS else 7e-4
+            )
             assert one[key] == pytest.approx(other[key], rel=tolerance), f"{key} at step {step + 1}"
 
 
@@ -240,7 +245,7 @@ def test_a_run_goes_on_with_the_other_engine(ranks, name: str):
         assert [key for key in before if not torch.equal(before[key], after[key])] == []
         assert sum(before[f"optimizer.exp_avg_sq.{key}"].any() for key in weights) == len(weights)
     found = ranks[0][name]
-    _assert_equal_runs(found["values"], found["straight"])
+    _assert_equal_runs(found["values"], found["straight"], name == "bfloat16")
 
 
 @needs_deepspeed
@@ -273,7 +278,7 @@ def _topology(**sizes: int) -> Topology:
         ),
         (lambda: check_engine("deepspeed", zero(1), _topology(pipeline=2), 0, "float32"), "parallel.pipeline=2 is not"),
         (lambda: check_engine("deepspeed", zero(1), _topology(expert_tensor=2), 0, "float32"), "expert_tensor=2 is"),
-        (lambda: check_engine("deepspeed", zero(1), _topology(), 0, "bfloat16"), "model.dtype=bfloat16 is not for"),
+        (lambda: check_engine("deepspeed", zero(3), _topology(), 0, "bfloat16"), "model.dtype=bfloat16 is not for"),
     ],
 )
 def test_what_an_engine_cannot_do_is_refused_by_name(check: Callable[[], None], refusal: str):
