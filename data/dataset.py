@@ -14,9 +14,10 @@ from data.order.mixture import MixedStream, Mixture, check_mixture, source_weigh
 from data.order.packing import num_samples
 from data.order.stream import ORDER_VERSION, TokenStream
 from data.read.corpus import Corpus
+from data.read.index import digest_of
 from data.read.mapped_corpus import map_corpus
 from data.read.node_cache import Shared, node_directory
-from data.read.readers import Joined, Reader, Subset, digest_of
+from data.read.readers import Joined, Reader, Subset
 from data.read.unit_cache import UnitCache
 from data.read.units import Sizes
 from data.source import Vocabulary, check_source, common_vocabulary, prepared_directory, splits
@@ -95,7 +96,7 @@ class Dataset:
         cache = Path(config.cache).expanduser()
         corpora = {path: map_corpus(directory, cache) for path, directory in prepared.items() if directory is not None}
         self.corpora = list(corpora.values())
-        self.vocabulary = common_vocabulary(config, corpora)
+        self.vocabulary = common_vocabulary(config, paths[0], corpora)
         self.sources = [self._open(path, corpora.get(path)) for path in paths]
 
     def close(self) -> None:

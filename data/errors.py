@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from data.secrets import hide
-
 
 class CorpusError(ValueError):
     """A user's mistake with data. The message is one line: the setting, its value, why, how to mend it."""
@@ -12,11 +10,6 @@ class CorpusError(ValueError):
 
 class StorageError(OSError):
     """A storage that stayed away: no mistake of the user, and nothing is damaged. The run can go on later."""
-
-
-def one_line(error: object) -> str:
-    """The first 300 characters of a library's message without its line breaks and secrets."""
-    return hide(" ".join(str(error).split()))[:300] or type(error).__name__
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:

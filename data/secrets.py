@@ -39,6 +39,11 @@ def hidden(values: Any) -> Any:
     return values
 
 
+def one_line(error: object) -> str:
+    """The first 300 characters of a library's message without its line breaks and secrets."""
+    return hide(" ".join(str(error).split()))[:300] or type(error).__name__
+
+
 def _without_login(found: re.Match[str]) -> str:
     scheme, login = found.groups()
     is_secret = ":" in login or scheme.endswith(("http://", "https://"))

@@ -7,18 +7,19 @@ from typing import NamedTuple
 from data.config import EMBEDDED, SKIP, DataConfig
 from data.errors import CorpusError
 from data.files import why_unwritable
-from data.order.mixture import source_weights
-from data.order.stream import permutation
+from data.order.lanes import permutation
 from data.prepare.embedded import library_root
 from data.prepare.heldout import BYTES_PER_TOKEN, heldout_share
 from data.prepare.prepare import embedded_corpus
 from data.read.corpus import Corpus
+from data.read.endings import ROW_ENDINGS
 from data.read.formats import open_rows
-from data.read.listing import ROW_ENDINGS, list_files
+from data.read.listing import list_files
 from data.read.manifest import HELDOUT, TRAIN, is_corpus
 from data.read.mapped_corpus import map_corpus
 from data.read.megatron_files import MegatronReader, megatron_prefix
-from data.read.readers import ChosenUnits, CutUnits, PreparedReader, Reader
+from data.read.prepared import PreparedReader
+from data.read.readers import ChosenUnits, CutUnits, Reader
 from data.read.remote import is_url
 from data.read.row_reader import RowReader
 from data.text.tokenizer import Tokenizer, check_vocab_size
@@ -67,7 +68,7 @@ class Vocabulary(NamedTuple):
         return cls(tokenizer.sha256, tokenizer.eod_id, tokenizer.vocab_size)
 
 
-def common_vocabulary(config: DataConfig, corpora: dict[str, Corpus]) -> Vocabulary:
+def common_vocabulary(config: DataConfig, first_source: str, corpora: dict[str, Corpus]) -> Vocabulary:
     """The vocabulary of all sources, which must share a tokenizer. Prepared corpora know theirs."""
     given = {
         path: Vocabulary(corpus.manifest.tokenizer.sha256, corpus.eod_id, corpus.vocab_size)
@@ -77,7 +78,7 @@ def common_vocabulary(config: DataConfig, corpora: dict[str, Corpus]) -> Vocabul
         given["data.tokenizer"] = Vocabulary.of(Tokenizer.from_path(config.tokenizer, config.eod_token))
     if not given:
         raise CorpusError(
-            f"data.tokenizer must be given: {source_weights(config)[0][0]} is no corpus made by prepare, so name the "
+            f"data.tokenizer must be given: {first_source} is no corpus made by prepare, so name the "
             f"tokenizer.json that its tokens are of, or that its text is to be tokenized with"
         )
     (first, vocabulary), *others = given.items()

@@ -71,17 +71,17 @@ class MicroBatch:
         tokens_RS: Tensor,
         documents_RS: Tensor,
         counts: Tensor,
-        part: int = 0,
-        parts: int = 1,
+        cut: tuple[int, int] = (0, 1),
         tokens_before: int = 0,
     ) -> "MicroBatch":
         """From samples of L + 1 tokens and the counts of `count_targets` summed over the whole global batch.
 
         Args:
-            part, parts: which of equal parts of each sequence to keep (context parallelism). Targets are found before
-                the cut, so none is lost at its edge.
+            cut: (part, parts), which of equal parts of each sequence to keep (context parallelism). Targets are found
+                before the cut, so none is lost at its edge.
         """
         steps = counts.numel() - 2
+        part, parts = cut
         rows, length = tokens_RS.shape[0], tokens_RS.shape[1] - 1
         valid = prediction_valid(documents_RS, steps)
         shifted = torch.zeros(2 + steps, rows, length, dtype=torch.int64)

@@ -6,8 +6,8 @@ Qwen3-Next: four blocks of a token mixer and a mixture of experts each. ``*-`` i
 """
 
 import math
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Annotated, Protocol
 
 LAYER_SYMBOLS = "G*E-"
 HEAD_CHUNK = 1024  # tokens whose logits exist at once
@@ -76,42 +76,38 @@ class OneProcess:
     expert_tensor: int = 1
 
 
-def _setting(default, text: str):
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True)
 class ModelConfig:
     """Shape and initialisation of the network. Defaults are Qwen3-Next-80B-A3B's where a default is needed."""
 
-    pattern: str = _setting("GEGEGE*E", "layers: G Gated DeltaNet, * gated attention, E experts, - dense, | cut")
-    repeats: int = _setting(1, "how many times the pattern is repeated")
-    hidden_size: int = _setting(128, "width of the residual stream")
-    vocab_size: int | None = _setting(None, "rows of the embedding; null takes the tokenizer's, padded to 64")
-    attention_heads: int = _setting(4, "query heads of gated attention")
-    key_value_heads: int = _setting(2, "key/value heads of gated attention (GQA groups)")
-    head_dim: int = _setting(32, "dimensions of an attention head")
-    attention_gate: bool = _setting(True, "attention's output gate; false: plain softmax attention")
-    rotary_fraction: float = _setting(0.25, "share of head_dim that RoPE rotates")
-    rope_base: float = _setting(1e7, "RoPE base (theta)")
-    yarn_factor: float = _setting(1.0, "how many times YaRN stretches the context that RoPE was trained on; 1: not")
-    yarn_original_length: int | None = _setting(None, "YaRN: tokens of the context before it was stretched")
-    linear_key_heads: int = _setting(2, "query/key heads of Gated DeltaNet")
-    linear_value_heads: int = _setting(4, "value heads of Gated DeltaNet, a multiple of linear_key_heads")
-    linear_key_dim: int = _setting(64, "dimensions of a Gated DeltaNet query/key head")
-    linear_value_dim: int = _setting(64, "dimensions of a Gated DeltaNet value head")
-    conv_kernel: int = _setting(4, "taps of the causal depthwise convolution in Gated DeltaNet")
-    experts: int = _setting(16, "routed experts in a mixture-of-experts layer")
-    experts_per_token: int = _setting(4, "routed experts that each token uses (top-k)")
-    expert_size: int = _setting(64, "hidden width of a routed expert")
-    shared_expert_size: int = _setting(64, "hidden width of the shared expert; 0: none")
-    dense_size: int = _setting(256, "hidden width of a dense layer")
-    tied_embeddings: bool = _setting(False, "the output head is the embedding: one matrix, read at both ends")
-    norm_eps: float = _setting(1e-6, "epsilon of every RMSNorm")
-    init_std: float = _setting(0.02, "standard deviation of linear and embedding weights at the start")
-    dtype: str = _setting("float32", "parameter and activation type: float32 or bfloat16")
-    backend: str = _setting("torch", "what linear layers are made of: torch, or te (Transformer Engine, on GPUs)")
-    fp8: str = _setting("off", "te: how projections round to 8 bits: off, block, current or delayed (scales)")
+    pattern: Annotated[str, "layers: G Gated DeltaNet, * gated attention, E experts, - dense, | cut"] = "GEGEGE*E"
+    repeats: Annotated[int, "how many times the pattern is repeated"] = 1
+    hidden_size: Annotated[int, "width of the residual stream"] = 128
+    vocab_size: Annotated[int | None, "rows of the embedding; null takes the tokenizer's, padded to 64"] = None
+    attention_heads: Annotated[int, "query heads of gated attention"] = 4
+    key_value_heads: Annotated[int, "key/value heads of gated attention (GQA groups)"] = 2
+    head_dim: Annotated[int, "dimensions of an attention head"] = 32
+    attention_gate: Annotated[bool, "attention's output gate; false: plain softmax attention"] = True
+    rotary_fraction: Annotated[float, "share of head_dim that RoPE rotates"] = 0.25
+    rope_base: Annotated[float, "RoPE base (theta)"] = 1e7
+    yarn_factor: Annotated[float, "how many times YaRN stretches the context that RoPE was trained on; 1: not"] = 1.0
+    yarn_original_length: Annotated[int | None, "YaRN: tokens of the context before it was stretched"] = None
+    linear_key_heads: Annotated[int, "query/key heads of Gated DeltaNet"] = 2
+    linear_value_heads: Annotated[int, "value heads of Gated DeltaNet, a multiple of linear_key_heads"] = 4
+    linear_key_dim: Annotated[int, "dimensions of a Gated DeltaNet query/key head"] = 64
+    linear_value_dim: Annotated[int, "dimensions of a Gated DeltaNet value head"] = 64
+    conv_kernel: Annotated[int, "taps of the causal depthwise convolution in Gated DeltaNet"] = 4
+    experts: Annotated[int, "routed experts in a mixture-of-experts layer"] = 16
+    experts_per_token: Annotated[int, "routed experts that each token uses (top-k)"] = 4
+    expert_size: Annotated[int, "hidden width of a routed expert"] = 64
+    shared_expert_size: Annotated[int, "hidden width of the shared expert; 0: none"] = 64
+    dense_size: Annotated[int, "hidden width of a dense layer"] = 256
+    tied_embeddings: Annotated[bool, "the output head is the embedding: one matrix, read at both ends"] = False
+    norm_eps: Annotated[float, "epsilon of every RMSNorm"] = 1e-6
+    init_std: Annotated[float, "standard deviation of linear and embedding weights at the start"] = 0.02
+    dtype: Annotated[str, "parameter and activation type: float32 or bfloat16"] = "float32"
+    backend: Annotated[str, "what linear layers are made of: torch, or te (Transformer Engine, on GPUs)"] = "torch"
+    fp8: Annotated[str, "te: how projections round to 8 bits: off, block, current or delayed (scales)"] = "off"
 
     @property
     def layers(self) -> str:
@@ -141,18 +137,20 @@ class MtpConfig:
     Whether the keys of a step are those that inference has: see `model.layers.mtp`.
     """
 
-    steps: int = _setting(2, "tokens predicted beyond the next one; 0 trains no MTP layer")
-    keys: str = _setting(
-        "inference", "what a step attends to: inference (first step's keys, then the draft's own) or depth (its own)"
-    )
-    weight: float | tuple[tuple[float, float], ...] = _setting(
-        0.3, "weight of the MTP loss; or [[tokens, weight], ...]: from so many tokens on, as in [[0, 0.3], [1e13, 0.1]]"
-    )
-    step_weights: float | tuple[float, ...] = _setting(
-        1.0,
+    steps: Annotated[int, "tokens predicted beyond the next one; 0 trains no MTP layer"] = 2
+    keys: Annotated[
+        str,
+        "what a step attends to: inference (first step's keys, then the draft's own) or depth (its own)",
+    ] = "inference"
+    weight: Annotated[
+        float | tuple[tuple[float, float], ...],
+        "weight of the MTP loss; or [[tokens, weight], ...]: from so many tokens on, as in [[0, 0.3], [1e13, 0.1]]",
+    ] = 0.3
+    step_weights: Annotated[
+        float | tuple[float, ...],
         "steps' shares of the MTP loss, made to sum to 1: a list, or the ratio of each share to the one before",
-    )
-    detach: bool = _setting(False, "only the MTP layer learns from the MTP loss: not the trunk, embedding or head")
+    ] = 1.0
+    detach: Annotated[bool, "only the MTP layer learns from the MTP loss: not the trunk, embedding or head"] = False
 
     def weight_at(self, tokens: float) -> float:
         """Weight of the MTP loss once so many tokens are behind."""
@@ -172,13 +170,13 @@ class MtpConfig:
 class BalanceConfig:
     """What keeps the load of experts even."""
 
-    weight: float = _setting(1e-3, "weight of the load-balancing loss; a balanced layer adds 1.0 x weight")
-    scope: str = _setting("global", "tokens whose load is evened out: global (batch), micro (-batch) or sequence")
-    micro_weight: float = _setting(0.01, "global: share of the weight that evens out each micro-batch besides")
-    mode: str = _setting("online", "global, several micro-batches: online (forecasts loads) or exact (a pass more)")
-    z_weight: float = _setting(0.0, "weight of the router's z-loss, the mean of logsumexp(logits)^2 per layer")
-    bias_rate: float = _setting(0.0, "step of the bias that chooses experts with too little load; 0: no bias")
-    forced: bool = _setting(False, "benchmarks only: experts in turn, perfectly balanced, whatever the token")
+    weight: Annotated[float, "weight of the load-balancing loss; a balanced layer adds 1.0 x weight"] = 1e-3
+    scope: Annotated[str, "tokens whose load is evened out: global (batch), micro (-batch) or sequence"] = "global"
+    micro_weight: Annotated[float, "global: share of the weight that evens out each micro-batch besides"] = 0.01
+    mode: Annotated[str, "global, several micro-batches: online (forecasts loads) or exact (a pass more)"] = "online"
+    z_weight: Annotated[float, "weight of the router's z-loss, the mean of logsumexp(logits)^2 per layer"] = 0.0
+    bias_rate: Annotated[float, "step of the bias that chooses experts with too little load; 0: no bias"] = 0.0
+    forced: Annotated[bool, "benchmarks only: experts in turn, perfectly balanced, whatever the token"] = False
 
 
 BALANCE_CHOICES = {"scope": ("global", "micro", "sequence"), "mode": ("online", "exact")}

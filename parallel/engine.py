@@ -8,9 +8,9 @@ them without knowing the engine.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
-from parallel.topology import Topology, TopologyError, setting
+from parallel.topology import Topology, TopologyError
 
 ENGINES = ("megatron", "deepspeed")
 type State = dict[str, Any]  # megatron-core's sharded state dict
@@ -23,9 +23,12 @@ type Accept = Callable[[list[Any], float], bool]  # whether a step of these outp
 class DeepSpeedConfig:
     """What engine=deepspeed splits over the data-parallel processes, and where its optimizer works."""
 
-    zero: int = setting(1, "ZeRO stage: 1 splits the optimizer, 2 also gradients, 3 also weights (no experts)")
-    offload: bool = setting(False, "keeps the optimizer in the host's memory, and steps there with the fused CPU Adam")
-    persistent: int = setting(100_000, "ZeRO 3: parameters of fewer numbers stay whole on every process")
+    zero: Annotated[int, "ZeRO stage: 1 splits the optimizer, 2 also gradients, 3 also weights (no experts)"] = 1
+    offload: Annotated[
+        bool,
+        "keeps the optimizer in the host's memory, and steps there with the fused CPU Adam",
+    ] = False
+    persistent: Annotated[int, "ZeRO 3: parameters of fewer numbers stay whole on every process"] = 100_000
 
 
 @dataclass(frozen=True)

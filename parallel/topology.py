@@ -7,8 +7,8 @@ and those processes.
 """
 
 import math
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Annotated, Protocol
 
 EXPERT_ALIGNED = 8  # columns of an expert in bfloat16: 16 bytes
 RECOMPUTE_POLICIES = ("none", "selective", "full")
@@ -18,11 +18,6 @@ RECOMPUTABLE = ("attention", "deltanet", "experts", "norm")
 
 class TopologyError(ValueError):
     """A layout that cannot be built; the message names the sizes that clash, why, and the nearest valid values."""
-
-
-def setting[T](default: T, text: str) -> T:
-    """A field of settings: its default and what it means."""
-    return field(default=default, metadata={"help": text})
 
 
 class Shape(Protocol):
@@ -72,20 +67,22 @@ class Shape(Protocol):
 class ParallelConfig:
     """Sizes of each kind of parallelism; what is left of the processes is data parallel."""
 
-    tensor: int = setting(1, "processes that share each layer's heads and columns")
-    pipeline: int = setting(1, "processes that share the layers; the pattern has as many stages, or a multiple")
-    context: int = setting(1, "processes that share each sequence")
-    expert: int | str = setting("auto", "processes that share a layer's experts, or auto")
-    expert_tensor: int = setting(1, "processes that share each expert's width")
-    recompute: str = setting("none", "what the backward pass computes again to save memory: none, selective or full")
-    recompute_modules: tuple[str, ...] = setting(
-        (), "selective: which of attention, deltanet, experts and norm; empty: all of them"
-    )
-    bucket: int = setting(
-        40_000_000, "numbers of a bucket of gradients or weights, which travels while others are computed; at least"
-    )
-    bucket_share: int = setting(1_000_000, "numbers of each data-parallel rank's share of a bucket, at least")
-    world: int | None = setting(None, "processes of the whole job; null takes what is started")
+    tensor: Annotated[int, "processes that share each layer's heads and columns"] = 1
+    pipeline: Annotated[int, "processes that share the layers; the pattern has as many stages, or a multiple"] = 1
+    context: Annotated[int, "processes that share each sequence"] = 1
+    expert: Annotated[int | str, "processes that share a layer's experts, or auto"] = "auto"
+    expert_tensor: Annotated[int, "processes that share each expert's width"] = 1
+    recompute: Annotated[str, "what the backward pass computes again to save memory: none, selective or full"] = "none"
+    recompute_modules: Annotated[
+        tuple[str, ...],
+        "selective: which of attention, deltanet, experts and norm; empty: all of them",
+    ] = ()
+    bucket: Annotated[
+        int,
+        "numbers of a bucket of gradients or weights, which travels while others are computed; at least",
+    ] = 40_000_000
+    bucket_share: Annotated[int, "numbers of each data-parallel rank's share of a bucket, at least"] = 1_000_000
+    world: Annotated[int | None, "processes of the whole job; null takes what is started"] = None
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.dataset import check_data
-from data.errors import StorageError, one_line
-from data.secrets import hidden, hide
+from data.errors import StorageError
+from data.secrets import hidden, hide, one_line
 from model.backend import check_backend, require_backend
 from model.config import check_model
 from parallel.engine import require_package
@@ -37,17 +37,8 @@ from train.plan.estimate import PUBLISHED, EstimateConfig, check_budget, estimat
 from train.plan.propose import proposals
 from train.settings.commands import BenchConfig, DryRunConfig, check_bench, check_dry_run, check_variants
 from train.settings.paths import OPTION, anchored
-from train.settings.run import (
-    CONFIG_FILE,
-    USER_ERRORS,
-    Config,
-    RunConfig,
-    RunReference,
-    batch_schedule,
-    check,
-    check_plan,
-    load_config,
-)
+from train.settings.run import CONFIG_FILE, USER_ERRORS, Config, RunConfig, RunReference, batch_schedule, load_config
+from train.settings.run_checks import check, check_plan
 from train.settings.tree import (
     MISSING,
     ConfigError,

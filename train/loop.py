@@ -15,7 +15,7 @@ from parallel.collectives import from_first, sum_over, sum_over_all
 from parallel.engine import Engine
 from train import routing
 from train.job import checkpoint
-from train.job.agree import Start, agreed_start, require_repeated
+from train.job.agree import require_repeated
 from train.job.bad_steps import Judge
 from train.job.build import Job, build_engine, build_job, draw_weights
 from train.job.directory import finished_line, require_checkpoint
@@ -23,12 +23,13 @@ from train.job.heartbeat import write_beat
 from train.job.lock import RunLock
 from train.job.provenance import note_start
 from train.job.schedule import learning_rate
+from train.job.start import Start, agreed_start
 from train.job.starter import starter_began
 from train.job.stop import DATA_BROKEN, REWIND, STORAGE_AWAY, Agreement, StopRequest, exit_code
 from train.measure.doctor import refuse_wrong_kernels
 from train.settings.run import CONFIG_FILE, Config, RunReference, batch_schedule, describe, load_config, save_config
 from train.training import Training
-from train.use.evaluate import heldout_line, microbatch
+from train.use.evaluate import heldout_line
 from train.watch import metrics
 from train.watch.every_step import EveryStep
 from train.watch.goodput import DATA, REDONE, TRAINING
@@ -43,7 +44,10 @@ def micro_batches(job: Job, batches: list[Batch], tokens_before: int = 0) -> lis
     """This rank's micro-batches of a step as the network takes them, with counts over the whole global batch."""
     counts = torch.stack([count_targets(batch.documents, job.config.mtp.steps) for batch in batches]).sum(dim=0)
     counts = sum_over(counts.to(job.device), job.groups.dp).cpu()
-    return [microbatch(job, batch, counts, tokens_before) for batch in batches]
+    cut = job.sequence_part
+    return [
+        MicroBatch.build(batch.tokens, batch.documents, counts, cut, tokens_before).to(job.device) for batch in batches
+    ]
 
 
 def train_step(

@@ -8,14 +8,15 @@ from parallel.checkpoint.saving import SaveError
 from parallel.collectives import from_first
 from parallel.engine import Engine
 from train.job import checkpoint
-from train.job.agree import Start, agreed_start, require_alike
+from train.job.agree import require_alike
 from train.job.bad_steps import go_back
 from train.job.build import Job
 from train.job.checkpoint import Checkpoints
 from train.job.directory import require_same_data
 from train.job.progress import Progress
+from train.job.start import Start, agreed_start
 from train.settings.tree import to_dict
-from train.use.evaluate import evaluation
+from train.use.in_training import evaluation
 from train.watch.goodput import EVALUATING, SAVING, Clock
 from train.watch.hang import Watchdog
 
@@ -130,7 +131,7 @@ class Training:
 
     def _load(self, start: Start) -> None:
         """Puts the run where a checkpoint says that it is."""
-        self.progress, self.saved = Progress(self.job, start), start.step
+        self.progress, self.saved = Progress(self.job, start.step, start.state, start.left_out), start.step
         self.progress.require_alike()
         if start.checkpoint:
             require_same_data(start.checkpoint, self.progress.identity, self.job.config.data.on_change)

@@ -26,8 +26,8 @@ from data.errors import CorpusError
 from data.order.packing import best_fit
 from data.progress import count_bar
 from data.read.faults import BrokenUnit, Faults
-from data.read.index import Index, built_once
-from data.read.readers import Reader, digest_of
+from data.read.index import Index, built_once, digest_of
+from data.read.readers import Reader
 from data.read.units import Sizes
 from data.read.workers import reader_of, start_worker, usable_cores
 

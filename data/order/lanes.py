@@ -90,3 +90,12 @@ class Lanes:
         last = window * self.window + self.window_size(lane, window) - 1
         each = self.samples // self.count
         return last * self.count + (int(self._turn_of[lane]) if last < each else lane)
+
+
+def permutation(length: int, *key: int) -> np.ndarray:
+    """int64 [length]: a random order for this `key` of numbers >= 0.
+
+    From the raw words of PCG64, which NumPy promises to keep; it makes no such promise for `permutation`.
+    """
+    words = np.random.PCG64(np.random.SeedSequence(key)).random_raw(length)
+    return np.argsort(words, kind="stable")

@@ -15,10 +15,12 @@ import numpy as np
 import yaml
 
 from data.config import DataConfig
-from data.errors import CorpusError, one_line
+from data.errors import CorpusError
+from data.order.lanes import permutation
 from data.order.packing import Sample
-from data.order.stream import TokenStream, permutation
+from data.order.stream import TokenStream
 from data.read.unit_cache import UnitCache
+from data.secrets import one_line
 
 BLOCK_SAMPLES = 1024
 

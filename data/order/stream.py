@@ -11,7 +11,7 @@ import numpy as np
 
 from data.config import BEST_FIT, SPLIT
 from data.errors import CorpusError
-from data.order.lanes import Lanes
+from data.order.lanes import Lanes, permutation
 from data.order.packing import (
     PADDING,
     Bins,
@@ -218,12 +218,3 @@ class TokenStream:
 
     def _order_bins(self, epoch: int, unit_index: int) -> np.ndarray:
         return permutation(int(self.sizes.packed[unit_index]), self.seed, epoch, 1 + unit_index)
-
-
-def permutation(length: int, *key: int) -> np.ndarray:
-    """int64 [length]: a random order for this `key` of numbers >= 0.
-
-    From the raw words of PCG64, which NumPy promises to keep; it makes no such promise for `permutation`.
-    """
-    words = np.random.PCG64(np.random.SeedSequence(key)).random_raw(length)
-    return np.argsort(words, kind="stable")

@@ -11,10 +11,10 @@ from data.config import SKIP, UNIT_BYTES, PrepareConfig
 from data.errors import CorpusError
 from data.prepare.hub import dataset_files, is_dataset_name
 from data.prepare.inputs import Document, Input
-from data.read.compressed import ending_of
+from data.read.endings import ROW_ENDINGS, ending_of
 from data.read.faults import Faults
 from data.read.formats import TEXT_ENDING, open_rows
-from data.read.listing import ROW_ENDINGS, Listing, list_files
+from data.read.listing import Listing, list_files
 from data.read.remote import redacted
 from data.read.row_reader import RowReader
 from data.read.rows import Rows

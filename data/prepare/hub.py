@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from data.config import PrepareConfig
-from data.errors import CorpusError, one_line
-from data.read.compressed import ending_of
-from data.read.listing import ROW_ENDINGS
+from data.errors import CorpusError
+from data.read.endings import ROW_ENDINGS, ending_of
 from data.read.remote import File, find, is_url
+from data.secrets import one_line
 
 # What an unreachable or unknown dataset raises inside `datasets`.
 HUB_ERRORS = (OSError, ValueError, RuntimeError)

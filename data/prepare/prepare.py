@@ -10,7 +10,7 @@ import pyarrow
 import tokenizers
 
 from data.config import EMBEDDED, SKIP, TRAIN_TOKENIZER, DataConfig, PrepareConfig
-from data.errors import CorpusError, one_line
+from data.errors import CorpusError
 from data.files import locked
 from data.prepare.check import check_prepare, part_of
 from data.prepare.embedded import embedded_input
@@ -22,10 +22,11 @@ from data.prepare.pieces import Job, cut_into_pieces, make_pieces
 from data.prepare.staging import Staging, check_free, staged
 from data.progress import byte_bar
 from data.read.faults import Faults
+from data.read.index import digest_of
 from data.read.manifest import MANIFEST_VERSION, is_corpus
-from data.read.readers import digest_of
 from data.read.remote import exists, is_url, join, read_file, redacted, write_file
 from data.read.workers import available_cores
+from data.secrets import one_line
 from data.text.tokenizer import TOKENIZER_FILE, Tokenizer, train_bpe
 
 EMBEDDED_HELDOUT = 0.05  # of a small corpus

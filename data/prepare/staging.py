@@ -21,12 +21,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data.errors import CorpusError, changes, one_line
+from data.errors import CorpusError, changes
 from data.files import locked
 from data.read.faults import Faults
-from data.read.listing import MANIFEST_FILE
-from data.read.manifest import SPLITS, TRAIN, ShardInfo
+from data.read.manifest import MANIFEST_FILE, SPLITS, TRAIN, ShardInfo
 from data.read.remote import exists, is_url, join, list_sizes, read_file, redacted, remove_tree, write_file
+from data.secrets import one_line
 
 
 @dataclass(frozen=True)

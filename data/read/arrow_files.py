@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from data.errors import CorpusError, one_line
+from data.errors import CorpusError
 from data.read.faults import BrokenUnit, Faults
 from data.read.remote import File, is_url
 from data.read.rows import Rows, column_path, take_column
+from data.secrets import one_line
 
 
 class ArrowRows(Rows):

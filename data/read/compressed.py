@@ -8,23 +8,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from data.errors import one_line
+from data.read.endings import CODECS
 from data.read.faults import BrokenUnit, Faults
 from data.read.remote import File, RangeFile
-
-# File ending -> arrow's name of the codec; xz is Python's.
-CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".xz": ""}
-
-
-def is_compressed(path: str) -> bool:
-    """Whether a file's name says that it is compressed."""
-    return PurePosixPath(path).suffix in CODECS
-
-
-def ending_of(name: str) -> str:
-    """A file's ending without the one of its compression: ".jsonl" of "a.jsonl.gz"."""
-    path = PurePosixPath(name)
-    return PurePosixPath(path.stem).suffix if path.suffix in CODECS else path.suffix
+from data.secrets import one_line
 
 
 @contextmanager

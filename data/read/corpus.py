@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from data.errors import CorpusError, one_line
+from data.errors import CorpusError
 from data.progress import byte_bar
 from data.read.faults import Faults
-from data.read.listing import MANIFEST_FILE
-from data.read.manifest import FileInfo, Manifest, Totals, file_info, read_manifest
+from data.read.manifest import MANIFEST_FILE, FileInfo, Manifest, Totals, file_info, read_manifest
 from data.read.remote import find, is_http, is_url, join, read_file, redacted
 from data.read.shards import broken_file, read_shard
 from data.read.units import Unit
+from data.secrets import one_line
 from data.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
 

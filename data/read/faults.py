@@ -4,7 +4,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from data.errors import CorpusError, StorageError, one_line
+from data.errors import CorpusError, StorageError
+from data.secrets import one_line
 
 ATTEMPTS = 10
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 30.0  # doubled after each attempt

@@ -7,9 +7,9 @@ from pathlib import Path
 from data.config import UNIT_BYTES
 from data.errors import CorpusError
 from data.read.arrow_files import ArrowRows
-from data.read.compressed import ending_of
+from data.read.endings import ROW_ENDINGS, ending_of
 from data.read.json_files import JsonRows
-from data.read.listing import ROW_ENDINGS, Listing
+from data.read.listing import Listing
 from data.read.parquet_files import ParquetRows
 from data.read.rows import Rows
 from data.read.text_files import TextRows

@@ -10,13 +10,15 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from data.errors import CorpusError, one_line
+from data.errors import CorpusError
 from data.files import locked, sync_directory
+from data.secrets import one_line
 
 NOTES_FILE = "notes.json"
 
@@ -86,3 +88,8 @@ def _write(path: Path, index: Index) -> None:
         sync_directory(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def digest_of(values: list[Any]) -> str:
+    """SHA-256 of a list of JSON."""
+    return sha256(json.dumps(values).encode()).hexdigest()

@@ -14,11 +14,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.json as pj
 
-from data.errors import CorpusError, one_line
-from data.read.compressed import ending_of, is_compressed, line_blocks, unpacked
+from data.errors import CorpusError
+from data.read.compressed import line_blocks, unpacked
+from data.read.endings import ending_of, is_compressed
 from data.read.faults import BrokenUnit, Faults
 from data.read.remote import File, fetch
 from data.read.rows import Rows, take_column
+from data.secrets import one_line
 
 PACKED = 3  # bytes of text in a byte of a compressed file, roughly
 COUNTED_BYTES = 2**30  # lines of a file are counted so far when one is named; further on its byte has to do

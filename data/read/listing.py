@@ -20,10 +20,12 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from data.config import TRAIN_SPLIT
-from data.errors import CorpusError, one_line
-from data.read.compressed import ending_of
+from data.errors import CorpusError
+from data.read.endings import ending_of
 from data.read.faults import BrokenUnit, Faults
+from data.read.manifest import MANIFEST_FILE
 from data.read.remote import File, Found, fetch, find, redacted
+from data.secrets import one_line
 
 KEYWORDS = {
     TRAIN_SPLIT: ("train", "training"),
@@ -36,8 +38,6 @@ SHARDED = re.compile(r"data/([^/]*)-\d{5}-of-\d{5}[^/]*\.[^/]*")
 SIDE_FILES = frozenset(
     {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "dummy_data.zip"}
 )
-ROW_ENDINGS = (".parquet", ".jsonl", ".json", ".arrow")  # of files that training reads as they are
-MANIFEST_FILE = "manifest.json"
 PREPARED_SHARD = re.compile(r"(train|heldout)-\d{5,}(-\d{5,})?\.parquet")
 
 

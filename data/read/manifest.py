@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data.errors import CorpusError, one_line
-from data.read.compressed import ending_of
+from data.errors import CorpusError
+from data.read.endings import ROW_ENDINGS, ending_of
 from data.read.faults import Faults
-from data.read.listing import MANIFEST_FILE, ROW_ENDINGS
 from data.read.remote import exists, is_url, join, read_file, redacted, write_file
+from data.secrets import one_line
 
 FORMAT = "token-corpus"
+MANIFEST_FILE = "manifest.json"
 MANIFEST_VERSION = 1
 TRAIN, HELDOUT = SPLITS = ("train", "heldout")
 

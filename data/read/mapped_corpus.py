@@ -16,10 +16,8 @@ import numpy as np
 from data.errors import CorpusError
 from data.read.corpus import Corpus
 from data.read.faults import Faults
-from data.read.index import Index, built_once
-from data.read.listing import MANIFEST_FILE
-from data.read.manifest import SPLITS, FileInfo, Manifest, ShardInfo, Totals
-from data.read.readers import digest_of
+from data.read.index import Index, built_once, digest_of
+from data.read.manifest import MANIFEST_FILE, SPLITS, FileInfo, Manifest, ShardInfo, Totals
 from data.read.remote import is_url, join, read_file
 
 COUNTS = ("size", "documents", "tokens", "bytes")

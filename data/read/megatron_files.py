@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 
 from data.config import UNIT_BYTES
-from data.errors import CorpusError, one_line
+from data.errors import CorpusError
 from data.read.faults import BrokenUnit, Faults, retrying
-from data.read.readers import Reader, digest_of
+from data.read.index import digest_of
+from data.read.readers import Reader
 from data.read.units import Sizes, Unit, ended
+from data.secrets import one_line
 from data.text.tokenizer import Tokenizer
 
 

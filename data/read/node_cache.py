@@ -16,7 +16,8 @@ import xxhash
 
 from data.files import locked
 from data.read.faults import Faults
-from data.read.readers import Reader, Wrapped, digest_of
+from data.read.index import digest_of
+from data.read.readers import Reader, Wrapped
 from data.read.units import Sizes, Unit
 
 ENDING = ".unit"

@@ -12,13 +12,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.errors import one_line
 from data.progress import count_bar
 from data.read.faults import BrokenUnit, Faults
-from data.read.index import Index, built_once
-from data.read.readers import digest_of
+from data.read.index import Index, built_once, digest_of
 from data.read.remote import File, RangeFile, fetch
 from data.read.rows import Counts, Rows, column_path, take_column
+from data.secrets import one_line
 
 FOOTER_BYTES = 2**16  # fetched at once from the end of a parquet file; longer footers take a second fetch
 FOOTER_THREADS = 16

@@ -1,17 +1,14 @@
 """Readers: the documents of one source, unit by unit, whatever they are stored in."""
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from hashlib import sha256
 from typing import Any
 
 import numpy as np
 import xxhash
 
-from data.read.corpus import Corpus
 from data.read.faults import Faults
-from data.read.remote import redacted
+from data.read.index import digest_of
 from data.read.units import Sizes, Unit
 
 
@@ -65,38 +62,6 @@ class Reader(ABC):
     def lengths(self, unit: int, faults: Faults) -> np.ndarray:
         """int64 [documents] of a unit."""
         return self.read(unit, faults).lengths
-
-
-class PreparedReader(Reader):
-    """A split of a corpus made by prepare; a unit is a shard."""
-
-    def __init__(self, corpus: Corpus, split: str) -> None:
-        self.corpus, self.split = corpus, split
-        self.path, self.vocab_size = f"the {split} split of {redacted(corpus.root)}", corpus.vocab_size
-        self._shards = corpus.manifest.splits[split]
-
-    @property
-    def num_units(self) -> int:
-        return len(self._shards)
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(shard.size for shard in self._shards)
-
-    @property
-    def identity(self) -> list[Any]:
-        return ["prepared", self.corpus.fingerprint, self.split]
-
-    def label(self, unit: int) -> str:
-        return redacted(self.corpus.file(self._shards[unit].file))
-
-    def read(self, unit: int, faults: Faults) -> Unit:
-        return self.corpus.shard(self.split, unit, faults)
-
-    def known(self) -> Sizes:
-        counts = [(shard.documents, shard.tokens) for shard in self._shards]
-        documents, tokens = np.array(counts, dtype=np.int64).reshape(-1, 2).T
-        return Sizes(documents, tokens, np.zeros_like(tokens), self.corpus.fingerprint)
 
 
 class Wrapped(Reader):
@@ -276,11 +241,6 @@ class Joined(Reader):
         columns = zip(*((part.documents, part.tokens, part.empty) for part in parts), strict=True)
         documents, tokens, empty = map(np.concatenate, columns)
         return Sizes(documents, tokens, empty, digest_of([part.digest for part in parts]))
-
-
-def digest_of(values: list[Any]) -> str:
-    """SHA-256 of a list of JSON."""
-    return sha256(json.dumps(values).encode()).hexdigest()
 
 
 def document_hash(tokens: np.ndarray, seed: int) -> int:

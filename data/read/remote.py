@@ -14,9 +14,10 @@ from typing import Any
 
 import fsspec
 
-from data.errors import CorpusError, one_line
+from data.errors import CorpusError
 from data.files import write_whole
 from data.read.faults import Faults, retrying
+from data.secrets import one_line
 
 TIMEOUT_S = 60
 BLOCK = 2**20  # bytes that a RangeFile reads at least, so that small reads of a parser are few requests

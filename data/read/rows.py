@@ -14,9 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data.config import UNIT_BYTES
-from data.errors import CorpusError, one_line
+from data.errors import CorpusError
 from data.read.faults import BrokenUnit, Faults
 from data.read.remote import File
+from data.secrets import one_line
 
 TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
 BYTES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)

@@ -11,11 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.errors import one_line
 from data.read.faults import BrokenUnit, Faults
 from data.read.manifest import ShardInfo
 from data.read.remote import join, read_file, redacted
 from data.read.units import Unit, token_dtype
+from data.secrets import one_line
 
 
 def read_shard(root: str | Path, info: ShardInfo, vocab_size: int, check_hash: bool, faults: Faults) -> Unit:

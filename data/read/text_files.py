@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from data.errors import one_line
 from data.read.compressed import unpacked
 from data.read.faults import BrokenUnit, Faults
 from data.read.remote import File
 from data.read.rows import Rows
+from data.secrets import one_line
 
 SEPARATORS = {"paragraph": "\n\n", "line": "\n"}
 

@@ -13,8 +13,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 from data.config import EOD_TOKEN
-from data.errors import CorpusError, one_line
+from data.errors import CorpusError
 from data.progress import byte_bar, ticking
+from data.secrets import one_line
 
 TOKENIZER_FILE = "tokenizer.json"
 # 256 bytes and the end-of-document token: below this a byte-level BPE cannot spell every text.

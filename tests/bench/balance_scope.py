@@ -28,7 +28,7 @@ from data.dataset import Dataset
 from data.order.batches import Batch
 from data.prepare.embedded import embedded_input
 from data.read.faults import Faults
-from model.batch import count_targets
+from model.batch import MicroBatch, count_targets
 from model.layers.balance import load_fractions
 from parallel import compat
 from parallel import groups as process_groups
@@ -39,7 +39,6 @@ from train.job.build import Job, build_chunks, padded_vocab
 from train.job.checkpoint import load_model
 from train.job.directory import require_checkpoint
 from train.settings.run import RunReference, load_config
-from train.use.evaluate import microbatch
 from train.watch import metrics
 
 SCOPES, SEEDS = ("global", "micro"), (1, 2, 3)
@@ -82,7 +81,10 @@ def counts_by_kind(job: Job, tokens_KRS: Tensor) -> Tensor:
     """Assignments [layers, kinds, experts] of rows of each kind."""
     parts = tokens_KRS.flatten(0, 1).split(job.config.batch.micro)
     batches = [Batch(tokens, torch.zeros_like(tokens, dtype=torch.int32)) for tokens in parts]
-    ready = [microbatch(job, batch, count_targets(batch.documents, 0)) for batch in batches]
+    ready = [
+        MicroBatch.build(batch.tokens, batch.documents, count_targets(batch.documents, 0)).to(job.device)
+        for batch in batches
+    ]
     routing.count_ahead(job, ready)
     found = [balance.by_micro_batch()[0] for _, balance in sorted(routing.balances(job).items())]
     return torch.stack(found).unflatten(1, (len(tokens_KRS), -1)).sum(dim=2)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
@@ -70,5 +71,5 @@ def test_prepare_settings_out_of_range_are_named(setting: str, value: object) ->
 
 @pytest.mark.parametrize("config", [DataConfig, PrepareConfig])
 def test_every_field_explains_itself(config: type) -> None:
-    for field in dataclasses.fields(config):
-        assert len(field.metadata["help"]) > 10, field.name
+    for name, annotation in get_type_hints(config, include_extras=True).items():
+        assert len(annotation.__metadata__[0]) > 10, name

@@ -17,7 +17,7 @@ from data.read.faults import Faults
 from data.read.index import Index, built_once
 from data.read.manifest import SPLITS
 from data.read.mapped_corpus import map_corpus
-from data.read.readers import PreparedReader
+from data.read.prepared import PreparedReader
 
 
 def numbers() -> Index:

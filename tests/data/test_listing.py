@@ -8,7 +8,8 @@ import pytest
 from datasets.data_files import DataFilesDict, get_data_patterns
 
 from data.errors import CorpusError
-from data.read.listing import ROW_ENDINGS, list_files, splits_of
+from data.read.endings import ROW_ENDINGS
+from data.read.listing import list_files, splits_of
 
 LAYOUTS = [
     ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "data/test-00000-of-00001.parquet"],

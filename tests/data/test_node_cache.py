@@ -14,7 +14,8 @@ from data.order.batches import BatchSchedule
 from data.read.corpus import Corpus
 from data.read.faults import Faults
 from data.read.node_cache import ENDING, Shared
-from data.read.readers import PreparedReader, Subset
+from data.read.prepared import PreparedReader
+from data.read.readers import Subset
 
 SEQ, WORLD = 16, 4
 

@@ -13,11 +13,12 @@ from data.config import PrepareConfig
 from data.errors import CorpusError
 from data.loader import Loader, heldout_batches
 from data.order.batches import Batch, BatchSchedule
+from data.order.lanes import permutation
 from data.order.packing import Sample
-from data.order.stream import TokenStream, permutation
+from data.order.stream import TokenStream
 from data.prepare.prepare import prepare
 from data.read.corpus import Corpus
-from data.read.readers import PreparedReader
+from data.read.prepared import PreparedReader
 
 SEQ = 16
 

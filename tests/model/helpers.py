@@ -125,7 +125,7 @@ def kept_bytes(network: nn.Module, rows: int, length: int, part: int = 0, parts:
     documents = torch.zeros_like(tokens)
     documents[:, length // 2 :] = 1
     counts = count_targets(documents, network.config.mtp.steps)
-    batch = MicroBatch.build(tokens, documents, counts, part, parts)
+    batch = MicroBatch.build(tokens, documents, counts, (part, parts))
     parameters = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
     kept = {}
 

@@ -10,7 +10,8 @@ import pytest
 
 from train import usage
 from train.__main__ import compose, run
-from train.settings.run import USER_ERRORS, Config, check, save_config
+from train.settings.run import USER_ERRORS, Config, save_config
+from train.settings.run_checks import check
 from train.settings.tree import settings
 
 ROOT = Path(__file__).parents[2]

@@ -17,14 +17,8 @@ from train.settings.commands import (
     check_generate,
     used_elsewhere,
 )
-from train.settings.run import (
-    Config,
-    RunReference,
-    check,
-    describe,
-    load_config,
-    save_config,
-)
+from train.settings.run import Config, RunReference, describe, load_config, save_config
+from train.settings.run_checks import check
 from train.settings.tree import ConfigError, from_dict, settings, to_dict
 
 

@@ -13,7 +13,7 @@ from train.__main__ import compose, run
 from train.job.footprint import footprint, planned_vocab, stage_numbers
 from train.job.gpus import GPUS, data_sheet
 from train.plan.estimate import Budget, check_budget, gpu_hours
-from train.settings.run import check_plan
+from train.settings.run_checks import check_plan
 from train.settings.tree import ConfigError
 
 ROOT = Path(__file__).parents[2]

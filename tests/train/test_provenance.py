@@ -12,7 +12,8 @@ from train.arguments import run_by_name
 from train.job.directory import require_checkpoint, starting_checkpoint, steps_done
 from train.job.provenance import HISTORY_FILE, kept_tokenizer, note_start, sidecars
 from train.job.shelf import Shelf, write_state
-from train.settings.run import Config, RunConfig, RunReference, check_plan, load_config, read_config, save_config
+from train.settings.run import Config, RunConfig, RunReference, load_config, read_config, save_config
+from train.settings.run_checks import check_plan
 from train.settings.tree import ConfigError
 
 STEPS = (3, 6)

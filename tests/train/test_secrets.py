@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from data.errors import one_line
-from data.secrets import hidden, hide
+from data.secrets import hidden, hide, one_line
 from train import front
 from train.__main__ import run
 from train.job.shelf import read_state, write_state
-from train.settings.run import Config, check_plan, describe, save_config
+from train.settings.run import Config, describe, save_config
+from train.settings.run_checks import check_plan
 from train.settings.tree import ConfigError, from_dict
 
 ROOT = Path(__file__).parents[2]

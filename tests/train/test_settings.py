@@ -1,30 +1,27 @@
 """The strict builder of settings trees."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import pytest
 
 from train.settings.tree import ConfigError, from_dict, from_text, hint, settings, takes_text, to_dict
 
 
-def setting(default):
-    return field(default=default, metadata={"help": "a test's setting"})
-
-
 @dataclass(frozen=True)
 class Inner:
-    global_: int = setting(1)
-    rate: float = setting(0.5)
-    limit: float | None = setting(None)
-    size: int | str = setting("auto")
+    global_: Annotated[int, "a test's setting"] = 1
+    rate: Annotated[float, "a test's setting"] = 0.5
+    limit: Annotated[float | None, "a test's setting"] = None
+    size: Annotated[int | str, "a test's setting"] = "auto"
 
 
 @dataclass(frozen=True)
 class Outer:
-    must: str = field(metadata={"help": "the thing to give"})
-    flag: bool = setting(False)
-    pair: tuple[float, float] = setting((0.9, 0.95))
-    words: tuple[str, ...] = setting(())
+    must: Annotated[str, "the thing to give"]
+    flag: Annotated[bool, "a test's setting"] = False
+    pair: Annotated[tuple[float, float], "a test's setting"] = (0.9, 0.95)
+    words: Annotated[tuple[str, ...], "a test's setting"] = ()
     inner: Inner = field(default_factory=Inner)
 
 

@@ -16,8 +16,9 @@ from parallel.collectives import from_first
 from parallel.topology import Topology
 from tests.dist import run_ranks
 from tests.layout import ROOT
-from train.job.agree import agreed_start, require_alike
+from train.job.agree import require_alike
 from train.job.shelf import Shelf, write_state
+from train.job.start import agreed_start
 from train.job.stop import DATA_BROKEN, STORAGE_AWAY, TIME_IS_UP, Agreement, StopRequest, exit_code
 from train.settings.run import Config, RunConfig
 from train.settings.tree import ConfigError

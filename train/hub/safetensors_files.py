@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from data.errors import one_line
+from data.secrets import one_line
 from train.hub.settings import read_json
 from train.settings.tree import ConfigError
 

@@ -8,17 +8,17 @@ runs/NAME/config.yaml  runs/NAME/checkpoints/step_00000000/  runs/NAME/tokenizer
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from data.config import DataConfig
-from data.errors import one_line
+from data.secrets import one_line
 from model.config import BalanceConfig, MtpConfig, check_model
 from model.hf.config import from_hf
 from model.hf.families import FAMILIES
 from train.job.directory import require_checkpoint
 from train.settings.checks import check_choice
 from train.settings.run import Config, RunConfig, RunReference, load_config
-from train.settings.tree import ConfigError, setting
+from train.settings.tree import ConfigError
 
 HF_CONFIG = "config.json"
 TOKENIZER_DIR = "tokenizer"  # of an imported run: the files that came with the model
@@ -31,57 +31,57 @@ FP8_BLOCKS = "fp8"
 class ExportConfig:
     """A run as a Hugging Face checkpoint."""
 
-    out: str = field(metadata={"help": "directory to make; must not exist yet"})
+    out: Annotated[str, "directory to make; must not exist yet"]
     run: RunReference = field(default_factory=RunReference)
-    step: int | None = setting(None, "which checkpoint, by its step; null takes the last")
-    dtype: str | None = setting(
-        None,
+    step: Annotated[int | None, "which checkpoint, by its step; null takes the last"] = None
+    dtype: Annotated[
+        str | None,
         "bfloat16 or float32; null takes the model's. Norms, routers, A_log and dt_bias stay float32, as in training",
-    )
-    model_type: str | None = setting(
-        None,
+    ] = None
+    model_type: Annotated[
+        str | None,
         "qwen3_next, qwen3_5_text or qwen3_5_moe_text; null takes the one that the weights were imported as, else "
         "qwen3_next with experts and qwen3_5_text without",
-    )
-    experts: str | None = setting(
-        None,
+    ] = None
+    experts: Annotated[
+        str | None,
         "routed experts one by one (separate), or stacked, all of a layer as one; null: as they were imported, else as "
         "published files of the model type are",
-    )
-    visual: bool = setting(
-        True, "with what an import carried along, the tower that sees included; false: the text model alone"
-    )
-    quantize: str | None = setting(
-        None,
+    ] = None
+    visual: Annotated[
+        bool,
+        "with what an import carried along, the tower that sees included; false: the text model alone",
+    ] = True
+    quantize: Annotated[
+        str | None,
         "fp8: projections and experts in FP8 (e4m3) with a scale for each 128 x 128 numbers, as published -FP8 files; "
         "null: as dtype says",
-    )
-    shard_size: float = setting(4.0, "GB of a file, at most (but a tensor is never cut)")
-    max_length: int | None = setting(
-        None, "longest text in tokens, max_position_embeddings; null: data.seq_length, or what YaRN stretches to"
-    )
+    ] = None
+    shard_size: Annotated[float, "GB of a file, at most (but a tensor is never cut)"] = 4.0
+    max_length: Annotated[
+        int | None,
+        "longest text in tokens, max_position_embeddings; null: data.seq_length, or what YaRN stretches to",
+    ] = None
 
 
 @dataclass(frozen=True)
 class NewRun:
     """The run that an import makes."""
 
-    name: str = setting("imported", "the new run and its directory; must not exist yet")
-    dir: str = setting("runs", "directory that holds the runs")
+    name: Annotated[str, "the new run and its directory; must not exist yet"] = "imported"
+    dir: Annotated[str, "directory that holds the runs"] = "runs"
 
 
 @dataclass(frozen=True)
 class ImportConfig:
     """A Hugging Face checkpoint as a run."""
 
-    hf: str = field(
-        metadata={"help": "directory of a qwen3_next, qwen3_5 or qwen3_5_moe checkpoint: config.json and safetensors"}
-    )
+    hf: Annotated[str, "directory of a qwen3_next, qwen3_5 or qwen3_5_moe checkpoint: config.json and safetensors"]
     run: NewRun = field(default_factory=NewRun)
-    dtype: str | None = setting(None, "type to train in, bfloat16 or float32; null takes config.json's")
-    mtp: bool = setting(True, "takes the multi-token-prediction layer, if there is one; false leaves it out")
-    corpus: str = setting("", "corpus that evaluate and generate of the new run read, prepared with its tokenizer")
-    seq_length: int = setting(4096, "tokens of a sample when the new run is evaluated")
+    dtype: Annotated[str | None, "type to train in, bfloat16 or float32; null takes config.json's"] = None
+    mtp: Annotated[bool, "takes the multi-token-prediction layer, if there is one; false leaves it out"] = True
+    corpus: Annotated[str, "corpus that evaluate and generate of the new run read, prepared with its tokenizer"] = ""
+    seq_length: Annotated[int, "tokens of a sample when the new run is evaluated"] = 4096
 
 
 def check_export(config: ExportConfig) -> tuple[Config, Path]:

@@ -59,6 +59,11 @@ class Job:
         return self.config.batch.micro * self.config.data.seq_length
 
     @property
+    def sequence_part(self) -> tuple[int, int]:
+        """Which part of each sequence this process has, and of how many (context parallelism)."""
+        return self.groups.cp.rank(), self.groups.cp.size()
+
+    @property
     def vocab_size(self) -> int:
         """Rows of the embedding."""
         return self.chunks[0].vocab_size

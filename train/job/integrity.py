@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data.errors import one_line
+from data.secrets import one_line
 from parallel.checkpoint.digest import Digest, digest_of, read_digest
 
 MANIFEST_FILE = "integrity.json"

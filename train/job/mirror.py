@@ -12,8 +12,7 @@ from pathlib import Path
 
 from fsspec.core import url_to_fs
 
-from data.errors import one_line
-from data.secrets import hide
+from data.secrets import hide, one_line
 from train.job.shelf import NAME, STATE_FILE, Shelf, promised, why_broken
 from train.settings.run import RunConfig
 

@@ -3,8 +3,8 @@
 from typing import Any
 
 from data.loader import Loader, Stream
-from data.order.skips import Skips
-from train.job.agree import Start, require_alike
+from data.order.skips import Skips, Window
+from train.job.agree import require_alike
 from train.job.bad_steps import Judge
 from train.job.build import Job
 from train.settings.run import batch_schedule
@@ -12,17 +12,23 @@ from train.settings.tree import to_dict
 
 
 class Progress:
-    """How far a run has read, what it leaves out, and what it takes for a usual step."""
+    """How far a run has read, what it leaves out, and what it takes for a usual step.
 
-    def __init__(self, job: Job, start: Start) -> None:
+    Args:
+        step: steps that are done.
+        state: what the checkpoint after them says of itself; empty for a new run.
+        left_out: windows of samples that the run has left out after bad steps.
+    """
+
+    def __init__(self, job: Job, step: int, state: dict[str, Any], left_out: list[Window]) -> None:
         self._job, self._schedule = job, batch_schedule(job.config)
-        number, data = self._schedule.samples(start.step).start, start.state.get("data", {})
-        windows = [*job.config.data.skip, *start.left_out]
+        number, data = self._schedule.samples(step).start, state.get("data", {})
+        windows = [*job.config.data.skip, *left_out]
         self.skips = Skips(windows, number, data.get("place", number))
         self.judge = Judge(job, data.get("judge"))
         self.identity = job.dataset.identity(job.config.seed)
         self.stream: Stream = job.dataset.train_stream(job.config.seed)
-        self.start = start.step
+        self.start = step
 
     def loader(self) -> Loader:
         """This process's batches from here on."""

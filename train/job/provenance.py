@@ -20,8 +20,7 @@ from typing import Any
 
 import yaml
 
-from data.errors import one_line
-from data.secrets import hidden
+from data.secrets import hidden, one_line
 from data.text.tokenizer import TOKENIZER_FILE, Tokenizer
 from train.settings.run import CONFIG_FILE, Config
 from train.settings.tree import ConfigError, leaves, to_dict

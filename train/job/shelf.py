@@ -16,9 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data.errors import one_line
 from data.files import sync_directory
-from data.secrets import hidden
+from data.secrets import hidden, one_line
 from parallel.checkpoint.digest import Digest, digest_of, read_digest, write_synced
 from train.job.integrity import MANIFEST_FILE, faults, manifest
 from train.settings.tree import ConfigError

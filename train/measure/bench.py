@@ -81,7 +81,7 @@ def counted(network: LanguageModel, groups: ProcessGroupCollection, tokens_RS: T
     for balance in balances:
         balance.begin_step(recording=False)
     counts = groups.dp.size() * count_targets(documents_RS, network.config.mtp.steps)
-    batch = MicroBatch.build(tokens_RS, documents_RS, counts, groups.cp.rank(), groups.cp.size())
+    batch = MicroBatch.build(tokens_RS, documents_RS, counts, (groups.cp.rank(), groups.cp.size()))
     yield batch.to(process_groups.local_device())
     for balance in balances:
         balance.end_step()

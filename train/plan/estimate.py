@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Annotated
 
 from model.config import MtpConfig
 from model.cost import cost
@@ -10,7 +11,7 @@ from parallel.topology import Topology
 from train.job.footprint import Footprint, checkpoint_bytes, exact_balance, footprint, planned_vocab
 from train.job.gpus import GPUS
 from train.settings.run import Config, run_tokens
-from train.settings.tree import ConfigError, setting
+from train.settings.tree import ConfigError
 
 GIB = 2**30
 HOUR = 3600
@@ -37,12 +38,12 @@ LENGTHS = (4096, 32768)  # pretraining, and its long-context stage
 class Budget:
     """What is to be bought."""
 
-    tokens: float = setting(0.0, "tokens to train on; 0: as many as the recipe's run reads")
-    gpu: str = setting("H200", "GPU to train on: H100, H200 or B200")
-    mfu: float = setting(0.4, "share of the GPU's dense bfloat16 peak that training reaches")
-    price: float | None = setting(None, "USD a GPU-hour; null: no money is shown")
-    propose: int = setting(0, "instead, so many layouts for parallel.world GPUs, fastest first")
-    compare: bool = setting(False, "also Qwen3-Next's published comparison with Qwen3-32B and Qwen3-30B-A3B")
+    tokens: Annotated[float, "tokens to train on; 0: as many as the recipe's run reads"] = 0.0
+    gpu: Annotated[str, "GPU to train on: H100, H200 or B200"] = "H200"
+    mfu: Annotated[float, "share of the GPU's dense bfloat16 peak that training reaches"] = 0.4
+    price: Annotated[float | None, "USD a GPU-hour; null: no money is shown"] = None
+    propose: Annotated[int, "instead, so many layouts for parallel.world GPUs, fastest first"] = 0
+    compare: Annotated[bool, "also Qwen3-Next's published comparison with Qwen3-32B and Qwen3-30B-A3B"] = False
 
 
 @dataclass(frozen=True)

@@ -4,21 +4,23 @@ checks."""
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated
 
 from data.config import DataConfig
 from data.files import why_unwritable
 from model.backend import on_torch, require_backend
 from parallel.topology import ParallelConfig
 from train.settings.checks import check_choice, check_least, check_seed
-from train.settings.run import Config, RunReference, check_plan
-from train.settings.tree import ConfigError, from_dict, over, setting, to_dict, values_of
+from train.settings.run import Config, RunReference
+from train.settings.run_checks import check_plan
+from train.settings.tree import ConfigError, from_dict, over, to_dict, values_of
 
 
 @dataclass(frozen=True)
 class DryRun:
     """Which process of a job run.dry_run=true builds."""
 
-    rank: int = setting(0, "which process of parallel.world is built")
+    rank: Annotated[int, "which process of parallel.world is built"] = 0
 
 
 @dataclass(frozen=True)
@@ -32,16 +34,18 @@ class DryRunConfig:
 class BenchSettings:
     """What `bench` measures, in the layout that the recipe asks for: parallel.expert=2 takes two processes."""
 
-    sequences: tuple[int, ...] = setting((2, 4, 8), "sequences of a data-parallel rank's step, one after the other")
-    repeats: int = setting(7, "steps of each size; their median counts")
-    optimizer: bool = setting(False, "also times whole steps, with AdamW: 18 bytes a parameter")
-    peers: bool = setting(
-        True, "also times transformers' and megatron-core's Qwen3-Next in one process; patterns of GE and *E only"
-    )
-    also: tuple[str, ...] = setting(
-        (), 'variants timed after the recipe, as in ["model.repeats=3","balance.forced=true"]'
-    )
-    output: str = setting("bench.json", "where the numbers go, and beside it the same as a page (.md)")
+    sequences: Annotated[tuple[int, ...], "sequences of a data-parallel rank's step, one after the other"] = (2, 4, 8)
+    repeats: Annotated[int, "steps of each size; their median counts"] = 7
+    optimizer: Annotated[bool, "also times whole steps, with AdamW: 18 bytes a parameter"] = False
+    peers: Annotated[
+        bool,
+        "also times transformers' and megatron-core's Qwen3-Next in one process; patterns of GE and *E only",
+    ] = True
+    also: Annotated[
+        tuple[str, ...],
+        'variants timed after the recipe, as in ["model.repeats=3","balance.forced=true"]',
+    ] = ()
+    output: Annotated[str, "where the numbers go, and beside it the same as a page (.md)"] = "bench.json"
 
 
 @dataclass(frozen=True)
@@ -56,14 +60,17 @@ class EvaluateConfig:
     """What `evaluate` measures."""
 
     run: RunReference = field(default_factory=RunReference)
-    step: int | None = setting(None, "which checkpoint, by its step; null takes the last")
-    samples: int | None = setting(None, "held-out sequences; null takes the run's run.eval_samples")
-    draft: int | None = setting(None, "tokens of an MTP draft, whose acceptance is measured; null: mtp.steps; 0: none")
-    prompts: int = setting(64, "held-out prompts that drafts continue")
-    prompt_tokens: int = setting(32, "tokens of a prompt, at the most")
-    tokens: int = setting(64, "tokens that each prompt is continued by")
-    dtype: str | None = setting(None, "type that the weights are rounded to first: float32 or bfloat16; null: none")
-    output: str | None = setting(None, "JSON file for prompts, texts and the acceptance of their drafts")
+    step: Annotated[int | None, "which checkpoint, by its step; null takes the last"] = None
+    samples: Annotated[int | None, "held-out sequences; null takes the run's run.eval_samples"] = None
+    draft: Annotated[
+        int | None,
+        "tokens of an MTP draft, whose acceptance is measured; null: mtp.steps; 0: none",
+    ] = None
+    prompts: Annotated[int, "held-out prompts that drafts continue"] = 64
+    prompt_tokens: Annotated[int, "tokens of a prompt, at the most"] = 32
+    tokens: Annotated[int, "tokens that each prompt is continued by"] = 64
+    dtype: Annotated[str | None, "type that the weights are rounded to first: float32 or bfloat16; null: none"] = None
+    output: Annotated[str | None, "JSON file for prompts, texts and the acceptance of their drafts"] = None
 
 
 @dataclass(frozen=True)
@@ -81,13 +88,13 @@ class GenerateConfig:
     """What `generate` writes."""
 
     run: RunReference = field(default_factory=RunReference)
-    step: int | None = setting(None, "which checkpoint, by its step; null takes the last")
-    prompt: str = setting("def ", "text to continue")
-    prompt_file: str | None = setting(None, "file whose text is the prompt, but for a last line break")
-    tokens: int = setting(100, "tokens to write")
-    temperature: float = setting(0.0, "0 takes the likeliest token; 1 samples from the model's distribution")
-    seed: int = setting(1234, "seed of the sampling")
-    draft: int = setting(0, "tokens that the MTP layer drafts ahead for one pass of the model to check; 0: none")
+    step: Annotated[int | None, "which checkpoint, by its step; null takes the last"] = None
+    prompt: Annotated[str, "text to continue"] = "def "
+    prompt_file: Annotated[str | None, "file whose text is the prompt, but for a last line break"] = None
+    tokens: Annotated[int, "tokens to write"] = 100
+    temperature: Annotated[float, "0 takes the likeliest token; 1 samples from the model's distribution"] = 0.0
+    seed: Annotated[int, "seed of the sampling"] = 1234
+    draft: Annotated[int, "tokens that the MTP layer drafts ahead for one pass of the model to check; 0: none"] = 0
 
     @property
     def text(self) -> str:

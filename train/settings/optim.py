@@ -1,36 +1,37 @@
 """The optimizer's settings, and their checks."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from train.settings.checks import check_choice, check_least
-from train.settings.tree import ConfigError, setting
+from train.settings.tree import ConfigError
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     """AdamW and its learning-rate schedule."""
 
-    lr: float = setting(3e-4, "peak learning rate")
-    min_lr: float = setting(3e-5, "learning rate at the last step")
-    schedule: str = setting("cosine", "learning rate after the warm-up: cosine or wsd (stable, then decay)")
-    warmup_steps: int = setting(0, "steps of linear warm-up")
-    decay_fraction: float = setting(0.2, "wsd: share of run.steps in which the learning rate decays")
-    decay_shape: str = setting("sqrt", "wsd: shape of the decay, linear or sqrt (1 - sqrt of its progress)")
-    betas: tuple[float, float] = setting((0.9, 0.95), "AdamW's decay rates of the gradient's two moments")
-    eps: float = setting(1e-8, "AdamW's epsilon")
-    weight_decay: float = setting(0.1, "decoupled weight decay")
-    clip: float = setting(1.0, "largest norm of the whole gradient; 0 does not clip")
-    spike_factor: float = setting(
-        0.0,
+    lr: Annotated[float, "peak learning rate"] = 3e-4
+    min_lr: Annotated[float, "learning rate at the last step"] = 3e-5
+    schedule: Annotated[str, "learning rate after the warm-up: cosine or wsd (stable, then decay)"] = "cosine"
+    warmup_steps: Annotated[int, "steps of linear warm-up"] = 0
+    decay_fraction: Annotated[float, "wsd: share of run.steps in which the learning rate decays"] = 0.2
+    decay_shape: Annotated[str, "wsd: shape of the decay, linear or sqrt (1 - sqrt of its progress)"] = "sqrt"
+    betas: Annotated[tuple[float, float], "AdamW's decay rates of the gradient's two moments"] = (0.9, 0.95)
+    eps: Annotated[float, "AdamW's epsilon"] = 1e-8
+    weight_decay: Annotated[float, "decoupled weight decay"] = 0.1
+    clip: Annotated[float, "largest norm of the whole gradient; 0 does not clip"] = 1.0
+    spike_factor: Annotated[
+        float,
         "a step is skipped whose loss or gradient norm lies so many standard deviations above the mean of the steps "
         "before it; 0 skips only what is not finite",
-    )
-    spike_window: int = setting(128, "steps that optim.spike_factor compares with, once there are half of them")
-    rewind_after: int = setting(
-        5,
+    ] = 0.0
+    spike_window: Annotated[int, "steps that optim.spike_factor compares with, once there are half of them"] = 128
+    rewind_after: Annotated[
+        int,
         "skipped steps in a row after which the run goes back to its last checkpoint before them and leaves their "
         "samples out; 0 only skips",
-    )
+    ] = 5
 
 
 def check_optim(optim: OptimConfig) -> None:

@@ -2,23 +2,21 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated
 
 import yaml
 
 from data.config import DataConfig
-from data.dataset import check_data
-from data.errors import CorpusError, one_line
-from data.files import why_unwritable, write_whole
+from data.errors import CorpusError
+from data.files import write_whole
 from data.order.batches import BatchSchedule
-from data.secrets import hidden
-from model.backend import check_backend, check_fp8_sizes, require_backend
-from model.config import BalanceConfig, ModelConfig, ModelError, MtpConfig, check_balance, check_model
+from data.secrets import hidden, one_line
+from model.config import BalanceConfig, ModelConfig, ModelError, MtpConfig
 from parallel.checkpoint.unpickle import UnsafePickle
-from parallel.engine import DeepSpeedConfig, check_engine, require_package
-from parallel.topology import ParallelConfig, Topology, TopologyError, check_length, microbatches, resolve
-from train.settings.checks import check_choice, check_least, check_seed
-from train.settings.optim import OptimConfig, check_optim
-from train.settings.tree import ConfigError, from_dict, hint_known, leaves, setting, to_dict
+from parallel.engine import DeepSpeedConfig
+from parallel.topology import ParallelConfig, Topology, TopologyError, microbatches
+from train.settings.optim import OptimConfig
+from train.settings.tree import ConfigError, from_dict, hint_known, leaves, to_dict
 
 USER_ERRORS = (ConfigError, ModelError, TopologyError, CorpusError, UnsafePickle)
 CONFIG_FILE = "config.yaml"
@@ -28,43 +26,46 @@ CONFIG_FILE = "config.yaml"
 class RunConfig:
     """How long a run is, where it lives, and what it writes on the way."""
 
-    name: str = setting("", "the run and its directory; empty takes the recipe's; an old name resumes")
-    dir: str = setting("runs", "directory that holds the runs")
-    init: str | None = setting(
-        None,
+    name: Annotated[str, "the run and its directory; empty takes the recipe's; an old name resumes"] = ""
+    dir: Annotated[str, "directory that holds the runs"] = "runs"
+    init: Annotated[
+        str | None,
         "run (its name, or its directory) whose last weights, and model settings, a new run starts from",
-    )
-    steps: int = setting(300, "optimizer steps of the whole run")
-    fork: str | None = setting(
-        None,
+    ] = None
+    steps: Annotated[int, "optimizer steps of the whole run"] = 300
+    fork: Annotated[
+        str | None,
         "NAME@STEP: a new run goes on from that checkpoint of another run (its name, or its directory), with its "
         "weights, optimizer and place in the data",
-    )
-    save_every: int = setting(0, "steps between checkpoints; 0: none by steps; there is always one at the end")
-    save_minutes: float | None = setting(30.0, "minutes between checkpoints, beside save_every; null: none by time")
-    mirror: str | None = setting(
-        None,
+    ] = None
+    save_every: Annotated[int, "steps between checkpoints; 0: none by steps; there is always one at the end"] = 0
+    save_minutes: Annotated[float | None, "minutes between checkpoints, beside save_every; null: none by time"] = 30.0
+    mirror: Annotated[
+        str | None,
         "directory or URL (s3://bucket/runs) that checkpoints are copied to, in a folder of the run's name; a run that "
         "has lost its own goes on from there",
-    )
-    keep: int = setting(3, "newest checkpoints that stay; 0: all")
-    keep_every: int = setting(0, "checkpoints of multiples of so many steps stay for good; 0: none do")
-    eval_every: int = setting(0, "steps between held-out evaluations; 0 evaluates only at the end")
-    eval_samples: int = setting(64, "held-out sequences of one evaluation")
-    eval_prompts: int = setting(16, "held-out prompts on which an evaluation checks MTP drafts (not over a pipeline)")
-    log_every: int = setting(10, "steps between logged lines")
-    start_timeout: float = setting(
-        30.0, "minutes after which processes that wait for another give up, until the first step and in saves"
-    )
-    step_timeout: float = setting(5.0, "the same in the steps after the first one")
-    verify_every: int = setting(
-        0, "steps between those whose gradients are computed twice and compared bit for bit; 0: never"
-    )
-    replicas_every: int = setting(
-        0, "steps between comparisons of the weights that several processes hold, bit for bit; 0: never"
-    )
-    dry_run: bool = setting(False, "builds one process's part without numbers, says what it would take, and ends")
-    max_time: float | None = setting(None, "minutes after which the run saves and stops; null: no limit")
+    ] = None
+    keep: Annotated[int, "newest checkpoints that stay; 0: all"] = 3
+    keep_every: Annotated[int, "checkpoints of multiples of so many steps stay for good; 0: none do"] = 0
+    eval_every: Annotated[int, "steps between held-out evaluations; 0 evaluates only at the end"] = 0
+    eval_samples: Annotated[int, "held-out sequences of one evaluation"] = 64
+    eval_prompts: Annotated[int, "held-out prompts on which an evaluation checks MTP drafts (not over a pipeline)"] = 16
+    log_every: Annotated[int, "steps between logged lines"] = 10
+    start_timeout: Annotated[
+        float,
+        "minutes after which processes that wait for another give up, until the first step and in saves",
+    ] = 30.0
+    step_timeout: Annotated[float, "the same in the steps after the first one"] = 5.0
+    verify_every: Annotated[
+        int,
+        "steps between those whose gradients are computed twice and compared bit for bit; 0: never",
+    ] = 0
+    replicas_every: Annotated[
+        int,
+        "steps between comparisons of the weights that several processes hold, bit for bit; 0: never",
+    ] = 0
+    dry_run: Annotated[bool, "builds one process's part without numbers, says what it would take, and ends"] = False
+    max_time: Annotated[float | None, "minutes after which the run saves and stops; null: no limit"] = None
 
     @property
     def path(self) -> Path:
@@ -94,31 +95,33 @@ class RunConfig:
 class BatchConfig:
     """Sequences of a step. ``global_`` is batch.global: the other spelling is a Python keyword."""
 
-    global_: int = setting(16, "sequences of one optimizer step, over all processes")
-    micro: int = setting(8, "sequences that a process computes at once")
-    schedule: tuple[tuple[int, int], ...] = setting(
-        (), "[[tokens, sequences], ...]: from so many tokens on, so many sequences a step; before: batch.global"
-    )
-    length_schedule: tuple[tuple[int, int], ...] = setting(
-        (), "[[tokens, length], ...]: from so many tokens on, sequences are cut into pieces of that length"
-    )
+    global_: Annotated[int, "sequences of one optimizer step, over all processes"] = 16
+    micro: Annotated[int, "sequences that a process computes at once"] = 8
+    schedule: Annotated[
+        tuple[tuple[int, int], ...],
+        "[[tokens, sequences], ...]: from so many tokens on, so many sequences a step; before: batch.global",
+    ] = ()
+    length_schedule: Annotated[
+        tuple[tuple[int, int], ...],
+        "[[tokens, length], ...]: from so many tokens on, sequences are cut into pieces of that length",
+    ] = ()
 
 
 @dataclass(frozen=True)
 class WandbConfig:
     """Weights & Biases beside metrics.jsonl, which is always written."""
 
-    mode: str = setting("offline", "offline (files in the run's directory), online or disabled")
-    project: str = setting("tessera", "project that the run is filed under")
-    entity: str | None = setting(None, "user or team; null takes the account's default")
+    mode: Annotated[str, "offline (files in the run's directory), online or disabled"] = "offline"
+    project: Annotated[str, "project that the run is filed under"] = "tessera"
+    entity: Annotated[str | None, "user or team; null takes the account's default"] = None
 
 
 @dataclass(frozen=True)
 class Config:
     """Everything that decides a training run."""
 
-    seed: int = setting(1234, "seed of the initialisation and of the order of the data")
-    engine: str = setting("megatron", "who runs the training steps: megatron or deepspeed")
+    seed: Annotated[int, "seed of the initialisation and of the order of the data"] = 1234
+    engine: Annotated[str, "who runs the training steps: megatron or deepspeed"] = "megatron"
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
@@ -135,59 +138,13 @@ class Config:
 class RunReference:
     """An existing run."""
 
-    name: str = setting("tiny", "name of the run")
-    dir: str = setting("runs", "directory that holds the runs")
+    name: Annotated[str, "name of the run"] = "tiny"
+    dir: Annotated[str, "directory that holds the runs"] = "runs"
 
     @property
     def path(self) -> Path:
         """The run's directory."""
         return Path(self.dir) / self.name
-
-
-def check(config: Config, world: int) -> Topology:
-    """The layout of ``world`` processes, once every check has passed; creates the run's directory.
-
-    Raises:
-        USER_ERRORS: the first setting that cannot be used.
-    """
-    topology = check_plan(config, world)
-    require_package(config.engine)
-    require_backend(config.model)
-    check_data(config.data, config.mtp.steps)
-    _check_writable(config.run)
-    return topology
-
-
-def check_plan(config: Config, world: int) -> Topology:
-    """The layout of ``world`` processes; checks all that can be checked without a corpus or a run.
-
-    Raises:
-        USER_ERRORS: the first setting that cannot be used.
-    """
-    check_seed("seed", config.seed)
-    _check_run(config.run)
-    check_optim(config.optim)
-    check_choice("wandb.mode", config.wandb.mode, ("offline", "online", "disabled"))
-    check_model(config.model, config.mtp)
-    check_backend(config.model, config.parallel.recompute)
-    check_balance(config.balance)
-    topology = resolve(config.parallel, config.model, world)
-    experts = config.model.layers.count("E") + config.mtp.steps
-    check_engine(config.engine, config.deepspeed, topology, experts, config.model.dtype, config.run.verify_every)
-    _check_schedule("batch.schedule", config.batch.schedule)
-    _check_schedule("batch.length_schedule", config.batch.length_schedule)
-    microbatches(topology, config.batch.global_, config.batch.micro)
-    for begin, size in config.batch.schedule:
-        try:
-            microbatches(topology, size, config.batch.micro)
-        except TopologyError as error:
-            raise TopologyError(f"batch.schedule from {begin:,} tokens on: {error}") from error
-    for length in (config.data.seq_length, *(length for _, length in config.batch.length_schedule)):
-        _check_divides("batch.length_schedule", length, "data.seq_length", config.data.seq_length)
-        check_length(topology, length, config.model)
-        tokens = config.batch.micro * length // topology.context
-        check_fp8_sizes(config.model, topology, tokens)
-    return topology
 
 
 def batch_schedule(config: Config) -> BatchSchedule:
@@ -269,51 +226,3 @@ def _first_readable(paths: list[Path]) -> Config:
             first = first or error
     assert first is not None, "there is a file to read"
     raise first
-
-
-def _check_run(run: RunConfig) -> None:
-    if not run.name or run.name.startswith((".", "-")) or "/" in run.name:
-        raise ConfigError(f"run.name={run.name!r} cannot name a directory in {run.dir}: choose a plain name")
-    check_least("run.steps", run.steps, 1)
-    check_least("run.log_every", run.log_every, 1)
-    check_least("run.eval_samples", run.eval_samples, 1)
-    check_least("run.eval_prompts", run.eval_prompts, 0)
-    for name in ("save_every", "keep", "keep_every"):
-        check_least(f"run.{name}", vars(run)[name], 0)
-    if run.save_minutes is not None and not run.save_minutes > 0:
-        raise ConfigError(
-            f"run.save_minutes={run.save_minutes} must be above 0 minutes, or null to save by steps alone"
-        )
-    if run.fork is not None and (run.forked_step is None or not run.fork.rpartition("@")[0]):
-        raise ConfigError(f"run.fork={run.fork} names no checkpoint: write NAME@STEP, as in run.fork=first@2000")
-    if run.fork is not None and run.init is not None:
-        raise ConfigError(f"run.fork={run.fork} and run.init={run.init} both say where to start: set one")
-    check_least("run.eval_every", run.eval_every, 0)
-    check_least("run.verify_every", run.verify_every, 0)
-    check_least("run.replicas_every", run.replicas_every, 0)
-    for name, minutes in (("start", run.start_timeout), ("step", run.step_timeout)):
-        if not minutes > 0:
-            raise ConfigError(f"run.{name}_timeout={minutes} must be above 0 minutes")
-    if run.max_time is not None and not run.max_time > 0:
-        raise ConfigError(f"run.max_time={run.max_time} must be above 0 minutes, or null to have no limit")
-
-
-def _check_schedule(path: str, phases: tuple[tuple[int, int], ...]) -> None:
-    """Phases [tokens, value] begin one after the other, and every value is at least 1."""
-    begins = [begin for begin, _ in phases]
-    if begins != sorted(set(begins)) or min((0, *begins)) < 0 or min((1, *(value for _, value in phases))) < 1:
-        raise ConfigError(
-            f"{path}={[list(phase) for phase in phases]} cannot be followed: its pairs begin at rising numbers of "
-            f"tokens, from 0 on, with values of at least 1, as in [[0, 16], [1000000, 32]]"
-        )
-
-
-def _check_divides(path: str, part: int, whole_path: str, whole: int) -> None:
-    if whole % part:
-        raise ConfigError(f"{path} has {part}, which does not divide {whole_path}={whole}: choose {whole // 2} or so")
-
-
-def _check_writable(run: RunConfig) -> None:
-    if reason := why_unwritable(run.path):
-        raise ConfigError(f"run.dir={run.dir} cannot be written: {reason}: choose another run.dir")
-    run.path.mkdir(parents=True, exist_ok=True)

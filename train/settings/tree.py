@@ -10,7 +10,7 @@ import json
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 MISSING = "???"  # what a recipe writes where the user must give a value
@@ -30,20 +30,22 @@ class Setting:
     help: str
 
 
-def setting[T](default: T, text: str) -> T:
-    """A field of a tree: its default and what it means."""
-    return field(default=default, metadata={"help": text})
-
-
 def settings(cls: type, prefix: str = "") -> Iterator[Setting]:
-    """Every leaf of a tree of dataclasses, in the order of the fields."""
+    """Every leaf of a tree of dataclasses, in the order of the fields: ``name: Annotated[type, "help"] = default``."""
     hints = typing.get_type_hints(cls)
+    texts = typing.get_type_hints(cls, include_extras=True)
     for item in dataclasses.fields(cls):
         path = prefix + item.name.removesuffix("_")
         if dataclasses.is_dataclass(hints[item.name]):
             yield from settings(hints[item.name], path + ".")
         else:
-            yield Setting(path, hints[item.name], _default(item), item.metadata["help"])
+            yield Setting(path, hints[item.name], _default(item), help_of(texts[item.name]))
+
+
+def help_of(annotation: Any) -> str:
+    """What an annotation says of its setting."""
+    text: str = annotation.__metadata__[0]
+    return text
 
 
 def from_dict[T](cls: type[T], values: Mapping[str, Any]) -> T:
@@ -164,7 +166,7 @@ def _default(item: dataclasses.Field[Any]) -> Any:
 
 
 def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
-    hints = typing.get_type_hints(cls)
+    hints, texts = typing.get_type_hints(cls), typing.get_type_hints(cls, include_extras=True)
     built = {}
     for item in dataclasses.fields(cls):
         key, annotation = item.name.removesuffix("_"), hints[item.name]
@@ -173,7 +175,7 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
             continue
         value = values.get(key, _default(item))
         if isinstance(value, str) and value == MISSING:
-            raise ConfigError(f"{prefix}{key} must be given: {prefix}{key}=... ({item.metadata['help']})")
+            raise ConfigError(f"{prefix}{key} must be given: {prefix}{key}=... ({help_of(texts[item.name])})")
         built[item.name] = _convert(annotation, value, prefix + key)
     return cls(**built)
 

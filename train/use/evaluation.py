@@ -1,5 +1,6 @@
 """The evaluate command: everything that is measured of a checkpoint on held-out text."""
 
+import json
 from pathlib import Path
 
 from train.job.build import build_job
@@ -8,8 +9,8 @@ from train.job.directory import require_checkpoint
 from train.job.shelf import read_state
 from train.settings.commands import EvaluateConfig
 from train.settings.run import Config
-from train.use.acceptance import heldout_prompts, measure_acceptance
-from train.use.evaluate import heldout_line, heldout_metrics, read_heldout, rounded, write_output
+from train.use.acceptance import Acceptance, heldout_prompts, measure_acceptance
+from train.use.evaluate import heldout_line, heldout_metrics, read_heldout, rounded
 from train.use.parts import ByPlace, part_lines, source_metrics
 
 
@@ -39,6 +40,12 @@ def run_evaluation(asked: EvaluateConfig, config: Config) -> int:
     if job.is_first and found:
         print(f"{found.tally.describe()}, on {len(prompts)} held-out prompts", flush=True)
     if job.is_first and asked.output:
-        write_output(Path(asked.output), values | parts, found)
+        _write_output(Path(asked.output), values | parts, found)
     job.close()
     return 0
+
+
+def _write_output(path: Path, values: dict[str, float], found: Acceptance | None) -> None:
+    """Metrics, and prompts, texts and rounds by accepted tokens if drafts were measured, as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"metrics": values, "drafts": found and found.content()}) + "\n", encoding="utf-8")

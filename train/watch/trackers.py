@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from data.errors import one_line
-from data.secrets import hidden
+from data.secrets import hidden, one_line
 from train.settings.run import Config, WandbConfig
 from train.settings.tree import ConfigError, to_dict
 from train.watch.metrics import METRICS_FILE, STEP, MetricsLog, Value, console_line

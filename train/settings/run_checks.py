@@ -1,0 +1,106 @@
+"""The checks of a run's settings, in one order: the cheap ones, then what the corpus and the disk say."""
+
+from data.dataset import check_data
+from data.files import why_unwritable
+from model.backend import check_backend, check_fp8_sizes, require_backend
+from model.config import check_balance, check_model
+from parallel.engine import check_engine, require_package
+from parallel.topology import Topology, TopologyError, check_length, microbatches, resolve
+from train.settings.checks import check_choice, check_least, check_seed
+from train.settings.optim import check_optim
+from train.settings.run import Config, RunConfig
+from train.settings.tree import ConfigError
+
+
+def check(config: Config, world: int) -> Topology:
+    """The layout of ``world`` processes, once every check has passed; creates the run's directory.
+
+    Raises:
+        USER_ERRORS: the first setting that cannot be used.
+    """
+    topology = check_plan(config, world)
+    require_package(config.engine)
+    require_backend(config.model)
+    check_data(config.data, config.mtp.steps)
+    _check_writable(config.run)
+    return topology
+
+
+def check_plan(config: Config, world: int) -> Topology:
+    """The layout of ``world`` processes; checks all that can be checked without a corpus or a run.
+
+    Raises:
+        USER_ERRORS: the first setting that cannot be used.
+    """
+    check_seed("seed", config.seed)
+    _check_run(config.run)
+    check_optim(config.optim)
+    check_choice("wandb.mode", config.wandb.mode, ("offline", "online", "disabled"))
+    check_model(config.model, config.mtp)
+    check_backend(config.model, config.parallel.recompute)
+    check_balance(config.balance)
+    topology = resolve(config.parallel, config.model, world)
+    experts = config.model.layers.count("E") + config.mtp.steps
+    check_engine(config.engine, config.deepspeed, topology, experts, config.model.dtype, config.run.verify_every)
+    _check_schedule("batch.schedule", config.batch.schedule)
+    _check_schedule("batch.length_schedule", config.batch.length_schedule)
+    microbatches(topology, config.batch.global_, config.batch.micro)
+    for begin, size in config.batch.schedule:
+        try:
+            microbatches(topology, size, config.batch.micro)
+        except TopologyError as error:
+            raise TopologyError(f"batch.schedule from {begin:,} tokens on: {error}") from error
+    for length in (config.data.seq_length, *(length for _, length in config.batch.length_schedule)):
+        _check_divides("batch.length_schedule", length, "data.seq_length", config.data.seq_length)
+        check_length(topology, length, config.model)
+        tokens = config.batch.micro * length // topology.context
+        check_fp8_sizes(config.model, topology, tokens)
+    return topology
+
+
+def _check_run(run: RunConfig) -> None:
+    if not run.name or run.name.startswith((".", "-")) or "/" in run.name:
+        raise ConfigError(f"run.name={run.name!r} cannot name a directory in {run.dir}: choose a plain name")
+    check_least("run.steps", run.steps, 1)
+    check_least("run.log_every", run.log_every, 1)
+    check_least("run.eval_samples", run.eval_samples, 1)
+    check_least("run.eval_prompts", run.eval_prompts, 0)
+    for name in ("save_every", "keep", "keep_every"):
+        check_least(f"run.{name}", vars(run)[name], 0)
+    if run.save_minutes is not None and not run.save_minutes > 0:
+        raise ConfigError(
+            f"run.save_minutes={run.save_minutes} must be above 0 minutes, or null to save by steps alone"
+        )
+    if run.fork is not None and (run.forked_step is None or not run.fork.rpartition("@")[0]):
+        raise ConfigError(f"run.fork={run.fork} names no checkpoint: write NAME@STEP, as in run.fork=first@2000")
+    if run.fork is not None and run.init is not None:
+        raise ConfigError(f"run.fork={run.fork} and run.init={run.init} both say where to start: set one")
+    check_least("run.eval_every", run.eval_every, 0)
+    check_least("run.verify_every", run.verify_every, 0)
+    check_least("run.replicas_every", run.replicas_every, 0)
+    for name, minutes in (("start", run.start_timeout), ("step", run.step_timeout)):
+        if not minutes > 0:
+            raise ConfigError(f"run.{name}_timeout={minutes} must be above 0 minutes")
+    if run.max_time is not None and not run.max_time > 0:
+        raise ConfigError(f"run.max_time={run.max_time} must be above 0 minutes, or null to have no limit")
+
+
+def _check_schedule(path: str, phases: tuple[tuple[int, int], ...]) -> None:
+    """Phases [tokens, value] begin one after the other, and every value is at least 1."""
+    begins = [begin for begin, _ in phases]
+    if begins != sorted(set(begins)) or min((0, *begins)) < 0 or min((1, *(value for _, value in phases))) < 1:
+        raise ConfigError(
+            f"{path}={[list(phase) for phase in phases]} cannot be followed: its pairs begin at rising numbers of "
+            f"tokens, from 0 on, with values of at least 1, as in [[0, 16], [1000000, 32]]"
+        )
+
+
+def _check_divides(path: str, part: int, whole_path: str, whole: int) -> None:
+    if whole % part:
+        raise ConfigError(f"{path} has {part}, which does not divide {whole_path}={whole}: choose {whole // 2} or so")
+
+
+def _check_writable(run: RunConfig) -> None:
+    if reason := why_unwritable(run.path):
+        raise ConfigError(f"run.dir={run.dir} cannot be written: {reason}: choose another run.dir")
+    run.path.mkdir(parents=True, exist_ok=True)
