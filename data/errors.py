@@ -24,7 +24,8 @@ def _shown(value: object) -> str:
     return f"{text[:12]}..." if len(text) == 64 and " " not in text else text
 
 
-def check_choice(setting: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raises CorpusError where a setting is none of its choices."""
+def check_choice(setting: str, value: str, choices: tuple[str, ...], error: type[ValueError] = CorpusError) -> None:
+    """Raises the error of a setting's owner where it is none of its choices."""
     if value not in choices:
-        raise CorpusError(f"{setting}={value} is unknown: use {', '.join(choices[:-1])} or {choices[-1]}")
+        known = " or ".join(filter(None, (", ".join(choices[:-1]), choices[-1])))
+        raise error(f"{setting}={value!r} is not known: choose {known}")

@@ -18,7 +18,6 @@ from data.errors import CorpusError
 from data.read.faults import PATIENCE_S, BrokenUnit, Faults
 from data.read.readers import Reader
 
-CLOSE_S = 5.0
 MAX_RESTARTS = 5  # by default, without a unit read in between
 
 type Key = tuple[int, int]  # source, unit
@@ -27,7 +26,8 @@ type Key = tuple[int, int]  # source, unit
 class ReaderThread(Executor):
     """One thread that nobody waits for long: it may stand before a storage that is away, and ends with the process."""
 
-    def __init__(self) -> None:
+    def __init__(self, close_s: float = 5.0) -> None:
+        self._close_s = close_s
         self._tasks: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
@@ -47,7 +47,7 @@ class ReaderThread(Executor):
                 task[0].cancel()
         self._tasks.put(None)
         if wait and self._thread is not None:
-            self._thread.join(CLOSE_S)
+            self._thread.join(self._close_s)
 
     def _run(self) -> None:
         while (task := self._tasks.get()) is not None:

@@ -2,9 +2,11 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -35,7 +37,10 @@ TEXTS = [text_of(number) for number in range(90)]
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.read.faults.FIRST_PAUSE_S", 0.001)
+    sleep = time.sleep
+    monkeypatch.setattr(
+        "data.read.faults.time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda s: sleep(s / 100))
+    )
 
 
 @pytest.fixture

@@ -39,9 +39,8 @@ def test_a_thread_gives_results_and_errors_in_order() -> None:
     assert threading.active_count() == before - 1
 
 
-def test_a_thread_that_hangs_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.read.workers.CLOSE_S", 0.1)
-    reader, back = ReaderThread(), threading.Event()
+def test_a_thread_that_hangs_is_left_behind() -> None:
+    reader, back = ReaderThread(close_s=0.1), threading.Event()
     hangs, waits = reader.submit(back.wait), reader.submit(lambda: 7)
     start = time.monotonic()
     reader.shutdown(cancel_futures=True)

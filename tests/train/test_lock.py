@@ -25,10 +25,11 @@ print("held", flush=True)
 time.sleep(60)
 """
 
+SHORT_S = 0.2  # of patience
+
 
 @pytest.fixture
-def run(tmp_path, monkeypatch) -> RunConfig:
-    monkeypatch.setattr(lock, "PATIENCE_S", 0.2)
+def run(tmp_path) -> RunConfig:
     config = RunConfig(name="mine", dir=str(tmp_path))
     config.path.mkdir()
     return config
@@ -44,14 +45,14 @@ def no_flock(monkeypatch) -> None:
 
 def test_a_run_has_one_writer_that_is_named(run, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
-    held = RunLock(run)
+    held = RunLock(run, SHORT_S)
     held.take()
-    for refused in (RunLock(run).take, lambda: refuse_if_held(run)):
+    for refused in (RunLock(run, SHORT_S).take, lambda: refuse_if_held(run, SHORT_S)):
         with pytest.raises(ConfigError, match=f"run.name=mine is being trained by process {os.getpid()} of job 4711"):
             refused()
     held.release()
-    refuse_if_held(run)
-    other = RunLock(run)
+    refuse_if_held(run, SHORT_S)
+    other = RunLock(run, SHORT_S)
     other.take()
     other.release()
 
@@ -60,22 +61,22 @@ def test_the_lock_ends_with_its_process_whatever_ends_it(run):
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, run.dir], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(ConfigError, match=f"by process {holder.pid} on "):
-        refuse_if_held(run)
+        refuse_if_held(run, SHORT_S)
     holder.kill()
     holder.wait()
-    refuse_if_held(run)
+    refuse_if_held(run, SHORT_S)
 
 
 def test_without_flock_a_fresh_file_refuses_and_a_stale_one_is_taken_over(run, no_flock, capsys):
-    first = RunLock(run)
+    first = RunLock(run, SHORT_S)
     first.take()
     assert "without flock" in capsys.readouterr().err
     with pytest.raises(ConfigError, match=f"is being trained by process {os.getpid()} "):
-        RunLock(run).take()
+        RunLock(run, SHORT_S).take()
     path = run.path / lock.EXCLUSIVE_FILE
     old = time.time() - lock.STALE_S - 5
     os.utime(path, (old, old))
-    second = RunLock(run)
+    second = RunLock(run, SHORT_S)
     second.take()
     second.release()
     assert not path.exists()
@@ -91,4 +92,4 @@ def test_of_two_that_take_over_a_stale_file_the_last_has_it(run, no_flock, monke
 
     monkeypatch.setattr(lock.time, "sleep", sleep)
     with pytest.raises(ConfigError, match="process 7 on there since now"):
-        RunLock(run).take()
+        RunLock(run, SHORT_S).take()

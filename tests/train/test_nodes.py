@@ -10,7 +10,7 @@ import pytest
 from train import front
 from train.nodes import failed, place, slurm
 from train.nodes.place import Nodes
-from train.nodes.roster import NodeLost, Roster
+from train.nodes.roster import LOST_S, NodeLost, Roster
 from train.settings.tree import ConfigError
 
 VARIABLES = ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "NPROC", *place.WORKER_VARIABLES)
@@ -163,16 +163,16 @@ def port() -> int:
         return int(probe.getsockname()[1])
 
 
-def roster(rank: int, port: int, least: int = 2) -> Roster:
-    return Roster(Nodes(least, 2, rank, "127.0.0.1", port), lambda: None)
+def roster(rank: int, port: int, least: int = 2, lost_s: float = LOST_S) -> Roster:
+    return Roster(Nodes(least, 2, rank, "127.0.0.1", port), lambda: None, lost_s)
 
 
-def on_two_nodes(port: int, first, second, least: int = 2) -> None:
+def on_two_nodes(port: int, first, second, least: int = 2, lost_s: float = LOST_S) -> None:
     """Runs two functions of a roster beside each other, as the fronts of two nodes would."""
     errors: list[BaseException] = []
 
     def other() -> None:
-        made = roster(1, port, least)
+        made = roster(1, port, least, lost_s)
         try:
             second(made)
         except BaseException as error:
@@ -182,7 +182,7 @@ def on_two_nodes(port: int, first, second, least: int = 2) -> None:
 
     thread = threading.Thread(target=other)
     thread.start()
-    made = roster(0, port, least)
+    made = roster(0, port, least, lost_s)
     try:
         first(made)
     finally:
@@ -238,8 +238,7 @@ def test_the_node_that_failed_first_is_named_by_all(port: int) -> None:
     on_two_nodes(port, first, second)
 
 
-def test_a_node_that_falls_silent_is_named_and_the_rest_go_on(port: int, monkeypatch, capsys) -> None:
-    monkeypatch.setattr("train.nodes.roster.LOST_S", 2.0)
+def test_a_node_that_falls_silent_is_named_and_the_rest_go_on(port: int, capsys) -> None:
     silent = threading.Event()
 
     def first(made: Roster) -> None:
@@ -259,5 +258,5 @@ def test_a_node_that_falls_silent_is_named_and_the_rest_go_on(port: int, monkeyp
         silent.wait(20)
         made._ended = True  # as if it were switched off
 
-    on_two_nodes(port, first, second, least=1)
+    on_two_nodes(port, first, second, least=1, lost_s=2.0)
     assert "has given no sign of life for 2 s" in capsys.readouterr().out

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from data.config import DataConfig
+from data.errors import check_choice
 from data.secrets import one_line
 from model.config import BalanceConfig, MtpConfig, check_model
 from model.hf.config import from_hf
 from model.hf.families import FAMILIES
 from train.job.directory import require_checkpoint
-from train.settings.checks import check_choice
 from train.settings.run import Config, RunConfig, RunReference, load_config
 from train.settings.tree import ConfigError
 
@@ -92,13 +92,13 @@ def check_export(config: ExportConfig) -> tuple[Config, Path]:
     """
     run = load_config(config.run)
     if config.experts is not None:
-        check_choice("experts", config.experts, EXPERT_LAYOUTS)
+        check_choice("experts", config.experts, EXPERT_LAYOUTS, ConfigError)
     if config.model_type is not None:
-        check_choice("model_type", config.model_type, tuple(FAMILIES))
+        check_choice("model_type", config.model_type, tuple(FAMILIES), ConfigError)
     if config.dtype is not None:
-        check_choice("dtype", config.dtype, EXPORT_DTYPES)
+        check_choice("dtype", config.dtype, EXPORT_DTYPES, ConfigError)
     if config.quantize is not None:
-        check_choice("quantize", config.quantize, (FP8_BLOCKS,))
+        check_choice("quantize", config.quantize, (FP8_BLOCKS,), ConfigError)
         if config.experts == "stacked":
             raise ConfigError(
                 "experts=stacked is not written in FP8: transformers loads such stacks without their scales; "
@@ -135,7 +135,7 @@ def check_import(config: ImportConfig) -> Config:
     if path.exists():
         raise ConfigError(f"run.name={config.run.name} exists in {config.run.dir}: choose another name for the import")
     if config.dtype is not None:
-        check_choice("dtype", config.dtype, EXPORT_DTYPES)
+        check_choice("dtype", config.dtype, EXPORT_DTYPES, ConfigError)
     imported = from_hf(read_json(directory / HF_CONFIG), config.dtype)
     model, mtp = imported.model, MtpConfig(steps=int(imported.mtp and config.mtp))
     check_model(model, mtp)

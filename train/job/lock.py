@@ -51,8 +51,8 @@ def _refusal(run: RunConfig, path: Path) -> ConfigError:
 class RunLock:
     """The right to write to a run, from `take` to `release`; it ends with the process at the latest."""
 
-    def __init__(self, run: RunConfig) -> None:
-        self._run, self._file = run, run.path / LOCK_FILE
+    def __init__(self, run: RunConfig, patience_s: float = PATIENCE_S) -> None:
+        self._run, self._file, self._patience_s = run, run.path / LOCK_FILE, patience_s
         self._handle: int | None = None
         self._exclusive: _ExclusiveFile | None = None
 
@@ -62,7 +62,7 @@ class RunLock:
         Raises:
             ConfigError: another process has it, by name.
         """
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + self._patience_s
         self._handle = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o644)
         while not self._taken():
             if time.monotonic() > deadline:
@@ -85,7 +85,7 @@ class RunLock:
                 f"warning: {self._run.path} lies on a file system without flock: a file that is kept fresh stands in",
                 file=sys.stderr,
             )
-            self._exclusive = _ExclusiveFile(self._run)
+            self._exclusive = _ExclusiveFile(self._run, self._patience_s)
         return True
 
     def release(self) -> None:
@@ -100,7 +100,8 @@ class RunLock:
 class _ExclusiveFile:
     """A file that its holder touches every BEAT_S seconds and that anybody may take once it is STALE_S old."""
 
-    def __init__(self, run: RunConfig) -> None:
+    def __init__(self, run: RunConfig, patience_s: float) -> None:
+        self._patience_s = patience_s
         self._path, self._token = run.path / EXCLUSIVE_FILE, uuid.uuid4().hex
         self._released = threading.Event()
         content = json.dumps(_owner() | {"token": self._token})
@@ -126,7 +127,7 @@ class _ExclusiveFile:
         draft = self._path.with_name(f"{self._path.name}.{self._token}")
         draft.write_text(content, encoding="utf-8")
         os.replace(draft, self._path)
-        time.sleep(PATIENCE_S)
+        time.sleep(self._patience_s)
         if not self._is_ours():
             raise _refusal(run, self._path)
 
@@ -150,13 +151,13 @@ class _ExclusiveFile:
             self._path.unlink()
 
 
-def refuse_if_held(run: RunConfig) -> None:
+def refuse_if_held(run: RunConfig, patience_s: float = PATIENCE_S) -> None:
     """Refuses a run that another process trains, before any work. Its first process takes the lock itself, later.
 
     Raises:
         ConfigError: another process has it, by name.
     """
-    lock = RunLock(run)
+    lock = RunLock(run, patience_s)
     try:
         lock.take()
     finally:

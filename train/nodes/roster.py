@@ -57,8 +57,8 @@ class Roster:
         gone: hosts that node 0 has seen no sign of life of.
     """
 
-    def __init__(self, nodes: Nodes, interrupt: Callable[[], None]) -> None:
-        self.nodes, self._interrupt = nodes, interrupt
+    def __init__(self, nodes: Nodes, interrupt: Callable[[], None], lost_s: float = LOST_S) -> None:
+        self.nodes, self._interrupt, self._lost_s = nodes, interrupt, lost_s
         self.lost, self._attempt, self._ended = "", -1, False
         self.gone: list[str] = []
         self._heard = time.monotonic()
@@ -91,7 +91,7 @@ class Roster:
                     raise NodeLost(f"node 0 ({host_name()}) cannot listen at {where}: {error}") from error
                 if time.monotonic() > deadline:
                     raise NodeLost(f"node {nodes.rank} ({host_name()}) finds no node 0 at {where}") from error
-        store.set_timeout(timedelta(seconds=LOST_S))
+        store.set_timeout(timedelta(seconds=self._lost_s))
         return store
 
     def name(self, node: int) -> str:
@@ -144,7 +144,7 @@ class Roster:
         key = f"end/{attempt.number}"
         first = json.loads(self._store.compare_set(key, "", json.dumps([self.nodes.rank, code, text])))
         self._store.set(f"{key}/{self.nodes.rank}", str(code))
-        patience = LOST_S + 5 if code else LEAVE_S
+        patience = self._lost_s + 5 if code else LEAVE_S
         others = [node for node in attempt.members if node != self.nodes.rank]
         self._wait_until(
             lambda: self.again or self._store.check([f"{key}/{node}" for node in others]), patience, may_fail=False
@@ -228,10 +228,10 @@ class Roster:
         """A thread: a call to a store that has vanished may never return."""
         while not self._ended and not self.lost:
             time.sleep(BEAT_S)
-            if time.monotonic() - self._heard > LOST_S and self.nodes.rank:
+            if time.monotonic() - self._heard > self._lost_s and self.nodes.rank:
                 self._lose(
                     f"node {self.nodes.rank} ({host_name()}) has heard nothing of node 0 at {self.nodes.address}:"
-                    f"{self.nodes.port} for {LOST_S:.0f} s: it is gone, or the network between them is"
+                    f"{self.nodes.port} for {self._lost_s:.0f} s: it is gone, or the network between them is"
                 )
                 self._end_at_last()
 
@@ -253,13 +253,13 @@ class Roster:
             sign = line.get(f"beat/{node}").decode()
             before, since = self._beats.get(node, ("", now))
             self._beats[node] = (sign, now if sign != before else since)
-            if now - self._beats[node][1] > LOST_S and not line.check([f"gone/{node}"]):
+            if now - self._beats[node][1] > self._lost_s and not line.check([f"gone/{node}"]):
                 self._gone(line, node)
 
     def _gone(self, line: TCPStore, node: int) -> None:
         line.set(f"gone/{node}", "")
         self.gone.append(line.get(f"node/{node}").decode())
-        words = f"{line.get(f'node/{node}').decode()}) has given no sign of life for {LOST_S:.0f} s"
+        words = f"{line.get(f'node/{node}').decode()}) has given no sign of life for {self._lost_s:.0f} s"
         words = f"node {node} ({words}: it is gone, or the network between it and node 0 ({host_name()}) is"
         left = self._present()
         if len(left) >= self.nodes.least:

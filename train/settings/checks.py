@@ -9,12 +9,6 @@ def check_least(path: str, value: float, least: float) -> None:
         raise ConfigError(f"{path}={value} must be at least {least}")
 
 
-def check_choice(path: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raises ConfigError where the setting is none of two or more choices."""
-    if value not in choices:
-        raise ConfigError(f"{path}={value!r} is not known: choose {', '.join(choices[:-1])} or {choices[-1]}")
-
-
 def check_seed(path: str, seed: int) -> None:
     """Raises ConfigError where the seed is not one that every generator of random numbers takes."""
     if not 0 <= seed < 2**63:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Annotated
 
 from data.config import DataConfig
+from data.errors import check_choice
 from data.files import why_unwritable
 from model.backend import on_torch, require_backend
 from parallel.topology import ParallelConfig
-from train.settings.checks import check_choice, check_least, check_seed
+from train.settings.checks import check_least, check_seed
 from train.settings.run import Config, RunReference
 from train.settings.run_checks import check_plan
 from train.settings.tree import ConfigError, from_dict, over, to_dict, values_of
@@ -192,7 +193,7 @@ def check_evaluate(config: EvaluateConfig) -> None:
     for name in ("prompts", "prompt_tokens", "tokens"):
         check_least(name, vars(config)[name], 1)
     if config.dtype is not None:
-        check_choice("dtype", config.dtype, ("float32", "bfloat16"))
+        check_choice("dtype", config.dtype, ("float32", "bfloat16"), ConfigError)
     if config.output is not None and (reason := why_unwritable(Path(config.output).absolute().parent)):
         raise ConfigError(f"output={config.output} cannot be written: {reason}: choose another file")
 

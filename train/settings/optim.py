@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from train.settings.checks import check_choice, check_least
+from data.errors import check_choice
+from train.settings.checks import check_least
 from train.settings.tree import ConfigError
 
 
@@ -40,8 +41,8 @@ def check_optim(optim: OptimConfig) -> None:
     Raises:
         ConfigError: the setting, in one line.
     """
-    check_choice("optim.schedule", optim.schedule, ("cosine", "wsd"))
-    check_choice("optim.decay_shape", optim.decay_shape, ("linear", "sqrt"))
+    check_choice("optim.schedule", optim.schedule, ("cosine", "wsd"), ConfigError)
+    check_choice("optim.decay_shape", optim.decay_shape, ("linear", "sqrt"), ConfigError)
     if not 0 < optim.lr < float("inf"):
         raise ConfigError(f"optim.lr={optim.lr} must be a number above 0")
     if not 0 <= optim.min_lr <= optim.lr:

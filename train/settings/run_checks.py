@@ -1,12 +1,13 @@
 """The checks of a run's settings, in one order: the cheap ones, then what the corpus and the disk say."""
 
 from data.dataset import check_data
+from data.errors import check_choice
 from data.files import why_unwritable
 from model.backend import check_backend, check_fp8_sizes, require_backend
 from model.config import check_balance, check_model
 from parallel.engine import check_engine, require_package
 from parallel.topology import Topology, TopologyError, check_length, microbatches, resolve
-from train.settings.checks import check_choice, check_least, check_seed
+from train.settings.checks import check_least, check_seed
 from train.settings.optim import check_optim
 from train.settings.run import Config, RunConfig
 from train.settings.tree import ConfigError
@@ -35,7 +36,7 @@ def check_plan(config: Config, world: int) -> Topology:
     check_seed("seed", config.seed)
     _check_run(config.run)
     check_optim(config.optim)
-    check_choice("wandb.mode", config.wandb.mode, ("offline", "online", "disabled"))
+    check_choice("wandb.mode", config.wandb.mode, ("offline", "online", "disabled"), ConfigError)
     check_model(config.model, config.mtp)
     check_backend(config.model, config.parallel.recompute)
     check_balance(config.balance)
