@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated, Protocol
 
 LAYER_SYMBOLS = "G*E-"
+LAYER_NAMES = {"G": "Gated DeltaNet", "*": "attention", "E": "experts", "-": "dense"}
 HEAD_CHUNK = 1024  # tokens whose logits exist at once
 KERNEL_HEAD_CHUNK = 8192  # the same on GPU kernels: as few sums of the head's gradient as memory allows
 LAYER = "layer"  # to recompute: a whole layer

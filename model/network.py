@@ -9,10 +9,12 @@ from torch import Tensor
 
 from model.batch import MicroBatch
 from model.documents import Documents
-from model.layers.attention import rotary_table
+from model.layers.attention import GatedAttention, rotary_table
 from model.layers.balance import Balance, RoutedTokens
 from model.layers.context import LayerCache, LayerContext, run_stack
+from model.layers.deltanet import GatedDeltaNet
 from model.layers.experts import MixtureOfExperts
+from model.layers.gauges import Gauge
 from model.layers.head import Head
 from model.stack import HybridConfig, full_pattern, stack_spec
 from parallel.collectives import SumsTogether
@@ -82,6 +84,16 @@ class LanguageModel(HybridModel):
                 found[self.config.shape.layers[: layer.layer_number - 1].count("E")] = layer.mlp.router.balance
         extra = [moe.router.balance for moe in self.moe_layers()[len(found) :]]
         return found | dict(enumerate(extra, self.config.shape.layers.count("E")))
+
+    def gauges(self) -> dict[tuple[int, str], Gauge]:
+        """The gauges of this stage's layers, by their place in the whole trunk and what they are of."""
+        found = {}
+        for layer in self.decoder.layers:
+            place, mixer = layer.layer_number - 1, layer.self_attention
+            found[place, "layer"] = layer.gauge
+            if isinstance(mixer, GatedAttention | GatedDeltaNet):
+                found[place, "attention" if isinstance(mixer, GatedAttention) else "deltanet"] = mixer.gauge
+        return found
 
     def embed(self, tokens_RL: Tensor) -> Tensor:
         """Embeddings of a micro-batch flattened to one row: [R, L] -> [T, 1, H]."""

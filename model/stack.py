@@ -25,6 +25,7 @@ from model.layers.attention import GatedAttention, GatedAttentionSubmodules
 from model.layers.deltanet import GatedDeltaNet, GatedDeltaNetSubmodules
 from model.layers.dense import Dense, SwiGLUSubmodules
 from model.layers.experts import MixtureOfExperts
+from model.layers.gauges import Gauge, note_activations
 from model.layers.mtp import MtpLayer
 from model.layers.norm import GatedRMSNorm, HeadNorm, ResidualRMSNorm, ZeroCentredRMSNorm
 from model.layers.recompute import recomputable
@@ -72,11 +73,18 @@ class MtpSubmodules:
 class Layer(TransformerLayer):
     """megatron-core's layer, which can be computed again in the backward pass."""
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.gauge = Gauge()
+
     def forward(self, hidden_states: Tensor, **others) -> tuple[Tensor, None]:
         # A cache brings in tensors of other calls, whose gradients a second computation of this layer would lose.
         if others["inference_context"] is not None:
             return super().forward(hidden_states, **others)
-        return self.compute(hidden_states, others)
+        out, context = self.compute(hidden_states, others)
+        if self.gauge.listens:
+            note_activations(self.gauge, out, others["padding_mask"].weight_T > 0)
+        return out, context
 
     @recomputable(LAYER)
     def compute(self, hidden_states: Tensor, others: dict) -> tuple[Tensor, None]:

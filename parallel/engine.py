@@ -5,7 +5,7 @@ An engine is built around a process's pipeline stages, whose parameters are fill
 them without knowing the engine.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Annotated, Any, Protocol
@@ -135,6 +135,13 @@ class Engine(Protocol):
 
     def damaged_replicas(self) -> list[str]:
         """Parameters that are not the same, bit for bit, on all ranks that hold them; the same answer everywhere."""
+
+    @property
+    def steps(self) -> int:
+        """Steps that the optimizer has taken."""
+
+    def shards(self) -> Iterator[Any]:
+        """What this process's optimizer holds of every parameter (`parallel.optimizer_state.OptimizerShard`)."""
 
     def gather_weights(self) -> None:
         """Makes every rank's weights whole after a step."""

@@ -133,7 +133,7 @@ class DeepSpeedEngine:
         self.wrapped = [self._engine.module.chunk]
         self._parameters = list(chunk.parameters())
         self._released = [x for x in self._parameters if settings.zero == 3 and not x.ds_persist]
-        self._steps, self._grad_norm = 0, math.inf
+        self.steps, self._grad_norm = 0, math.inf
         self._accept: Callable[[float], bool] | None = None
         self._accepted: bool | None = None
         compat.ask_before_steps(self._zero, settings.zero, self._is_accepted)
@@ -168,7 +168,7 @@ class DeepSpeedEngine:
                 self._accepted = accept(outputs, self._grad_norm)
             if self._accepted in (None, True):
                 raise FloatingPointError("the gradient norm is not finite; the optimizer step was not taken")
-        self._steps += not self._zero.overflow
+        self.steps += not self._zero.overflow
         return outputs, self._grad_norm
 
     def _is_accepted(self, grad_norm: float) -> bool:
@@ -209,8 +209,8 @@ class DeepSpeedEngine:
         """See `parallel.engine.Engine`."""
         self.gather_weights()
         weights = self._sharded_weights()
-        optimizer = optimizer_state.sharded_state(self._shards(), weights)
-        return weights | {"optimizer": optimizer, "optimizer_step": self._steps}
+        optimizer = optimizer_state.sharded_state(self.shards(), weights)
+        return weights | {"optimizer": optimizer, "optimizer_step": self.steps}
 
     def _sharded_weights(self) -> State:
         return sharded_weights(self.chunks, {"dp_cp_group": self.groups.dp_cp})
@@ -218,14 +218,14 @@ class DeepSpeedEngine:
     @torch.no_grad()
     def load_state_dict(self, state: State) -> None:
         """See `parallel.engine.Engine`."""
-        self._steps = state["optimizer_step"]
+        self.steps = state["optimizer_step"]
         load_weights(self.chunks, state)
-        for shard in self._shards():
+        for shard in self.shards():
             shard.main.copy_(shard.parameter.detach().flatten()[shard.start : shard.stop])
-        optimizer_state.take(self._shards(), self._sharded_weights(), state["optimizer"])
+        optimizer_state.take(self.shards(), self._sharded_weights(), state["optimizer"])
         self._release_weights(changed=True)
 
-    def _shards(self) -> Iterator[OptimizerShard]:
+    def shards(self) -> Iterator[OptimizerShard]:
         """What this process holds of every parameter."""
         yield from _whole_shards(self) if self.settings.zero == 3 else _flat_shards(self)
 
@@ -235,7 +235,7 @@ class DeepSpeedEngine:
         for name in MOMENTS:
             if name not in state:
                 state[name] = torch.zeros_like(main)
-        state["step"] = self._steps if self.settings.offload else torch.tensor(float(self._steps))
+        state["step"] = self.steps if self.settings.offload else torch.tensor(float(self.steps))
         return {name: state[name] for name in MOMENTS}
 
 

@@ -136,7 +136,7 @@ class MegatronEngine:
                 pg_collection=groups,
                 use_gloo_process_groups=False,
             )
-        self._steps = 0
+        self.steps = 0
         self._apply_settings()
 
     def _apply_settings(self) -> None:
@@ -208,7 +208,7 @@ class MegatronEngine:
             parameters = [x for part in self.optimizer.chained_optimizers for x in part.get_parameters()]
             clip_grad_by_total_norm_fp32(parameters, self.adamw.clip, grad_norm)
         self.optimizer.step_with_ready_grads()
-        self._steps += 1
+        self.steps += 1
         return grad_norm
 
     def damaged_replicas(self) -> list[str]:
@@ -229,10 +229,10 @@ class MegatronEngine:
         if is_loading:
             self._allocate_moments()
         weights = self._sharded_weights()
-        optimizer = optimizer_state.sharded_state(self._shards(), weights)
-        return weights | {"optimizer": optimizer, "optimizer_step": self._steps}
+        optimizer = optimizer_state.sharded_state(self.shards(), weights)
+        return weights | {"optimizer": optimizer, "optimizer_step": self.steps}
 
-    def _shards(self) -> Iterator[OptimizerShard]:
+    def shards(self) -> Iterator[OptimizerShard]:
         return optimizer_state.distributed_shards(self.optimizer.chained_optimizers)
 
     def _sharded_weights(self) -> State:
@@ -252,13 +252,13 @@ class MegatronEngine:
     @torch.no_grad()
     def load_state_dict(self, state: State) -> None:
         """Takes what `sharded_state_dict` described and the checkpoint filled."""
-        self._steps = state["optimizer_step"]
+        self.steps = state["optimizer_step"]
         load_weights(self.chunks, state)
         optimizers = self.optimizer.chained_optimizers
-        optimizer_state.take(self._shards(), self._sharded_weights(), state["optimizer"])
+        optimizer_state.take(self.shards(), self._sharded_weights(), state["optimizer"])
         self._apply_settings()
         for part in optimizers:
             for group in part.optimizer.param_groups:
                 for parameter in group["params"]:
                     where = parameter.device if group["fused"] else None
-                    part.optimizer.state[parameter]["step"] = torch.tensor(float(self._steps), device=where)
+                    part.optimizer.state[parameter]["step"] = torch.tensor(float(self.steps), device=where)

@@ -19,9 +19,10 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
 
-from parallel.engine import State
+from parallel.engine import AdamW, State
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+CHUNK = 2**24  # numbers of a shard that are worked on at once
 MASTER = "master"  # the float32 copy of a parameter of another type
 type Box = tuple[tuple[int, ...], tuple[int, ...]]  # first index and size in each dimension
 
@@ -68,6 +69,28 @@ class OptimizerShard:
     def tensors(self) -> dict[str, Tensor]:
         """All numbers of the optimizer's that no weight of the model holds, by name."""
         return {**self.moments, **({} if self.parameter.dtype == torch.float32 else {MASTER: self.main})}
+
+    @torch.no_grad()
+    def squares(self, adamw: AdamW, lr: float, steps: int, decayed: bool, centre: float) -> Tensor:
+        """float64 [3], sums of squares after a step: the gradient that it took, what it added, and the numbers now.
+
+        The update follows from AdamW's moments, so that no copy of the weights before the step is kept.
+
+        Args:
+            steps: that the optimizer has taken. decayed: whether weight decay applies. centre: is added to the
+                numbers now: 1 where weights are stored as their distance from it.
+        """
+        (beta1, beta2), decay = adamw.betas, lr * adamw.weight_decay * decayed
+        total = torch.zeros(3, dtype=torch.float64, device=self.main.device)
+        for part in () if self.main.grad is None else self.main.grad.flatten().split(CHUNK):
+            total[0] += part.double().square().sum()
+        parts = (self.main, *(self.moments[name] for name in MOMENTS))
+        for now, mean, square in zip(*(x.flatten().split(CHUNK) for x in parts), strict=True):
+            step = lr / (1 - beta1**steps) * mean / ((square / (1 - beta2**steps)).sqrt() + adamw.eps)
+            before = (now + step) / (1 - decay)
+            total[1] += (step + decay * before).double().square().sum()
+            total[2] += (now.double() + centre).square().sum()
+        return total
 
 
 def distributed_shards(optimizers: list[DistributedOptimizer]) -> Iterator[OptimizerShard]:

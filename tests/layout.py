@@ -19,6 +19,7 @@ ROOMS = {
             "arguments",
             "usage",
             "loop",
+            "observe",
             "training",
             "routing",
             "use",

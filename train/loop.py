@@ -1,6 +1,5 @@
 """The training loop."""
 
-import math
 import sys
 from typing import Any
 
@@ -11,7 +10,7 @@ from data.loader import Loader
 from data.order.batches import Batch
 from model.batch import MicroBatch, count_targets
 from model.network import Losses
-from parallel.collectives import from_first, sum_over, sum_over_all
+from parallel.collectives import from_first, sum_over
 from parallel.engine import Engine
 from train import routing
 from train.job import checkpoint
@@ -27,14 +26,12 @@ from train.job.start import Start, agreed_start
 from train.job.starter import starter_began
 from train.job.stop import DATA_BROKEN, REWIND, STORAGE_AWAY, Agreement, StopRequest, exit_code
 from train.measure.doctor import refuse_wrong_kernels
+from train.observe import Observer, due
 from train.settings.run import CONFIG_FILE, Config, RunReference, batch_schedule, describe, load_config, save_config
 from train.training import Training
 from train.use.evaluate import heldout_line
 from train.watch import metrics
-from train.watch.every_step import EveryStep
 from train.watch.goodput import DATA, REDONE, TRAINING
-from train.watch.resources import resource_metrics
-from train.watch.speed import Speedometer
 from train.watch.trackers import Tracker, build_trackers
 
 POLL_S = 2.0  # between two looks at whether every process has its samples
@@ -92,34 +89,6 @@ def gradient_bits(job: Job, engine: Engine, ready: list[MicroBatch]) -> int:
     return engine.gradient_bits()
 
 
-def step_metrics(job: Job, outputs: list[Losses], tokens_before: int = 0) -> dict[str, float]:
-    """The losses of a step over the whole global batch, the same on every process (two reductions)."""
-    config, steps = job.config, job.config.mtp.steps
-    addends = torch.zeros(1 + steps, dtype=torch.float64, device=job.device)
-    if outputs and job.groups.tp.rank() == 0:
-        addends += sum(losses.by_step.double() for losses in outputs)
-    lm_loss, *mtp_losses = sum_over_all(addends).tolist()
-    of_routers = routing.routing_metrics(job)
-    loss = lm_loss + routing.router_loss(job, of_routers)
-    loss += sum(math.prod(pair) for pair in zip(config.mtp.loss_weights(tokens_before), mtp_losses, strict=True))
-    values = {metrics.LOSS: loss, metrics.LM_LOSS: lm_loss}
-    values |= {metrics.mtp_loss(step): value for step, value in enumerate(mtp_losses, start=1)}
-    return values | of_routers
-
-
-def data_metrics(job: Job, loader: Loader) -> dict[str, float]:
-    """What the ranks' reading has met and overcome since the run was started, the same on every process."""
-    faults = loader.faults
-    counts = torch.tensor([faults.retries, faults.restarts, faults.skipped_tokens], device=job.device)
-    names = (metrics.DATA_RETRIES, metrics.DATA_RESTARTS, metrics.DATA_SKIPPED_TOKENS)
-    return dict(zip(names, sum_over(counts, job.groups.dp).tolist(), strict=True))
-
-
-def due(step: int, every: int, last: int) -> bool:
-    """Whether something done every so many steps, and at the end, is done after this one."""
-    return step == last or (every > 0 and step % every == 0)
-
-
 def next_batches(
     loader: Loader, stop: StopRequest, in_time: bool, training: Training
 ) -> tuple[list[Batch], Agreement, Exception | None]:
@@ -144,7 +113,7 @@ def fit(training: Training, loader: Loader, tracker: Tracker, stop: StopRequest)
     clock, watchdog, run, start = training.clock, training.watchdog, job.config.run, loader.step
     values: dict[str, Any] = {}
     schedule, seq_length = batch_schedule(job.config), job.config.data.seq_length
-    speed, every = Speedometer(job), EveryStep(job.config.optim.clip)
+    observer = Observer(training, loader, tracker)
     clock.started()
     for step in range(start + 1, run.steps + 1):
         watchdog.beat(step, "reading")
@@ -160,13 +129,11 @@ def fit(training: Training, loader: Loader, tracker: Tracker, stop: StopRequest)
 
         watchdog.beat(step, "training")
         lr, behind = learning_rate(job.config.optim, step, run.steps), schedule.samples(step - 1).start * seq_length
-        logged = due(step, run.log_every, run.steps) or step == 1
         if step == 1:
             routers_start = routing.spread_as_drawn(job, micro_batches(job, batches))
-        with clock.spent(REDONE if step <= training.reached else TRAINING), speed.step(step - 1, batches):
+        with clock.spent(REDONE if step <= training.reached else TRAINING), observer.step(step, batches):
             verify = run.verify_every > 0 and step % run.verify_every == 0
-            outputs, grad_norm = train_step(job, engine, batches, lr, behind, logged, judge, verify)
-        every.add(judge.lm_loss, grad_norm)
+            outputs, grad_norm = train_step(job, engine, batches, lr, behind, observer.logged, judge, verify)
         if step == start + 1:
             watchdog.stepping()
         if run.replicas_every and step % run.replicas_every == 0:
@@ -176,13 +143,7 @@ def fit(training: Training, loader: Loader, tracker: Tracker, stop: StopRequest)
             if judge.gives_up:
                 return step, REWIND
 
-        values = {}
-        if logged or judge.reason:
-            values = {metrics.TOKENS: schedule.samples(step).start * seq_length}
-            values |= {metrics.GRAD_NORM: grad_norm, metrics.LR: lr, metrics.SKIPPED_STEPS: judge.skipped}
-        if logged:
-            values |= step_metrics(job, outputs, behind) | speed.take() | data_metrics(job, loader) | clock.metrics()
-            values |= every.take() | resource_metrics(job) | training.source_metrics(step)
+        values = observer.values(step, outputs, lr, grad_norm, behind)
         if due(step, run.save_every, run.steps):  # before anything that may fail
             training.save(step)
         if due(step, run.eval_every, run.steps) and job.dataset.has_heldout:
@@ -194,6 +155,7 @@ def fit(training: Training, loader: Loader, tracker: Tracker, stop: StopRequest)
         if values:
             tracker.log(step, values)
         if job.is_first:
+            observer.alerts.look(step, values)
             write_beat(run.path, step, clock.totals())
     if job.is_first and metrics.HELDOUT_LM_LOSS in values:
         print(heldout_line(values), flush=True)

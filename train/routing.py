@@ -184,16 +184,24 @@ def spread_line(values: dict[str, float]) -> str:
     )
 
 
-def routing_metrics(job: Job) -> dict[str, float]:
-    """What a logged step says of the routers: each number's mean over the layers, and by layer."""
-    rows = [load.statistics() for load in layer_loads(job)]
+def routing_metrics(job: Job, loads: list[LayerLoad]) -> dict[str, float]:
+    """What a logged step says of the routers, from `layer_loads`: each number's mean over the layers."""
+    rows = [load.statistics() for load in loads]
     values = {}
     for name in rows[0] if rows else (metrics.BALANCE_LOSS, metrics.BALANCE_LOSS_MICRO, metrics.Z_LOSS):
         values[name] = fmean(row[name] for row in rows) if rows else 0.0
-    for layer, row in zip(layer_names(job), rows, strict=True):
-        values |= {metrics.of_layer(name, layer): value for name, value in row.items() if name != metrics.Z_LOSS}
     if job.config.balance.forced:
         values[metrics.FORCED_ROUTING] = 1.0
+    return values
+
+
+def detailed_metrics(job: Job, loads: list[LayerLoad]) -> dict[str, metrics.Value]:
+    """What a sampled step also says: the same by layer, and the load of every expert."""
+    values: dict[str, metrics.Value] = {}
+    for layer, load in zip(layer_names(job), loads, strict=True):
+        row = load.statistics()
+        values |= {metrics.of_layer(name, layer): value for name, value in row.items() if name != metrics.Z_LOSS}
+        values[metrics.of_layer(metrics.EXPERT_LOAD, layer)] = [round(x, 4) for x in load.load().tolist()]
     return values
 
 

@@ -33,7 +33,7 @@ class Training:
     def __init__(self, job: Job, engine: Engine, start: Start, began: float) -> None:
         self.job, self.engine = job, engine
         run = job.config.run
-        self.watchdog = Watchdog(run.path, run.start_timeout, run.step_timeout)
+        self.watchdog = Watchdog(run.path, run.start_timeout, run.step_timeout, run.alert_minutes)
         self.clock = Clock(began, start.beat.get("seconds"))
         self.reached: int = start.beat.get("step", 0)
         self.saved, self.save_seconds = start.step, 0.0

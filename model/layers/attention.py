@@ -18,6 +18,7 @@ from model.documents import Documents, attention_mask
 from model.kernels.backends import accelerated
 from model.layers.chain import chain_attention
 from model.layers.context import LayerCache
+from model.layers.gauges import Gauge, note_gates, note_sink
 from model.layers.norm import at_least_float32
 from model.layers.recompute import recomputable
 from parallel.collectives import heads_to_sequence, sequence_to_heads
@@ -136,7 +137,7 @@ class GatedAttention(MegatronModule):
     ):
         super().__init__(config=config)
         shape = config.shape
-        self.layer_number = layer_number
+        self.layer_number, self.gauge = layer_number, Gauge()
         self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
         self.groups = shape.key_value_heads // pg_collection.tp.size()
         self.queries_per_group = shape.attention_heads // shape.key_value_heads
@@ -163,6 +164,8 @@ class GatedAttention(MegatronModule):
         if chain:
             keys, values = chain
             return chain_attention(query, key, value, keys, values, documents)
+        if self.gauge.listens:
+            note_sink(self.gauge, query, key, documents)
         return packed_attention(query, key, value, documents)
 
     def over_context(self, core: Callable, query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
@@ -191,5 +194,7 @@ class GatedAttention(MegatronModule):
         else:
             mixed = inference_context.attend(self, query, key, value, packed_seq_params)
         if self.gates_per_group:
+            if self.gauge.listens:
+                note_gates(self.gauge, gate, packed_seq_params)
             mixed = gate_heads(mixed, gate)
         return self.linear_proj(mixed.flatten(1)[:, None])

@@ -17,6 +17,7 @@ from model.config import passes_states
 from model.documents import Documents
 from model.kernels.backends import accelerated
 from model.layers.delta_rule import causal_conv, chunk_gated_delta_rule, gated_delta_rule, l2_normalise
+from model.layers.gauges import Gauge, note_delta
 from model.layers.norm import at_least_float32
 from model.layers.recompute import recomputable
 from parallel.collectives import earlier_parts, heads_to_sequence, sequence_to_heads
@@ -86,7 +87,7 @@ class GatedDeltaNet(MegatronModule):
     def __init__(self, config, submodules, layer_number: int, pg_collection, name=None):
         super().__init__(config=config)
         shape = config.shape
-        self.layer_number = layer_number
+        self.layer_number, self.gauge = layer_number, Gauge()
         self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
         self.key_heads = shape.linear_key_heads // pg_collection.tp.size()
         self.ratio = shape.linear_value_heads // shape.linear_key_heads
@@ -146,6 +147,7 @@ class GatedDeltaNet(MegatronModule):
         common = (mixed, conv_weight, A_log, dt_bias, documents, self.ratio, self.key_dim, self.value_dim)
         if group is None and cache is None:
             q, k, v, z, g, beta = prepare_delta(*common)
+            self.note(g, beta, documents)
             return self.out_norm(gated_delta_rule(q, k, v, g, beta, documents), z)
         inputs, taps = mixed[..., : self.conv_channels].flatten(2), conv_weight.shape[1]
         if cache is not None:
@@ -153,7 +155,13 @@ class GatedDeltaNet(MegatronModule):
             q, k, v, z, g, beta = prepare_part(*common, before)
             return self.out_norm(cache.delta_rule(self.layer_number, q, k, v, g, beta, documents), z)
         q, k, v, z, g, beta = prepare_part(*common, earlier_parts(inputs[:, 1 - taps :], group)[-1])
+        self.note(g, beta, documents)
         return self.out_norm(chunk_gated_delta_rule(q, k, v, g, beta, documents, group), z)
+
+    def note(self, g_RLV: Tensor, beta_RLV: Tensor, documents: Documents) -> None:
+        """Shows decays and write strengths to the gauge of a sampled step."""
+        if self.gauge.listens:
+            note_delta(self.gauge, g_RLV, beta_RLV, documents)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets=(), metadata=None):
         """As megatron-core's default, with the head-wise parameters cut along their heads."""

@@ -16,7 +16,8 @@ from parallel.topology import ParallelConfig, resolve
 from tests.dist import run_ranks
 from tests.parallel.tiny import LENGTH, VOCAB, fill, part_of, random_batch, start_engine, tiny_config
 from train.job.build import Job, build_chunks
-from train.loop import step_metrics, train_step
+from train.loop import train_step
+from train.observe import step_metrics
 from train.routing import balances
 from train.settings.run import BatchConfig, DataConfig
 from train.watch import metrics

@@ -25,7 +25,8 @@ from train.job.build import Job
 from train.job.checkpoint import load, save
 from train.job.directory import COUNTS
 from train.job.shelf import Shelf
-from train.loop import micro_batches, step_metrics, train_step
+from train.loop import micro_batches, train_step
+from train.observe import step_metrics
 from train.routing import begin_step
 from train.settings.run import BatchConfig, RunConfig
 from train.watch.metrics import GRAD_NORM

@@ -10,7 +10,8 @@ from parallel import groups as process_groups
 from parallel.topology import ParallelConfig
 from tests.dist import run_ranks
 from tests.parallel.tiny import MODEL, build_tiny, part_of, random_batch, start_engine, tiny_config
-from train.loop import step_metrics, train_step
+from train.loop import train_step
+from train.observe import step_metrics
 from train.settings.run import BatchConfig
 from train.watch import metrics
 

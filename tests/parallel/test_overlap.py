@@ -24,7 +24,8 @@ from parallel.topology import ParallelConfig
 from tests.dist import run_ranks
 from tests.parallel.tiny import build_tiny, fill, part_of, random_batch, start_engine, tiny_config
 from train.job.build import Job
-from train.loop import step_metrics, train_step
+from train.loop import train_step
+from train.observe import step_metrics
 from train.settings.run import BatchConfig
 from train.watch import metrics
 

@@ -37,10 +37,13 @@ from tests.parallel.tiny import (
     tiny_config,
 )
 from train.job.build import Job
-from train.loop import micro_batches, step_metrics, train_step
+from train.loop import micro_batches, train_step
+from train.observe import step_metrics
 from train.routing import balances, begin_step, end_step
 from train.settings.run import BatchConfig
-from train.watch import metrics
+from train.watch import catalog, metrics
+from train.watch.catalog import find
+from train.watch.gauges import Gauges
 
 pytestmark = pytest.mark.timeout(1500)  # the first test computes all results
 ROWS = 8
@@ -138,10 +141,12 @@ def _trajectory(case: Case, experts_per_token: int, mode: str) -> list[dict[str,
     """The metrics of twenty training steps."""
     job = _job(case, replace(EXACT, mode=mode), experts_per_token=experts_per_token)
     engine = start_engine(job)
-    steps = []
+    gauges, steps = Gauges(job, engine), []
     for step in range(STEPS):
+        gauges.begin_step(sampled=step == 0)
         outputs, grad_norm = train_step(job, engine, _batches(job, case, step), LR)
         steps.append(step_metrics(job, outputs) | {metrics.GRAD_NORM: grad_norm})
+        steps[-1] |= gauges.values(LR, grad_norm) if step == 0 else {}
     return steps
 
 
@@ -234,7 +239,8 @@ def _assert_close(found: dict[str, float], expected: dict[str, float], tolerance
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         # The default is for the losses: the next token's, each MTP step's and their sum with the router's.
-        relative = tolerance.get(name, tolerance[metrics.LOSS])
+        gauge = find(name).section in GAUGES or name.startswith(metrics.GROUP_GRAD_NORM)
+        relative = GAUGE if gauge else tolerance.get(name, tolerance[metrics.LOSS])
         assert found[name] == pytest.approx(value, rel=relative), f"{name} {where}"
 
 
@@ -287,6 +293,10 @@ def _assert_same_gradients(results: dict, case: Case, kind: str, reference: Case
 
 # Equal weights, so what differs is the order in which float32 sums are taken: 2e-7 was seen.
 FIRST_STEP = {metrics.LOSS: 1e-6}
+# Gauges are of single layers and tensors, whose float32 sums differ more: 3e-6 was seen. A wrong count or mask, or a
+# part that is counted twice, shows as 1e-2.
+GAUGE = 2e-5
+GAUGES = (catalog.ATTENTION, catalog.DELTANET, catalog.ACTIVATIONS, catalog.WEIGHTS)
 
 
 @pytest.mark.parametrize("case", LAYOUTS, ids=lambda case: case.name)

@@ -3,7 +3,8 @@
 from parallel.engine import Engine
 from tests.parallel.tiny import part_of, random_batch
 from train.job.build import Job
-from train.loop import step_metrics, train_step
+from train.loop import train_step
+from train.observe import step_metrics
 from train.watch.metrics import GRAD_NORM
 
 

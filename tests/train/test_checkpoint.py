@@ -39,7 +39,8 @@ from train.job.checkpoint import load, load_model, save
 from train.job.directory import require_same_data, steps_done
 from train.job.footprint import checkpoint_bytes
 from train.job.shelf import Shelf, read_state, write_state
-from train.loop import step_metrics, train_step
+from train.loop import train_step
+from train.observe import step_metrics
 from train.settings.run import BatchConfig, RunConfig, save_config
 from train.settings.tree import ConfigError
 from train.watch.metrics import GRAD_NORM

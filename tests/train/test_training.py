@@ -1,5 +1,6 @@
 """The commands as a user runs them: real processes, a small model on a small corpus."""
 
+import gzip
 import json
 import os
 import signal
@@ -12,9 +13,10 @@ import torch
 
 from data.order.batches import Batch
 from tests.faults.runs import make_corpus
-from train.loop import due
+from train.observe import due
 from train.use.evaluate import in_groups, unigram_entropy
 from train.use.generate import choose
+from train.watch import catalog
 from train.watch.speed import matmul_rate
 
 ROOT = Path(__file__).parents[2]
@@ -84,8 +86,11 @@ def commands(tmp_path: Path, corpus: Path) -> Commands:
 
 def test_a_run_is_repeatable_bit_for_bit_and_keeps_the_contract_of_its_directory(commands: Commands):
     output = commands.train("first")
-    commands.train("second")
+    # Neither gauges nor a profile change what is computed.
+    profiled = commands.train("second", "run.detail_every=2", "run.profile=[2,3]")
     assert commands.losses("first") == commands.losses("second")
+    assert_traces(commands.runs / "second" / "logs", profiled)
+    assert_catalogued(commands.metrics("second"))
     assert [entry["step"] for entry in commands.metrics("first")] == [1, 2, 3, 4]
     assert set(commands.metrics("first")[0]) >= CONTRACT
     speeds = commands.metrics("first")[-1]
@@ -108,6 +113,35 @@ def test_a_run_is_repeatable_bit_for_bit_and_keeps_the_contract_of_its_directory
     assert commands.losses("third")[0] != commands.losses("first")[0]
 
 
+def assert_traces(logs: Path, output: str) -> None:
+    """Each process's trace of two steps, with the layers by name."""
+    assert "profiled: " in output
+    for rank in range(2):
+        with gzip.open(logs / f"profile_2_3_process_{rank}.json.gz", "rt") as file:
+            names = [event["name"] for event in json.load(file)["traceEvents"] if event.get("cat") == "user_annotation"]
+        for layer in ("step 2", "Gated DeltaNet, layer 1", "experts, layer 2", "attention, layer 3"):
+            assert names.count(layer) == (1 if layer.startswith("step") else 4), layer  # two micro-batches a step
+        assert "step 4" not in names
+
+
+def assert_catalogued(entries: list[dict]) -> None:
+    """Everything in the log is declared, what is declared is there and is no mere zero, when it should be."""
+    logged = {key: [entry[key] for entry in entries if key in entry] for entry in entries for key in entry}
+    unknown = [key for key in logged if key != "step" and catalog.find(key) is None]
+    assert not unknown
+    zero = [key for key, values in logged.items() if key != "step" and not any(map(any_of, values))]
+    assert [key for key in zero if not catalog.find(key).rarely] == []
+    found = {(metric.name, metric.kind) for metric in map(catalog.find, logged.keys() - {"step"})}
+    expected = [one for one in catalog.METRICS if one.when not in (catalog.GPU, "balance.forced") and not one.rarely]
+    assert [one.name for one in expected if (one.name, one.kind) not in found] == []
+    gauges = [key for key in logged.keys() - {"step"} if catalog.find(key).cadence == catalog.Cadence.DETAIL]
+    assert len(gauges) > 50 and all(len(logged[key]) == 3 for key in gauges)  # of steps 1, 2 and 4
+
+
+def any_of(value: float | list[float]) -> bool:
+    return any(value) if isinstance(value, list) else bool(value)
+
+
 def test_a_run_resumes_exactly_and_a_finished_one_says_so(commands: Commands):
     # A rate that does not depend on run.steps, and batches that change both at a resumed step and after it.
     rate = ("optim.warmup_steps=0", "optim.min_lr=4e-3")
@@ -126,7 +160,7 @@ def test_a_run_resumes_exactly_and_a_finished_one_says_so(commands: Commands):
     assert commands.metrics("parts")[-1]["step"] == 5 and "starting after step 4" in output
 
 
-def test_a_run_is_used_on_other_processes_than_it_was_trained_on(commands: Commands, tmp_path: Path):
+def test_a_run_is_used_on_other_processes_than_it_was_trained_on(commands: Commands, tmp_path: Path, corpus: Path):
     long = ("run.steps=30", "run.log_every=30", "optim.warmup_steps=2")
     commands.train("run", *long, "parallel.expert=4", processes=4)
     last = commands.metrics("run")[-1]
@@ -137,6 +171,12 @@ def test_a_run_is_used_on_other_processes_than_it_was_trained_on(commands: Comma
         assert f"starting {processes or 1 + len(layout)} process" in output
         # Four decimals of the same number; sums over processes differ in the last bits of a float64.
         assert f"held-out lm_loss {last['heldout_lm_loss']:.4f}" in output
+    # Its Hugging Face checkpoint too, read back as another run.
+    commands.run("export", *name, f"out={tmp_path / 'hf'}", processes=None)
+    back = (f"run.dir={commands.runs}", "run=back")
+    commands.run("import", *back, f"hf={tmp_path / 'hf'}", f"corpus={corpus}", "seq_length=48", processes=None)
+    output = commands.run("evaluate", *back, "samples=6", "draft=0", processes=1)
+    assert f"held-out lm_loss {last['heldout_lm_loss']:.4f}" in output
     greedy = commands.run("generate", *name, "prompt=one two", "tokens=12", processes=1)
     assert greedy.splitlines()[-1].startswith("one two")
     assert commands.run("generate", *name, "prompt=one two", "tokens=12", processes=1) == greedy
@@ -145,10 +185,15 @@ def test_a_run_is_used_on_other_processes_than_it_was_trained_on(commands: Comma
     assert "drafts of 2: " in drafted and " a pass" in drafted
     assert last["heldout_accepted_length"] >= 1.0
     path, few = commands.runs / "drafts.json", ("draft=3", "prompts=5", "prompt_tokens=9", "tokens=6", "samples=2")
-    commands.run("evaluate", *name, *few, f"output={path}", processes=2)
-    together = json.loads(path.read_text())["drafts"]
-    commands.run("evaluate", *name, *few, f"output={path}", processes=1)
-    assert json.loads(path.read_text())["drafts"] == together
+    commands.run("evaluate", *name, *few, "needles=3", f"output={path}", processes=2)
+    both = json.loads(path.read_text())
+    together = both["drafts"]
+    commands.run("evaluate", *name, *few, "needles=3", f"output={path}", processes=1)
+    alone = json.loads(path.read_text())
+    assert alone["drafts"] == together
+    assert alone["metrics"] == pytest.approx(both["metrics"], rel=1e-5)  # sums in another order, in float32
+    assert all(alone["metrics"][name] > 0 for name in ("heldout_needle_loss/at_50", "heldout_needle_first_loss/at_0"))
+    assert any(name.startswith("heldout_lm_loss/documents_of_") for name in alone["metrics"])
     assert len(together["prompts"]) == len(together["texts"]) > 2 and len(together["cumulative"]) == 3
     commands.run("evaluate", *name, *few, f"output={path}", "dtype=bfloat16", processes=1)
     assert json.loads(path.read_text())["drafts"]["prompts"] == together["prompts"]

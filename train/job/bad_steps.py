@@ -93,6 +93,7 @@ class Judge:
         skipped: bad steps since the start of the run.
         reason: what was wrong with the last step; empty where it was good.
         lm_loss: of the last step, over the whole global batch.
+        decided: when it was decided about, its gradients being there, by ``time.perf_counter``.
     """
 
     def __init__(self, job: Job, state: dict[str, Any] | None = None) -> None:
@@ -104,6 +105,7 @@ class Judge:
         self.skipped: int = state.get("skipped", 0)
         self.reason = ""
         self.lm_loss = 0.0
+        self.decided = 0.0
 
     @property
     def state(self) -> dict[str, Any]:
@@ -136,7 +138,7 @@ class Judge:
             self.reason = f"the gradient norm is {grad_norm:.4g}"
         elif self._losses.spikes(lm_loss):
             self.reason = f"lm_loss jumped to {lm_loss:.4g}"
-        self.lm_loss = lm_loss
+        self.lm_loss, self.decided = lm_loss, time.perf_counter()
         self._losses.add(lm_loss)
         self._norms.add(grad_norm)
         self.in_a_row = self.in_a_row + 1 if self.reason else 0

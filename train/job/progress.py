@@ -2,8 +2,12 @@
 
 from typing import Any
 
+import torch
+
 from data.loader import Loader, Stream
+from data.order.batches import Batch
 from data.order.skips import Skips, Window
+from parallel.collectives import sum_over
 from train.job.agree import require_alike
 from train.job.bad_steps import Judge
 from train.job.build import Job
@@ -29,6 +33,19 @@ class Progress:
         self.identity = job.dataset.identity(job.config.seed)
         self.stream: Stream = job.dataset.train_stream(job.config.seed)
         self.start = step
+        # Older checkpoints do not say how much was padding.
+        self._tokens: int = data.get("tokens", number * job.config.data.seq_length)
+        self._unsummed = torch.zeros((), dtype=torch.int64)
+
+    def read(self, batches: list[Batch]) -> None:
+        """Counts what this process has read for a step."""
+        self._unsummed += sum(int((batch.documents[:, :-1] >= 0).sum()) for batch in batches)
+
+    def tokens(self) -> int:
+        """Tokens, without padding, that the run has read (one reduction)."""
+        self._tokens += int(sum_over(self._unsummed.to(self._job.device), self._job.groups.dp))
+        self._unsummed.zero_()
+        return self._tokens
 
     def loader(self) -> Loader:
         """This process's batches from here on."""
@@ -56,12 +73,13 @@ class Progress:
             require_alike(what, value, self._job.device)
 
     def state(self, step: int) -> dict[str, Any]:
-        """What a checkpoint after ``step`` steps says of what was read and how far."""
+        """What a checkpoint after ``step`` steps says of what was read and how far (one reduction)."""
         samples, place = self._schedule.samples(step).start, self.place_after(step)
         return {
             "identity": self.identity,
             "samples": samples,
             "place": place,
+            "tokens": self.tokens(),
             "sources": self._job.dataset.cursors(place),
             "judge": self.judge.state,
         }

@@ -71,6 +71,9 @@ class EvaluateConfig:
     prompt_tokens: Annotated[int, "tokens of a prompt, at the most"] = 32
     tokens: Annotated[int, "tokens that each prompt is continued by"] = 64
     dtype: Annotated[str | None, "type that the weights are rounded to first: float32 or bfloat16; null: none"] = None
+    needles: Annotated[
+        int, "held-out sequences with words hidden at several depths and asked for at the end; 0: none"
+    ] = 0
     output: Annotated[str | None, "JSON file for prompts, texts and the acceptance of their drafts"] = None
 
 
@@ -192,6 +195,7 @@ def check_evaluate(config: EvaluateConfig) -> None:
         check_least("draft", config.draft, 0)
     for name in ("prompts", "prompt_tokens", "tokens"):
         check_least(name, vars(config)[name], 1)
+    check_least("needles", config.needles, 0)
     if config.dtype is not None:
         check_choice("dtype", config.dtype, ("float32", "bfloat16"), ConfigError)
     if config.output is not None and (reason := why_unwritable(Path(config.output).absolute().parent)):

@@ -51,6 +51,16 @@ class RunConfig:
     eval_samples: Annotated[int, "held-out sequences of one evaluation"] = 64
     eval_prompts: Annotated[int, "held-out prompts on which an evaluation checks MTP drafts (not over a pipeline)"] = 16
     log_every: Annotated[int, "steps between logged lines"] = 10
+    detail_every: Annotated[
+        int, "steps between those that are logged with the gauges of every layer and group of parameters; 0: the last"
+    ] = 100
+    profile: Annotated[
+        tuple[int, ...], "[first, last]: steps whose trace, and on GPUs memory, each process writes into the run's logs"
+    ] = ()
+    alert_minutes: Annotated[float, "minutes without a step after which an alert says so"] = 3.0
+    alert_webhook: Annotated[
+        str | None, "environment variable whose URL gets each alert as JSON, its text under text; null: none"
+    ] = None
     start_timeout: Annotated[
         float,
         "minutes after which processes that wait for another give up, until the first step and in saves",

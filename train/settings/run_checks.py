@@ -1,5 +1,7 @@
 """The checks of a run's settings, in one order: the cheap ones, then what the corpus and the disk say."""
 
+import os
+
 from data.dataset import check_data
 from data.errors import check_choice
 from data.files import why_unwritable
@@ -59,11 +61,24 @@ def check_plan(config: Config, world: int) -> Topology:
     return topology
 
 
+def _check_alerts_and_profile(run: RunConfig) -> None:
+    if run.profile and (len(run.profile) != 2 or not 1 <= run.profile[0] <= run.profile[1]):
+        raise ConfigError(f"run.profile={list(run.profile)} are no steps: name the first and the last, as in [20,22]")
+    if not run.alert_minutes > 0:
+        raise ConfigError(f"run.alert_minutes={run.alert_minutes} must be above 0 minutes")
+    if run.alert_webhook is not None and not os.environ.get(run.alert_webhook):
+        raise ConfigError(
+            f"run.alert_webhook={run.alert_webhook} is not in the environment: name the variable that holds the URL"
+        )
+
+
 def _check_run(run: RunConfig) -> None:
     if not run.name or run.name.startswith((".", "-")) or "/" in run.name:
         raise ConfigError(f"run.name={run.name!r} cannot name a directory in {run.dir}: choose a plain name")
     check_least("run.steps", run.steps, 1)
     check_least("run.log_every", run.log_every, 1)
+    check_least("run.detail_every", run.detail_every, 0)
+    _check_alerts_and_profile(run)
     check_least("run.eval_samples", run.eval_samples, 1)
     check_least("run.eval_prompts", run.eval_prompts, 0)
     for name in ("save_every", "keep", "keep_every"):

@@ -11,7 +11,8 @@ from train.settings.commands import EvaluateConfig
 from train.settings.run import Config
 from train.use.acceptance import Acceptance, heldout_prompts, measure_acceptance
 from train.use.evaluate import heldout_line, heldout_metrics, read_heldout, rounded
-from train.use.parts import ByPlace, part_lines, source_metrics
+from train.use.needle import needle_lines, needle_metrics
+from train.use.parts import TextParts, part_lines, source_metrics
 
 
 def run_evaluation(asked: EvaluateConfig, config: Config) -> int:
@@ -23,9 +24,10 @@ def run_evaluation(asked: EvaluateConfig, config: Config) -> int:
     if asked.dtype:
         job = rounded(job, asked.dtype)
     samples = asked.samples or config.run.eval_samples
-    by_place = ByPlace(config.data.seq_length) if job.topology.context == 1 else None  # else rows are in parts
-    values = heldout_metrics(job, read_heldout(job, samples), by_place.add if by_place else None)
-    parts = (by_place.values(job) if by_place else {}) | source_metrics(job, samples)
+    by_part = TextParts(config.data.seq_length) if job.topology.context == 1 else None  # else rows are in parts
+    values = heldout_metrics(job, read_heldout(job, samples), by_part.add if by_part else None)
+    parts = (by_part.values(job) if by_part else {}) | source_metrics(job, samples)
+    needles = needle_metrics(job, asked.needles) if asked.needles else {}
     draft = asked.draft
     if draft is None:
         draft = config.mtp.steps if job.topology.pipeline == 1 else 0
@@ -36,11 +38,11 @@ def run_evaluation(asked: EvaluateConfig, config: Config) -> int:
         values |= found.values()
     if job.is_first:
         print(f"{config.run.name} after {read_state(path)['step']} steps: {heldout_line(values)}", flush=True)
-        print("\n".join(part_lines(parts)), flush=True)
+        print("\n".join([*part_lines(parts), *needle_lines(needles)]), flush=True)
     if job.is_first and found:
         print(f"{found.tally.describe()}, on {len(prompts)} held-out prompts", flush=True)
     if job.is_first and asked.output:
-        _write_output(Path(asked.output), values | parts, found)
+        _write_output(Path(asked.output), values | parts | needles, found)
     job.close()
     return 0
 

@@ -67,6 +67,11 @@ LOSS, OPTIMIZER, ROUTING, ATTENTION, DELTANET, ACTIVATIONS, WEIGHTS, SPEED, TIME
     "data",
     "held-out",
 )
+# What norms are called by their place in the model.
+NORMS = (
+    *("input_layernorm", "pre_mlp_layernorm", "q_layernorm", "k_layernorm", "out_norm", "final_norm"),
+    *("enorm", "hnorm", "final_layernorm"),
+)
 EXTREMES = ("min", "mean", "max")
 MTP, EXPERTS, GATED, HYBRID = "mtp.steps", "mixtures of experts", "attention gates", "Gated DeltaNet layers"
 GPU, SPREAD = "GPUs", "experts on several processes"
@@ -132,7 +137,12 @@ def _of_layers() -> tuple[Metric, ...]:
     gains: dict[str, Any] = {"kind": Kind.BY_PART, "unit": "gain", "section": WEIGHTS}
     deltas: dict[str, Any] = {"section": DELTANET, "when": HYBRID, "unit": ""}
     return (
-        metric(metrics.ATTENTION_SINK, SHARE, "attention on a document's first token by later ones", ATTENTION),
+        metric(
+            metrics.ATTENTION_SINK,
+            SHARE,
+            "attention on a document's first token by those at least 16 places on",
+            ATTENTION,
+        ),
         metric(metrics.GATE_MEAN, SHARE, "mean of the output gates", ATTENTION, when=GATED),
         metric(metrics.GATE_LOW, SHARE, "of the output gates below 0.1", ATTENTION, when=GATED, rarely=True),
         metric(metrics.ACTIVATION_MAX, "", "largest number of the residual stream behind a layer", ACTIVATIONS),
@@ -188,7 +198,8 @@ def _of_machines() -> tuple[Metric, ...]:
         Metric(metrics.MEMORY_PEAK, GB, "of the fullest GPU since the last logged step", MEMORY, when=GPU),
         Metric(metrics.MEMORY_RESERVED, GB, "that its allocator holds", MEMORY, when=GPU),
         Metric(metrics.MEMORY_RETRIES, "times", "it had to free what it held", MEMORY, when=GPU, rarely=True),
-        Metric(metrics.DISK_FREE, GB, "on the run's disk", MEMORY),
+        Metric(metrics.DISK_FREE, GB, "that are free on the run's disk", MEMORY),
+        Metric(metrics.DISK_SIZE, GB, "of that disk", MEMORY),
     )  # fmt: skip
 
 

@@ -23,6 +23,10 @@ class EveryStep:
         self._losses.append(lm_loss)
         self._norms.append(grad_norm)
 
+    def __len__(self) -> int:
+        """Steps since the last call of `take`."""
+        return len(self._losses)
+
     def take(self) -> dict[str, metrics.Value]:
         """Metrics of the steps since the last call: each one's numbers, their extremes, and how many were clipped."""
         values: dict[str, metrics.Value] = {

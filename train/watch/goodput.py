@@ -36,6 +36,7 @@ class Clock:
         self._now, self._began = now, began
         self._before = {kind: (before or {}).get(kind, 0.0) for kind in (*KINDS, WALL)}
         self._own = dict.fromkeys(KINDS, 0.0)
+        self._taken = dict(self._own)
 
     def started(self) -> None:
         """The first step comes next; later calls change nothing."""
@@ -49,6 +50,12 @@ class Clock:
             yield
         finally:
             self._own[kind] += self._now() - begin
+
+    def take(self) -> dict[str, float]:
+        """Seconds by kind since the last call."""
+        spent = {kind: self._own[kind] - self._taken[kind] for kind in KINDS}
+        self._taken = dict(self._own)
+        return spent
 
     def totals(self) -> dict[str, float]:
         """Seconds by kind, and of the wall clock, over all starts of the run."""

@@ -1,13 +1,14 @@
 """Signs of life of every process of a run, and what each was doing when nothing moved any more."""
 
 import faulthandler
+import math
 import os
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,20 @@ class Watchdog:
     and the flight record of its process first, kills a process of this machine that does not answer, and ends its own
     where the collective does not come back.
 
+    SIGQUIT writes a process's stacks to its stderr, and nothing ends.
+
     Args:
         run: the run's directory.
         start_minutes, step_minutes: the timeouts until the first step (and in what takes as long), and after it.
+        idle_minutes: after which `on_idle` hears that no step has ended.
+    Attributes:
+        on_idle: called from the watch's thread with the step and the seconds since its last move.
     """
 
-    def __init__(self, run: Path, start_minutes: float, step_minutes: float) -> None:
+    def __init__(self, run: Path, start_minutes: float, step_minutes: float, idle_minutes: float = math.inf) -> None:
+        faulthandler.register(signal.SIGQUIT, all_threads=True)
+        self.on_idle: Callable[[int, float], None] | None = None
+        self._idle_s = 60 * idle_minutes
         self._board, self._run = Board(), run
         self._start, self._step = start_minutes, step_minutes
         self._limit = start_minutes
@@ -79,6 +88,8 @@ class Watchdog:
         while not self._closed.wait(self._look_s):
             self._sign()
             still = time.monotonic() - self._moved
+            if self.on_idle and still > self._idle_s and self._limit == self._step:  # not in what takes long anyway
+                self.on_idle(self._where["step"], still)
             # A little before the process groups give up, since what they raise ends the process.
             if still > 60 * self._limit - 2 * self._look_s:
                 self._report(still)

@@ -66,6 +66,7 @@ STEP_SECONDS = "seconds/step"  # mean since the last logged step, from its batch
 SLOWEST_RATE = "slowest_rate"  # of matrix products, of the slowest process over the median one's
 SLOWEST_PROCESS = "slowest_process"
 DISK_FREE = "disk_free_gb"
+DISK_SIZE = "disk_gb"
 EXPERT_ROWS_MAX = "expert_rows_max"  # most rows that any rank received in a micro-batch, over an even share
 MEMORY_PEAK = "memory_peak_gb"  # of the fullest GPU since the last logged step, and what its allocator holds
 MEMORY_RESERVED = "memory_reserved_gb"
@@ -79,6 +80,9 @@ HELDOUT_BITS_PER_BYTE = "heldout_bits_per_byte"
 HELDOUT_UNIGRAM_ENTROPY = "heldout_unigram_entropy"  # nats a token, of knowing only frequencies
 HELDOUT_MTP_LOSS = "heldout_mtp_loss"
 HELDOUT_ACCEPTANCE = "heldout_acceptance"
+NEEDLE_LOSS = "heldout_needle_loss"  # nats a token of a needle read before (`train.use.needle`)
+NEEDLE_FIRST_LOSS = "heldout_needle_first_loss"  # of the same where it was new
+NEEDLE_FOUND = "heldout_needle_found"
 HELDOUT_ACCEPTED_LENGTH = "heldout_accepted_length"  # tokens that a pass of the trunk yields with MTP drafts
 
 METRICS_FILE = "metrics.jsonl"
@@ -143,6 +147,9 @@ class MetricsLog:
             if not self._waits:
                 print(f"warning: {METRICS_FILE} cannot be written ({error}); its lines wait", file=sys.stderr)
             self._waits = True
+
+    def alert(self, title: str, text: str) -> None:
+        """Nothing: what an alert is of stands in the log."""
 
     def close(self) -> None:
         with suppress(OSError):  # told already

@@ -1,5 +1,7 @@
 """What a run takes of its machines: memory of the fullest GPU, and rows of the fullest holder of experts."""
 
+import shutil
+
 import torch
 
 from parallel.collectives import max_over_all
@@ -9,13 +11,19 @@ from train.watch import metrics
 GB = 1e9
 
 
-def resource_metrics(job: Job) -> dict[str, float]:
-    """Numbers since the last call, the largest of any process (one reduction); memory only on GPUs."""
+def resource_metrics(job: Job, own: dict[str, float]) -> dict[str, float]:
+    """Numbers since the last call, the largest of any process (one reduction); memory only on GPUs.
+
+    Args:
+        own: what else of this process is looked at in the same way.
+    """
     layers = [moe for chunk in job.chunks for moe in chunk.moe_layers()]
     fullest = max((moe.fullest for moe in layers), default=0.0)
     for moe in layers:
         moe.fullest = 0.0
-    values = {metrics.EXPERT_ROWS_MAX: fullest}
+    disk = shutil.disk_usage(job.config.run.path)
+    values = {metrics.EXPERT_ROWS_MAX: fullest, metrics.DISK_FREE: -disk.free / GB, metrics.DISK_SIZE: disk.total / GB}
+    values |= own
     if job.device.type == "cuda":
         found = torch.cuda.memory_stats(job.device)
         values[metrics.MEMORY_PEAK] = found["allocated_bytes.all.peak"] / GB
@@ -23,4 +31,6 @@ def resource_metrics(job: Job) -> dict[str, float]:
         values[metrics.MEMORY_RETRIES] = float(found["num_alloc_retries"])
         torch.cuda.reset_peak_memory_stats(job.device)
     whole = max_over_all(torch.tensor(list(values.values()), dtype=torch.float64, device=job.device)).tolist()
-    return {name: value for name, value in zip(values, whole, strict=True) if value or name != metrics.EXPERT_ROWS_MAX}
+    found = dict(zip(values, whole, strict=True))
+    found[metrics.DISK_FREE] *= -1  # the least
+    return {name: value for name, value in found.items() if value or name != metrics.EXPERT_ROWS_MAX}

@@ -22,6 +22,9 @@ class Tracker(Protocol):
     def log(self, step: int, values: Mapping[str, Value]) -> None:
         """Notes the values of ``step``, once a step."""
 
+    def alert(self, title: str, text: str) -> None:
+        """Tells a person who is not at the console; from any thread."""
+
     def close(self) -> None:
         """Ends the notes; nothing is logged after it."""
 
@@ -30,6 +33,9 @@ class NullTracker:
     """Forgets everything: for all ranks but the first."""
 
     def log(self, step: int, values: Mapping[str, Value]) -> None:
+        pass
+
+    def alert(self, title: str, text: str) -> None:
         pass
 
     def close(self) -> None:
@@ -46,6 +52,10 @@ class CompositeTracker:
         for tracker in self._trackers:
             tracker.log(step, values)
 
+    def alert(self, title: str, text: str) -> None:
+        for tracker in self._trackers:
+            tracker.alert(title, text)
+
     def close(self) -> None:
         for tracker in self._trackers:
             tracker.close()
@@ -61,6 +71,9 @@ class ConsoleTracker:
     def log(self, step: int, values: Mapping[str, Value]) -> None:
         seconds_per_step = (self._clock() - self._start) / max(1, step - self._start_step)
         print(console_line(step, self._steps, values, seconds_per_step * (self._steps - step)), flush=True)
+
+    def alert(self, title: str, text: str) -> None:
+        print(f"alert: {text}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         pass
@@ -96,6 +109,10 @@ class WandbTracker:
         if self._run is not None:
             single = {name: value for name, value in values.items() if not isinstance(value, list)}
             self._try(lambda: self._run.log({STEP: step, **single}))
+
+    def alert(self, title: str, text: str) -> None:
+        if self._run is not None:
+            self._try(lambda: self._run.alert(title, text))
 
     def close(self) -> None:
         if self._run is not None:
