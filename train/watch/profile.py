@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 from torch.autograd.profiler import record_function
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.hooks import RemovableHandle
@@ -71,7 +71,7 @@ class Profiler:
             print(f"profiled: {file.parent}/profile_*, one of each process, for ui.perfetto.dev", flush=True)
 
 
-def _ranges(layer: nn.Module, job: Job) -> list[RemovableHandle]:
+def _ranges(layer: Any, job: Job) -> list[RemovableHandle]:
     """Hooks that name what a layer computes forwards, as in "attention, layer 8"; backward follows by its arrows."""
     number = layer.layer_number
     name = f"{LAYER_NAMES[job.config.model.layers[number - 1]]}, layer {number}"
