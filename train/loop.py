@@ -151,7 +151,7 @@ def fit(training: Training, loader: Loader, tracker: Tracker, stop: StopRequest)
         if step == 1 and routers_start:
             values |= routers_start
             if job.is_first:
-                print(routing.spread_line(routers_start), flush=True)
+                print(routing.spread_line(values), flush=True)
         if values:
             tracker.log(step, values)
         if job.is_first:

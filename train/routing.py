@@ -1,9 +1,10 @@
 """The routers of a run: counted ahead of a step where that is needed, and what a logged step says of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -171,7 +172,7 @@ def spread_as_drawn(job: Job, batches: list[MicroBatch]) -> dict[str, float]:
     return values
 
 
-def spread_line(values: dict[str, float]) -> str:
+def spread_line(values: Mapping[str, Any]) -> str:
     """The first step's metrics of the routers' start, in a line for a person."""
 
     def loads(name_of: Callable[[str], str]) -> str:
