@@ -226,7 +226,7 @@ class MegatronEngine:
     def sharded_state_dict(self, is_loading: bool) -> State:
         """Model and optimizer as megatron-core's sharded state dict, for saving or as a template for loading."""
         self.gather_weights()
-        if is_loading:
+        if is_loading or not self.steps:
             self._allocate_moments()
         weights = self._sharded_weights()
         optimizer = optimizer_state.sharded_state(self.shards(), weights)
@@ -239,26 +239,27 @@ class MegatronEngine:
         return sharded_weights(self.chunks, {"dp_cp_group": self.groups.dp_cp})
 
     def _allocate_moments(self) -> None:
-        """Gives AdamW the state that it has after a step, for a checkpoint to fill."""
+        """Gives AdamW the state that it has after a step, for a checkpoint to fill; zeros are what it begins with."""
         for part in self.optimizer.chained_optimizers:
             for group in part.optimizer.param_groups:
                 for parameter in group["params"]:
-                    part.optimizer.state[parameter] = {
-                        "step": torch.zeros(()),
-                        "exp_avg": torch.zeros_like(parameter),
-                        "exp_avg_sq": torch.zeros_like(parameter),
-                    }
+                    moments = {name: torch.zeros_like(parameter) for name in optimizer_state.MOMENTS}
+                    part.optimizer.state[parameter] = moments
+        self._count_steps()
+
+    def _count_steps(self) -> None:
+        """Tells AdamW how many steps it has taken, where it wants to know it."""
+        for part in self.optimizer.chained_optimizers:
+            for group in part.optimizer.param_groups:
+                for parameter in group["params"]:
+                    where = parameter.device if group["fused"] else None
+                    part.optimizer.state[parameter]["step"] = torch.tensor(float(self.steps), device=where)
 
     @torch.no_grad()
     def load_state_dict(self, state: State) -> None:
         """Takes what `sharded_state_dict` described and the checkpoint filled."""
         self.steps = state["optimizer_step"]
         load_weights(self.chunks, state)
-        optimizers = self.optimizer.chained_optimizers
         optimizer_state.take(self.shards(), self._sharded_weights(), state["optimizer"])
         self._apply_settings()
-        for part in optimizers:
-            for group in part.optimizer.param_groups:
-                for parameter in group["params"]:
-                    where = parameter.device if group["fused"] else None
-                    part.optimizer.state[parameter]["step"] = torch.tensor(float(self.steps), device=where)
+        self._count_steps()

@@ -1,6 +1,7 @@
 """The training loop."""
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,6 +57,7 @@ def train_step(
     recording: bool = True,
     judge: Judge | None = None,
     verify: bool = False,
+    settle: Callable[[], None] | None = None,
 ) -> tuple[list[Losses], float]:
     """One optimizer step over this rank's micro-batches; losses and gradient norm.
 
@@ -66,6 +68,7 @@ def train_step(
         recording: whether the routers note what a logged step reports.
         judge: decides whether the step is taken; without one, what is not finite raises.
         verify: computes the gradients twice and compares them, bit for bit.
+        settle: called once the gradients are there, before anything that the optimizer changes does change.
     """
     ready = micro_batches(job, batches, tokens_before)
     bits = gradient_bits(job, engine, ready) if verify else None
@@ -74,9 +77,11 @@ def train_step(
     def accept(outputs: list[Losses], grad_norm: float) -> bool:
         if bits is not None:
             require_repeated(bits == engine.gradient_bits(), job.device)
+        if settle is not None:
+            settle()
         return judge is None or judge.accept(outputs, grad_norm)
 
-    outcome = engine.train_step(ready, job.microbatch_tokens, lr, accept if judge or verify else None)
+    outcome = engine.train_step(ready, job.microbatch_tokens, lr, accept if judge or verify or settle else None)
     if judge is None or not judge.reason:
         routing.end_step(job)
     return outcome
@@ -133,7 +138,9 @@ def fit(training: Training, loader: Loader, tracker: Tracker, stop: StopRequest)
             routers_start = routing.spread_as_drawn(job, micro_batches(job, batches))
         with clock.spent(REDONE if step <= training.reached else TRAINING), observer.step(step, batches):
             verify = run.verify_every > 0 and step % run.verify_every == 0
-            outputs, grad_norm = train_step(job, engine, batches, lr, behind, observer.logged, judge, verify)
+            outputs, grad_norm = train_step(
+                job, engine, batches, lr, behind, observer.logged, judge, verify, training.settle
+            )
         if step == start + 1:
             watchdog.stepping()
         if run.replicas_every and step % run.replicas_every == 0:

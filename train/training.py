@@ -63,6 +63,12 @@ class Training:
             self.checkpoints.save(step, state)
         self.saved, self._save_began = step, time.monotonic()
 
+    def settle(self) -> None:
+        """Makes sure of the copy that is to be saved, once gradients are there and before they change anything."""
+        if self.checkpoints.busy:
+            with self.clock.spent(SAVING):
+                self.checkpoints.settle()
+
     def poll(self) -> None:
         """Finishes a save that all processes have written; to be called between steps."""
         if not self.checkpoints.busy:

@@ -1,16 +1,19 @@
 """Checkpoints written while training goes on: copied, written by other processes, finished between two steps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from parallel.checkpoint.digest import Digest
-from parallel.checkpoint.writer import SaveStrategy, Written, write_contents, write_files
+from parallel.checkpoint.writer import SaveStrategy, Staging, Written, storage_of, write_contents, write_files
 from parallel.collectives import from_first, gather_to_first
 from parallel.engine import State
 
@@ -35,21 +38,25 @@ class BackgroundSaver:
         self._plain = SaveStrategy()
         self._strategy = FullyParallelSaveStrategyWrapper(self._plain, replicas, do_cache_distribution=True)
         self._queue = AsyncCallsQueue()
+        self._staged: tuple[Staging, AsyncRequest] | None = None  # not being written yet
         self._validated = False
 
     @property
     def busy(self) -> bool:
         """Whether a state is still being written."""
-        return self._queue.get_num_unfinalized_calls() > 0
+        return self._staged is not None or self._queue.get_num_unfinalized_calls() > 0
 
     def start(self, state: State, directory: Path, complete: Complete) -> None:
-        """Copies a state and begins to write it; returns before it is on the disk. Nothing else may be under way.
+        """Begins to copy a state, to write it then; returns before it is on the disk. Nothing else may be under way.
+
+        Weights and optimizer must stay as they are until `settle` was called.
 
         Args:
             directory: an empty one that every process sees.
             complete: called on the first rank, by `poll` or `wait`, once all files are there, with their digests.
         """
         assert not self.busy, "one state at a time"
+        steady = frozenset(map(storage_of, _optimized(state)))
         request: AsyncRequest = dist_checkpointing.save(
             state,
             str(directory),
@@ -61,12 +68,22 @@ class BackgroundSaver:
         self._validated = True
         outcome = request.finalize_fns[0]
         request = request._replace(finalize_fns=[partial(self._finish, outcome, directory, complete)])
+        self._staged = Staging(request.async_fn_args[1], steady), request
+        if not self._staged[0].copying:
+            self.settle()
+
+    def settle(self) -> None:
+        """Waits for what is still being copied, and begins to write it: afterwards the state may change."""
+        if self._staged is None:
+            return
+        (staging, request), self._staged = self._staged, None
+        directory, _, report = request.async_fn_args
+        buckets = staging.finish()
         try:
-            self._queue.schedule_async_request(request)
+            self._queue.schedule_async_request(request._replace(async_fn_args=(directory, buckets, report)))
         except OSError:  # no memory for another process: this one writes
-            _, buckets, report = request.async_fn_args
-            write_files(directory, request.preload_fn() if request.preload_fn else buckets, report)
-            self._queue.schedule_async_request(request._replace(async_fn=None))
+            write_files(directory, buckets, report)
+            self._queue.schedule_async_request(request._replace(async_fn=None, async_fn_args=()))
 
     def poll(self) -> bool:
         """Whether a state has become complete since the last call; every rank calls it between two steps.
@@ -74,10 +91,11 @@ class BackgroundSaver:
         Raises:
             SaveError: on every rank, if any could not write its part or `complete` failed.
         """
-        return bool(self._queue.maybe_finalize_async_calls())
+        return bool(self._queue.maybe_finalize_async_calls())  # one that is being copied is not in it yet
 
     def wait(self) -> None:
         """Returns once nothing is being written any more. Raises SaveError as `poll` does."""
+        self.settle()
         self._queue.maybe_finalize_async_calls(blocking=True)
 
     def _finish(self, outcome: Callable[[], Written], directory: Path, complete: Complete) -> None:
@@ -93,3 +111,11 @@ class BackgroundSaver:
                 raise SaveError(str(error) if isinstance(error, SaveError) else repr(error)) from None
 
         from_first(finish)
+
+
+def _optimized(state: State) -> Iterator[Tensor]:
+    """The tensors of an engine's state that nothing but the optimizer changes: weights, and its own."""
+    for part, entries in state.items():
+        if isinstance(entries, dict):
+            tensors = (entry.data for entry in nested_values(entries) if isinstance(entry, ShardedTensor))
+            yield from (x for x in tensors if isinstance(x, nn.Parameter) or (part == "optimizer" and x is not None))

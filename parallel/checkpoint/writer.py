@@ -1,16 +1,19 @@
 """A process's part of a checkpoint: planned once, copied, then written and hashed by a process of its own.
 
 megatron-core plans what each rank writes and starts the writing process, a fork: on a CPU the fork itself is the copy
-of the state, on a GPU the numbers are first copied to pinned memory. What is written is PyTorch's format.
+of the state, on a GPU the numbers are copied to pinned memory first, while the next gradients are computed. A fork
+cannot use CUDA: the writer is handed host memory alone, and collects no garbage, which may hold tensors of a GPU's.
+What is written is PyTorch's format.
 """
 
 import ctypes
+import gc
 import io
 import os
 import pickle
 import signal
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -86,6 +89,7 @@ def write_files(directory: Path, buckets: list[Bucket], report: IO[bytes], paren
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it died before that
             os._exit(1)
+        gc.disable()  # whatever it found of a GPU's could not be freed here
         os.nice(NICENESS)
         torch.set_num_threads(1)  # OpenMP's threads did not come along
     total = Written()
@@ -100,20 +104,52 @@ def write_files(directory: Path, buckets: list[Bucket], report: IO[bytes], paren
     report.flush()
 
 
-def to_host(buckets: list[Bucket]) -> list[Bucket]:
-    """The same with everything in host memory, copied before it is returned."""
-    on_gpu = any(isinstance(data, Tensor) and data.is_cuda for _, items in buckets for _, data in items)
-    if not on_gpu:
-        return buckets
-    copied = [
-        (
-            name,
-            [(item, data.to("cpu", non_blocking=True) if isinstance(data, Tensor) else data) for item, data in items],
-        )
-        for name, items in buckets
-    ]
-    torch.cuda.synchronize()
-    return copied
+def storage_of(tensor: Tensor) -> int:
+    """What tells the memory of a tensor from that of others; its views have the same."""
+    return tensor.untyped_storage().data_ptr()
+
+
+class Staging:
+    """A state on its way from the GPU to pinned memory, over a stream beside that of the computation.
+
+    The computation goes on once the copy has what a forward pass may change. The rest is copied while it runs, and must
+    stay as it is until `finish` has returned.
+
+    Args:
+        steady: memory (`storage_of`) that only the optimizer changes.
+    Attributes:
+        copying: whether it takes time, on all processes alike: not on a CPU, where the writer's fork is the copy.
+    """
+
+    def __init__(self, buckets: list[Bucket], steady: Collection[int]) -> None:
+        self._buckets = buckets  # whose tensors must live for as long as they are read
+        self.copying = torch.cuda.is_available()
+        self._copies: dict[int, Tensor] = {}
+        if self.copying:
+            self._begin(steady)
+
+    def _begin(self, steady: Collection[int]) -> None:
+        self._stream, compute = torch.cuda.Stream(), torch.cuda.current_stream()
+        self._stream.wait_stream(compute)
+        everything = [data for _, items in self._buckets for _, data in items]
+        tensors = [data for data in everything if isinstance(data, Tensor) and data.is_cuda]
+        changing = [tensor for tensor in tensors if storage_of(tensor) not in steady]
+        resting = [tensor for tensor in tensors if storage_of(tensor) in steady]
+        for group in (changing, resting):
+            with torch.cuda.stream(self._stream):
+                # To the host without blocking is to pinned memory, which PyTorch keeps for the next time.
+                self._copies |= {id(tensor): tensor.to("cpu", non_blocking=True) for tensor in group}
+            if group is changing:
+                compute.wait_stream(self._stream)
+
+    def finish(self) -> list[Bucket]:
+        """The same with everything in host memory."""
+        if not self.copying:
+            return self._buckets
+        self._stream.synchronize()
+        copies, buckets = self._copies, self._buckets
+        self._copies, self._buckets = {}, []
+        return [(name, [(item, copies.get(id(data), data)) for item, data in items]) for name, items in buckets]
 
 
 class _Writer(dcp.FileSystemWriter):
@@ -157,7 +193,10 @@ class SaveStrategy(TorchDistSaveShardedStrategy):
     def async_save(
         self, sharded_state_dict: State, checkpoint_dir: Path, async_strategy: str = "mcore"
     ) -> AsyncRequest:
-        """A request to write into a directory; its first finalize function returns what was written."""
+        """A request to write into a directory; its first finalize function returns what was written.
+
+        Its buckets hold the state itself, wherever that lies.
+        """
         entries, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
         writer = _Writer(checkpoint_dir)
         planner = MCoreSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -171,7 +210,6 @@ class SaveStrategy(TorchDistSaveShardedStrategy):
             (Path(checkpoint_dir), list(writer.buckets), report),
             [partial(_outcome, report)],
             {"parent": os.getpid()},
-            partial(to_host, list(writer.buckets)),
         )
 
 

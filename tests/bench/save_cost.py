@@ -3,7 +3,8 @@
     torchrun --standalone --nproc-per-node=2 -m tests.bench.save_cost [-cn tiny] [--every 5] [--saves 6] [key=value ...]
 
 Trains on random tokens, first without saves, then with one every so many steps, and prints one line each. The files go
-to ``run.dir`` (default: a new directory of the machine's temporary one, which is removed).
+to ``run.dir`` (default: a new directory of the machine's temporary one, which is removed); each checkpoint is deleted
+before the next one is written, so that there need be room for one.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -48,9 +50,10 @@ def _job(config: Config) -> Job:
 
 def _memory(device: torch.device) -> str:
     host = psutil.Process().memory_info().rss / 1e9
-    return f"{host:.3f} GB of host memory" + (
-        f", {torch.cuda.memory_allocated(device) / 1e9:.3f} GB of GPU memory" if device.type == "cuda" else ""
-    )
+    if device.type != "cuda":
+        return f"{host:.3f} GB of host memory"
+    held, peak = torch.cuda.memory_allocated(device) / 1e9, torch.cuda.max_memory_allocated(device) / 1e9
+    return f"{host:.3f} GB of host memory, {held:.3f} GB of GPU memory, {peak:.3f} GB at most"
 
 
 class _Run:
@@ -62,15 +65,23 @@ class _Run:
         tokens = random_batches(rows, length, job.vocab_size, 1)[0].cpu()
         documents = torch.zeros_like(tokens, dtype=torch.int32)
         micro = job.config.batch.micro
+        self.settle: Callable[[], None] | None = None
         self.batches = [Batch(*parts) for parts in zip(tokens.split(micro), documents.split(micro), strict=True)]
 
     def step(self) -> float:
         """Seconds of one step."""
         begin = time.perf_counter()
-        train_step(self.job, self.engine, self.batches, 1e-4)
+        train_step(self.job, self.engine, self.batches, 1e-4, settle=self.settle)
         if self.job.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - begin
+
+
+def _delete(job: Job, shelf: Shelf) -> None:
+    """Makes room, while nothing is being written."""
+    if job.is_first:
+        for step in shelf.steps():
+            shelf.delete(step)
 
 
 def _measure(run: _Run, every: int, saves: int, say) -> None:
@@ -84,27 +95,42 @@ def _measure(run: _Run, every: int, saves: int, say) -> None:
     checkpoints.save(0, {})  # plans, validates
     checkpoints.wait()
     say(f"the first save: {checkpoints.blocked:.3f} s to its end; {_memory(run.job.device)}")
+    size = sum(file.stat().st_size for file in shelf.path(shelf.steps()[-1]).iterdir())
     checkpoints.blocked = 0.0
-    blocked, written = [], []
-    begin = time.perf_counter()
+    blocked, settled, written, memory = [], [], [], []
+
+    def settle() -> None:
+        before = checkpoints.blocked
+        checkpoints.settle()
+        settled[-1] += checkpoints.blocked - before
+
+    run.settle = settle
+    begin, deleting = time.perf_counter(), 0.0
     for number in range(1, saves + 1):
         before, started = checkpoints.blocked, time.perf_counter()
+        if not checkpoints.busy:
+            _delete(run.job, shelf)
+            deleting += time.perf_counter() - started
+        started = time.perf_counter()
         checkpoints.save(number * every, {})
         blocked.append(checkpoints.blocked - before)
+        settled.append(0.0)
         for _ in range(every):
             run.step()
             checkpoints.poll()
             if not checkpoints.busy and len(written) < number:
                 written.append(time.perf_counter() - started)
-    steps, while_training = time.perf_counter() - begin, checkpoints.blocked
+                memory.append(psutil.Process().memory_info().rss / 1e9)
+    steps, while_training = time.perf_counter() - begin - deleting, checkpoints.blocked
     checkpoints.wait()
     waited = checkpoints.blocked - while_training
-    size = sum(file.stat().st_size for file in shelf.path(shelf.steps()[-1]).iterdir())
-    begun, share = statistics.median(blocked), while_training / (steps - while_training)
+    share = while_training / (steps - while_training)
     say(
-        f"{saves} saves of {size / 1e9:.3f} GB, one every {every} steps: a save blocks {begun:.4f} s to start, "
+        f"{saves} saves of {size / 1e9:.3f} GB, one every {every} steps: a save blocks "
+        f"{statistics.median(blocked):.4f} s to start, {statistics.median(settled):.4f} s until it is copied, "
         f"{while_training / saves:.4f} s in all, {share:.2%} of the steps' time; the last: {waited:.3f} s at the end"
     )
+    say(f"host memory after each save: {', '.join(f'{value:.3f}' for value in memory)} GB")
     if written:
         seconds = statistics.median(written)
         say(f"a save is there {seconds:.2f} s after it began: {size / seconds / 1e9:.2f} GB/s")

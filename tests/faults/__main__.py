@@ -20,6 +20,7 @@ from tests.faults.campaign import (
     random_kills,
     run_through,
 )
+from tests.faults.disks import spoilt_disks, why_not
 from tests.faults.runs import make_corpus
 
 FLIPS = 100
@@ -43,6 +44,9 @@ def campaign(table: Table, kills: int, processes: list[int], seed: int, root: Pa
             table.add(names, failure)
             seconds = time.monotonic() - begin
             print(f"  {'LOST' if failure else 'survived'} {', '.join(names)} ({seconds:.1f} s)", flush=True)
+        for name, failure in spoilt_disks(reference, root, corpus).items() if not why_not(root) else ():
+            table.add([name], failure)
+            print(f"  {'LOST' if failure else 'survived'} {name}", flush=True)
         for number, (name, poison) in enumerate(poisoned(world).items()):
             skipped = make_reference(root, corpus, world, f"poisoned_{number}", poison)
             kill = Fault("kill -9 of all", poison, kill="all")
@@ -62,6 +66,8 @@ def main() -> int:
     table = Table()
     try:
         with tempfile.TemporaryDirectory(prefix="faults_") as root:
+            if reason := why_not(Path(root)):
+                print(f"not tried: {reason}", flush=True)
             campaign(table, arguments.kills, arguments.processes, arguments.seed, Path(root))
     finally:
         print(table.text(), flush=True)

@@ -11,7 +11,7 @@ from parallel.topology import ParallelConfig
 from train.settings.optim import OptimConfig
 from train.settings.run import BatchConfig, Config, RunConfig, WandbConfig
 
-STEPS, SAVE_EVERY = 12, 3
+STEPS, SAVE_EVERY, VOCAB_SIZE = 12, 3, 300
 WORDS = ("nought", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 MODEL = ModelConfig(
     pattern="GE*E",
@@ -38,7 +38,7 @@ def make_corpus(root: Path) -> Path:
         PrepareConfig(
             input=str(root / "texts.jsonl"),
             output=str(root / "corpus"),
-            vocab_size=300,
+            vocab_size=VOCAB_SIZE,
             shard_tokens=4000,
             heldout_fraction=0.2,
             processes=1,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from parallel.engine import DeepSpeedConfig
-from tests.faults import campaign
+from tests.faults import campaign, disks
 from tests.faults.campaign import PHASES, Fault, Reference, Table, run_through
 from tests.faults.harness import start
 from tests.faults.injections import InSave, InStep, NoStorage, StaleDirectory
@@ -58,6 +58,15 @@ def test_a_killed_run_goes_on_with_the_other_engine_and_back(tmp_path, corpus, r
     for step, expected in reference.losses.items():
         # float32 sums in another order, and what they tip afterwards.
         assert found[step]["lm_loss"] == pytest.approx(expected["lm_loss"], rel=1e-6 if step <= 3 else 7e-4), step
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_or_read_only_for_a_while_costs_nothing(tmp_path, corpus, reference):
+    if reason := disks.why_not(tmp_path):
+        pytest.skip(reason)
+    assert set(disks.spoilt_disks(reference, tmp_path, corpus).values()) == {""}
+    full, read_only = ((tmp_path / f"disk_2_{number}" / "log").read_text() for number in range(2))
+    assert "No space left on device" in full and "Read-only file system" in read_only
 
 
 def test_a_storage_that_stays_away_saves_and_exits_with_75(tmp_path, corpus):

@@ -76,6 +76,10 @@ def refused(*arguments: str) -> str:
         ("train data.seq_length=3", "data.seq_length=3 is too short for mtp.steps=2"),
         ("train balance.weight=-1", "balance.weight=-1.0 would drive loads apart: choose a finite number"),
         ("train balance.mode=exact balance.scope=micro", "balance.mode=exact counts the global batch ahead, and"),
+        (
+            "train run.dir=s3://bucket/runs",
+            "run.dir=s3://bucket/runs is a URL, and a run lives on a file",
+        ),
         ("train run.dir=/dev/null", "run.dir=/dev/null cannot be written: /dev/null/tiny: Not a directory"),
         ("prepare", "input must be given: input=..."),
         ("prepare input=x outputs=y", "unknown setting outputs=y: did you mean output?"),

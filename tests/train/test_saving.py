@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import torch
 
 from model.config import MtpConfig
 from parallel import groups as process_groups
-from parallel.checkpoint import writer
+from parallel.checkpoint import saving, writer
 from parallel.engine import Engine
 from parallel.topology import ParallelConfig
 from tests.dist import run_ranks
@@ -33,11 +34,26 @@ def _job(runs: Path) -> Job:
     return replace(job, config=replace(job.config, batch=BatchConfig(global_=ROWS, micro=ROWS // 2)))
 
 
-def _step(job: Job, engine: Engine, step: int) -> None:
-    train_step(job, engine, [part_of(random_batch(ROWS, step), job.groups.dp.rank(), 2)], 1e-2)
+class _Late(writer.Staging):
+    """A copy that is done at the last moment that it may be, as a GPU's could be."""
+
+    def __init__(self, buckets: list[writer.Bucket], steady: Collection[int]) -> None:
+        self._steady, self.copying = steady, True
+        self._buckets = [(name, [(item, self._copy(x, False)) for item, x in items]) for name, items in buckets]
+
+    def _copy(self, data: object, of_steady: bool) -> object:
+        is_meant = isinstance(data, torch.Tensor) and (writer.storage_of(data) in self._steady) == of_steady
+        return data.clone() if is_meant else data
+
+    def finish(self) -> list[writer.Bucket]:
+        return [(name, [(item, self._copy(x, True)) for item, x in items]) for name, items in self._buckets]
 
 
-def _numbers(engine: Engine) -> list[torch.Tensor]:
+def _step(job: Job, engine: Engine, step: int, settle: Callable[[], None] | None = None) -> None:
+    train_step(job, engine, [part_of(random_batch(ROWS, step), job.groups.dp.rank(), 2)], 1e-2, settle=settle)
+
+
+def numbers_of(engine: Engine) -> list[torch.Tensor]:
     """Every tensor of the model and the optimizer that this process holds, copied."""
     state = engine.sharded_state_dict(is_loading=False)
     entries = [*state["model0"].values(), *(piece for pieces in state["optimizer"].values() for piece in pieces)]
@@ -49,16 +65,20 @@ def _while_training(job: Job, engine: Engine, checkpoints: Checkpoints) -> dict:
     saved, polls = {}, 0
     for step in (1, 2, 3):
         _step(job, engine, step)
-        saved[step] = _numbers(engine)
-        checkpoints.save(step, {})
-        _step(job, engine, 10 + step)  # overwrites in place what is being written
+        saved[step] = numbers_of(engine)
+        with pytest.MonkeyPatch.context() as patch:
+            if step == 2:
+                patch.setattr(saving, "Staging", _Late)
+            checkpoints.save(step, {})
+        checkpoints.poll()  # as the loop does before it takes the next step
+        _step(job, engine, 10 + step, checkpoints.settle)  # overwrites in place what is being written
         checkpoints.poll()
         polls += not checkpoints.busy
     checkpoints.wait()
     same = {}
     for step, numbers in saved.items():
         load(engine, Shelf(job.config.run.checkpoints).path(step))
-        loaded = _numbers(engine)
+        loaded = numbers_of(engine)
         same[step] = len(loaded) == len(numbers) and all(map(torch.equal, loaded, numbers))
     return {"same": same, "failed": checkpoints.failed, "blocked": checkpoints.blocked}
 

@@ -193,9 +193,12 @@ def test_room_is_made_by_rule_and_never_of_the_last_one(tmp_path, monkeypatch, c
     for step in (10, 20, 30, 40):
         _put(shelf, step)
     shelf.set_aside(20)
+    size = sum(file.stat().st_size for file in shelf.path(10).iterdir())
     free = [0]
     monkeypatch.setattr(Shelf, "free", lambda self: free[0])
-    assert shelf.make_room(needed=1, keep_every=30) == 0
+    assert shelf.make_room(needed=2 * size + 1, keep_every=30) == 0
+    assert shelf.steps() == [10, 30, 40] and not capsys.readouterr().err, "it would not have been enough"
+    assert shelf.make_room(needed=2 * size, keep_every=30) == 0
     assert shelf.steps() == [30, 40]
     assert not list(tmp_path.glob("*.broken"))
     said = capsys.readouterr().err

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from parallel.engine_megatron import MegatronEngine
-from tests.faults.harness import losses, start
+from tests.faults.harness import checkpoints, losses, start
 from tests.faults.runs import campaign_config, make_corpus
 from train.watch.goodput import DATA, REDONE, TRAINING, Clock
 from train.watch.hang import late
@@ -48,11 +48,12 @@ class ForgetsBits:
 
 def test_looking_twice_changes_nothing_and_finds_what_is_damaged(tmp_path, corpus):
     run = {"steps": 3, "save_every": 0, "eval_every": 0, "verify_every": 2, "replicas_every": 2}
-    looks = campaign_config(tmp_path, "looks", corpus, run=run)
+    looks = campaign_config(tmp_path, "looks", corpus, run=run | {"save_minutes": 1e-5})  # overdue after each step
     plain = campaign_config(tmp_path, "plain", corpus, run=run | {"verify_every": 0, "replicas_every": 0})
     for config in (looks, plain):
         assert start(config, 2, config.run.path / "log").wait() == 0
     assert losses(looks.run.path) == losses(plain.run.path)
+    assert (checkpoints(looks.run.path), checkpoints(plain.run.path)) == ([1, 2, 3], [3])
     line = json.loads((looks.run.path / "metrics.jsonl").read_text().splitlines()[-1])
     assert 0 < line["goodput"] < 1 and line["wall_seconds/starting"] > 0 and line["wall_seconds/redone"] == 0
     for inject, says in (

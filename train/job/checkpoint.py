@@ -72,6 +72,8 @@ class Checkpoints:
     def save(self, step: int, data: dict[str, Any]) -> None:
         """Begins to write the state after ``step`` steps. One that is still being written is waited for first.
 
+        What the optimizer changes must stay as it is until `settle` was called.
+
         Args:
             data: what was read and how far: `Dataset.identity` and its cursors.
         """
@@ -85,6 +87,12 @@ class Checkpoints:
                 self._step = step
             except SaveError as error:
                 self._give_up(step, error)
+
+    def settle(self) -> None:
+        """Returns once the state that is to be written is copied; to be called before the optimizer changes it."""
+        if self._step is not None:
+            with _Clock(self):
+                self._saver.settle()
 
     def poll(self) -> None:
         """Finishes a save that all processes have written; to be called between steps."""

@@ -83,6 +83,11 @@ def promised(steps: list[int], keep: int, keep_every: int) -> set[int]:
     return {*newest, *(step for step in steps if keep_every and step % keep_every == 0)}
 
 
+def _size(checkpoint: Path) -> int:
+    """Bytes of its files."""
+    return sum(file.stat().st_size for file in checkpoint.iterdir())
+
+
 class Shelf:
     """The checkpoints of a run in a directory of a file system. One process at a time changes it.
 
@@ -151,20 +156,19 @@ class Shelf:
     def make_room(self, needed: int, keep_every: int) -> int:
         """Deletes checkpoints while a disk lacks room for ``needed`` bytes: never the newest, nor those kept for good.
 
-        Those that were set aside go first. Each is named on stderr, since run.keep may have promised it. Returns the
-        bytes that are free then.
+        Those that were set aside go first; none go where all together would not be enough. Each is named on stderr,
+        since run.keep may have promised it. Returns the bytes that are free then.
         """
+        older = [step for step in self.steps()[:-1] if not (keep_every and step % keep_every == 0)]
+        going = [*sorted(self.root.glob(f"step_*{BROKEN}")), *map(self.path, older)]
+        if self.free() + sum(map(_size, going)) < needed:
+            return self.free()
         gone = []
-        if self.free() < needed:
-            for broken in sorted(self.root.glob(f"step_*{BROKEN}")):
-                shutil.rmtree(broken, ignore_errors=True)
-                gone.append(broken.name)
-        for step in self.steps()[:-1]:
+        for path in going:
             if self.free() >= needed:
                 break
-            if not (keep_every and step % keep_every == 0):
-                self.delete(step)
-                gone.append(self.path(step).name)
+            shutil.rmtree(path if path.suffix == BROKEN else self._rename(path, DELETING), ignore_errors=True)
+            gone.append(path.name)
         if gone:
             names = ", ".join(gone)
             print(f"warning: {self.root} lacks room for a checkpoint: deleted {names}", file=sys.stderr, flush=True)

@@ -5,6 +5,7 @@ import os
 from data.dataset import check_data
 from data.errors import check_choice
 from data.files import why_unwritable
+from data.secrets import hide
 from model.backend import check_backend, check_fp8_sizes, require_backend
 from model.config import check_balance, check_model
 from parallel.engine import check_engine, require_package
@@ -75,6 +76,11 @@ def _check_alerts_and_profile(run: RunConfig) -> None:
 def _check_run(run: RunConfig) -> None:
     if not run.name or run.name.startswith((".", "-")) or "/" in run.name:
         raise ConfigError(f"run.name={run.name!r} cannot name a directory in {run.dir}: choose a plain name")
+    if "://" in run.dir:
+        raise ConfigError(
+            f"run.dir={hide(run.dir)} is a URL, and a run lives on a file system, whose locks and renames it needs: "
+            f"give a directory, and run.mirror={hide(run.dir)} for copies of its checkpoints there"
+        )
     check_least("run.steps", run.steps, 1)
     check_least("run.log_every", run.log_every, 1)
     check_least("run.detail_every", run.detail_every, 0)

@@ -37,6 +37,7 @@ class Clock:
         self._before = {kind: (before or {}).get(kind, 0.0) for kind in (*KINDS, WALL)}
         self._own = dict.fromkeys(KINDS, 0.0)
         self._taken = dict(self._own)
+        self._within = 0.0  # counted inside of what is being counted now
 
     def started(self) -> None:
         """The first step comes next; later calls change nothing."""
@@ -44,12 +45,14 @@ class Clock:
 
     @contextmanager
     def spent(self, kind: str) -> Iterator[None]:
-        """Counts what is done inside."""
-        begin = self._now()
+        """Counts what is done inside, without what is counted as something else there."""
+        begin, (outside, self._within) = self._now(), (self._within, 0.0)
         try:
             yield
         finally:
-            self._own[kind] += self._now() - begin
+            passed = self._now() - begin
+            self._own[kind] += passed - self._within
+            self._within = outside + passed
 
     def take(self) -> dict[str, float]:
         """Seconds by kind since the last call."""
