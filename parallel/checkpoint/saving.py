@@ -63,7 +63,7 @@ class BackgroundSaver:
             self._strategy,
             validate_access_integrity=not self._validated,
             async_sharded_save=True,
-            async_strategy="mcore",
+            async_strategy="mcore",  # "nvrx" wants nvidia-resiliency-ext 0.6, and PyPI has 0.4.1 (megatron-core 0.19.2)
         )
         self._validated = True
         outcome = request.finalize_fns[0]
