@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from data.errors import StorageError
+from data.errors import CorpusError, StorageError
 from data.loader import Loader
 from train import loop
 from train.job.shelf import Shelf
+from train.use import evaluate
 
 
 def hit() -> None:
@@ -193,6 +194,22 @@ def owner_of(where: str) -> tuple[Any, str]:
     except ImportError:
         module, kind = path.rsplit(".", 1)
         return getattr(importlib.import_module(module), kind), name
+
+
+@dataclass(frozen=True)
+class HeldoutAway:
+    """A rank cannot read held-out text."""
+
+    rank: int
+
+    def __call__(self, rank: int) -> None:
+        if rank != self.rank:
+            return
+
+        def broken(*args: Any) -> Any:
+            raise CorpusError("a shard is gone")
+
+        evaluate.read_heldout = broken
 
 
 @dataclass(frozen=True)

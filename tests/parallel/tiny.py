@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from data.order.batches import Batch
 from model.config import BalanceConfig, ModelConfig, MtpConfig
@@ -54,6 +55,15 @@ def build_tiny(config: Config) -> Job:
     topology = resolve(config.parallel, config.model, dist.get_world_size())
     groups = process_groups.lay_out(topology)
     return Job(config, topology, groups, torch.device("cpu"), None, build_chunks(config, topology, groups, VOCAB))
+
+
+def leave_layout() -> None:
+    """Makes room for the groups of another layout: megatron-core forgets its own, whose threads would go on polling."""
+    if not parallel_state.model_parallel_is_initialized():
+        return
+    parallel_state.destroy_model_parallel()
+    for group in [group for group in dist.distributed_c10d._world.pg_map if group is not dist.group.WORLD]:
+        dist.destroy_process_group(group)
 
 
 def random_batch(rows: int, seed: int) -> Batch:

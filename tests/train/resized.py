@@ -8,12 +8,13 @@ from train.observe import step_metrics
 from train.watch.metrics import GRAD_NORM
 
 
-def train_steps(job: Job, engine: Engine, first: int, last: int) -> list[dict[str, float]]:
-    """Trains from one step to another, both counted; their metrics, the same on every process."""
+def train_steps(job: Job, engine: Engine, first: int, last: int, micro: int = 1) -> list[dict[str, float]]:
+    """Trains from one step to another, both counted, in micro-batches of so many rows; metrics, the same everywhere."""
     values, rows = [], job.config.batch.global_
     for step in range(first, last + 1):
         own = part_of(random_batch(rows, step), job.groups.dp.rank(), job.topology.data)
-        batches = [part_of(own, index, len(own.tokens)) for index in range(len(own.tokens))]
+        parts = len(own.tokens) // micro
+        batches = [part_of(own, index, parts) for index in range(parts)]
         outputs, grad_norm = train_step(job, engine, batches, 1e-3)
         values.append(step_metrics(job, outputs) | {GRAD_NORM: grad_norm})
     return values

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.harness import contents, losses, start, tokens
-from tests.faults.injections import Poison
+from tests.faults.harness import Injection, contents, losses, start, tokens
+from tests.faults.injections import HeldoutAway, Poison, Several
 from tests.faults.runs import campaign_config, make_corpus
 from train.job.bad_steps import LEFT_OUT_FILE, History
 from train.job.shelf import Shelf
@@ -20,7 +20,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
-def trained(config: Config, inject: Poison | None = None, code: int = 0) -> str:
+def trained(config: Config, inject: Injection | None = None, code: int = 0) -> str:
     """What a whole run on two processes prints."""
     log = config.run.path / "log"
     assert start(config, 2, log, inject).wait() == code, log.read_text()[-3000:]
@@ -34,10 +34,14 @@ LAYOUTS = {"EP2": {}, "PP2": {"parallel": {"expert": 1, "pipeline": 2}, "model":
 def test_a_step_that_is_not_finite_on_one_process_is_skipped_on_all(tmp_path, corpus, layout, passes):
     run = {"steps": 3, "save_every": 1, "eval_every": 0}
     config = campaign_config(tmp_path, "run", corpus, run=run, **LAYOUTS[layout])
-    output = trained(config, Poison(rank=1, tokens_before=(TOKENS,), passes=passes))
+    poison = Poison(rank=1, tokens_before=(TOKENS,), passes=passes)
+    output = trained(config, Several((poison, HeldoutAway(rank=1))))
+    assert "warning: process 1 could not read held-out text: a shard is gone" in output
+    assert "this evaluation is left out; training goes on" in output
     assert "warning: step 2 was skipped: " in output and "its samples were 8 to 15" in output
     lines = [json.loads(line) for line in (config.run.path / "metrics.jsonl").read_text().splitlines()]
     assert [line["skipped_steps"] for line in lines] == [0, 1, 1]
+    assert not any(name.startswith("heldout_lm_loss") for name in lines[-1])
     assert lines[1]["grad_norm"] is None and (lines[1]["loss"] is None) == (passes == "forward")
     (entry,) = [json.loads(line) for line in (config.run.path / "logs" / "bad_steps.jsonl").read_text().splitlines()]
     assert entry["samples"] == [8, 15] and entry["parameters"][0].startswith("embedding")

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from megatron.core import parallel_state
 
 from model.batch import MicroBatch, count_targets
 from model.config import BalanceConfig, ModelConfig
@@ -27,6 +26,7 @@ from tests.parallel.tiny import (
     VOCAB,
     build_tiny,
     fill,
+    leave_layout,
     parameters,
     part_of,
     random_batch,
@@ -59,8 +59,7 @@ CASES: dict[str, tuple[ParallelConfig, ModelConfig]] = {
 
 
 def _job(name: str, runs: Path, parallel: ParallelConfig | None = None, model: ModelConfig | None = None) -> Job:
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    leave_layout()
     layout, shape = CASES[name]
     run = RunConfig(name=name, dir=str(runs))
     run.path.mkdir(exist_ok=True)

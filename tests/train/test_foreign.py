@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from parallel import groups as process_groups
 from tests.dist import run_ranks
 from tests.faults.runs import make_corpus
 from tests.parallel.test_unpickle import MARK, Crafted, _put_in_contents, _put_into_contents, _put_into_objects
@@ -46,6 +47,9 @@ def _said(arguments: list[str]) -> str:
         assert run(arguments) == 0
     except USER_ERRORS as error:
         return f"{type(error).__name__}: {error}"
+    finally:
+        if torch.distributed.is_initialized():  # a command that fails ends its process
+            process_groups.stop()
     return ""
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 
 from model.config import BalanceConfig, ModelConfig
@@ -17,7 +16,7 @@ from parallel.engine_megatron import MegatronEngine
 from parallel.optimizer_state import boxes
 from parallel.topology import ParallelConfig
 from tests.dist import run_ranks
-from tests.parallel.tiny import MODEL, PIPELINED, build_tiny, start_engine, tiny_config
+from tests.parallel.tiny import MODEL, PIPELINED, build_tiny, leave_layout, start_engine, tiny_config
 from tests.train.resized import train_steps
 from train.job.build import Job
 from train.job.checkpoint import load, save
@@ -45,8 +44,7 @@ type Pieces = dict[str, list[tuple[tuple[int, ...], tuple[int, ...], torch.Tenso
 
 
 def _job(name: str, part: int, runs: Path) -> Job:
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    leave_layout()
     parallel, model = CHAINS[name][part]
     balance = BalanceConfig(weight=0.01, z_weight=0.001, mode="exact")  # the estimate of `online` follows the layout
     job = build_tiny(tiny_config(model, parallel, run=RunConfig(name=name, dir=str(runs)), balance=balance))

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from megatron.core import parallel_state
 
 from model.config import BalanceConfig, ModelConfig
 from parallel import groups as process_groups
 from parallel.topology import ParallelConfig
 from tests.dist import run_ranks
-from tests.parallel.tiny import MODEL, PIPELINED, build_tiny, start_engine, tiny_config
+from tests.parallel.tiny import MODEL, PIPELINED, build_tiny, leave_layout, start_engine, tiny_config
 from tests.train.resized import train_steps
 from tests.train.test_resize import LOSSES, held_pieces, whole
 from train.job.build import Job
@@ -22,6 +21,7 @@ from train.job.shelf import Shelf
 from train.settings.run import BatchConfig, RunConfig
 
 ROWS, SAVED = 4, 1
+TOLERANCE = 10
 LAYOUTS: dict[str, tuple[ParallelConfig, ModelConfig]] = {
     "DP2": (ParallelConfig(expert=1), MODEL),
     "TP2": (ParallelConfig(tensor=2, expert=1, expert_tensor=2), MODEL),
@@ -36,8 +36,7 @@ PAIRS = [(one, other) for one in NAMES for other in NAMES if one != other]
 
 
 def _job(name: str, runs: Path) -> Job:
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    leave_layout()
     parallel, model = LAYOUTS[name]
     balance = BalanceConfig(weight=0.01, z_weight=0.001, mode="exact")  # the estimate of `online` follows the layout
     run = RunConfig(name=name.replace(" ", ""), dir=str(runs))
@@ -57,6 +56,7 @@ def _matrix(runs: Path, pairs: list[tuple[str, str]], steps: int) -> dict:
         save(job, engine, SAVED, {})
         shelves[name] = Shelf(job.config.run.checkpoints)
         found[name, name] = held_pieces(engine), train_steps(job, engine, SAVED + 1, SAVED + steps)
+    found["other sums"] = _in_other_sums(runs, shelves["DP2"], steps)
     for one, other in pairs:
         job = _job(other, runs)
         engine = start_engine(job)
@@ -65,8 +65,24 @@ def _matrix(runs: Path, pairs: list[tuple[str, str]], steps: int) -> dict:
     return found
 
 
-def _compare(ranks: list[dict], pairs: list[tuple[str, str]], tolerance: float) -> None:
-    worst = {}
+def _in_other_sums(runs: Path, shelf: Shelf, steps: int) -> list[dict]:
+    """The steps of DP2 with micro-batches twice as large: nothing differs but in which order numbers are added."""
+    job = _job("DP2", runs)
+    job = replace(job, config=replace(job.config, batch=replace(job.config.batch, micro=2)))
+    engine = start_engine(job)
+    load(engine, shelf.path(SAVED))
+    return train_steps(job, engine, SAVED + 1, SAVED + steps, micro=2)
+
+
+def _apart(found: list[dict], expected: list[dict]) -> float:
+    """The largest relative difference of any loss of any step."""
+    pairs = list(zip(found, expected, strict=True))
+    return max(abs(here[name] / there[name] - 1) for here, there in pairs for name in LOSSES)
+
+
+def _compare(ranks: list[dict], pairs: list[tuple[str, str]]) -> None:
+    noise = _apart(ranks[0]["other sums"], ranks[0]["DP2", "DP2"][1])
+    apart = {}
     for one, other in pairs:
         before, after = (whole([rank[key][0] for rank in ranks]) for key in ((one, one), (one, other)))
         assert before.keys() == after.keys()
@@ -75,21 +91,16 @@ def _compare(ranks: list[dict], pairs: list[tuple[str, str]], tolerance: float) 
         assert len(moments) == 2 * len(weights) > 60
         for key, tensor in before.items():
             assert torch.equal(after[key], tensor), f"{one} to {other}: {key}"
-        expected, found = ranks[0][one, one][1], ranks[0][one, other][1]
-        for step, (there, here) in enumerate(zip(expected, found, strict=True), start=SAVED + 1):
-            for name in LOSSES:
-                assert here[name] == pytest.approx(there[name], rel=tolerance), f"{one} to {other}: {name} of {step}"
-                worst[one, other] = max(worst.get((one, other), 0.0), abs(here[name] / there[name] - 1))
-    print(json.dumps({" to ".join(pair): f"{value:.1e}" for pair, value in worst.items()}, indent=1))
+        apart[f"{one} to {other}"] = _apart(ranks[0][one, other][1], ranks[0][one, one][1])
+    print(json.dumps({"other micro-batches": noise} | apart, indent=1))
+    worst = max(apart, key=apart.__getitem__)
+    assert apart[worst] < TOLERANCE * noise, f"{worst}: {apart[worst]:.1e}, where rounding alone makes {noise:.1e}"
 
 
 def test_from_each_layout_to_the_next(tmp_path):
-    ranks = run_ranks(_matrix, 2, tmp_path, RING, 2, timeout=300)
-    # Sums over ranks are taken in another order, and AdamW divides small gradients by their own size: see test_resize.
-    _compare(ranks, RING, tolerance=1e-6)
+    _compare(run_ranks(_matrix, 2, tmp_path, RING, 2, timeout=300), RING)
 
 
 @pytest.mark.slow  # six layouts to five others, ten steps each: minutes
 def test_from_each_layout_to_each_other(tmp_path):
-    ranks = run_ranks(_matrix, 2, tmp_path, PAIRS, 10, timeout=1500)
-    _compare(ranks, PAIRS, tolerance=1e-5)
+    _compare(run_ranks(_matrix, 2, tmp_path, PAIRS, 10, timeout=1500), PAIRS)

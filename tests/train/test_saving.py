@@ -34,15 +34,21 @@ def _job(runs: Path) -> Job:
     return replace(job, config=replace(job.config, batch=BatchConfig(global_=ROWS, micro=ROWS // 2)))
 
 
+def _is_tensor(data: object) -> bool:
+    return isinstance(data, torch.Tensor)
+
+
 class _Late(writer.Staging):
     """A copy that is done at the last moment that it may be, as a GPU's could be."""
 
     def __init__(self, buckets: list[writer.Bucket], steady: Collection[int]) -> None:
         self._steady, self.copying = steady, True
+        sizes = [(x.nbytes, writer.storage_of(x) in steady) for _, items in buckets for _, x in items if _is_tensor(x)]
+        assert sum(size for size, rests in sizes if rests) > 0.9 * sum(size for size, _ in sizes), "little can wait"
         self._buckets = [(name, [(item, self._copy(x, False)) for item, x in items]) for name, items in buckets]
 
     def _copy(self, data: object, of_steady: bool) -> object:
-        is_meant = isinstance(data, torch.Tensor) and (writer.storage_of(data) in self._steady) == of_steady
+        is_meant = _is_tensor(data) and (writer.storage_of(data) in self._steady) == of_steady
         return data.clone() if is_meant else data
 
     def finish(self) -> list[writer.Bucket]:

@@ -159,16 +159,19 @@ class Shelf:
         Those that were set aside go first; none go where all together would not be enough. Each is named on stderr,
         since run.keep may have promised it. Returns the bytes that are free then.
         """
+        broken = sorted(self.root.glob(f"step_*{BROKEN}"))
         older = [step for step in self.steps()[:-1] if not (keep_every and step % keep_every == 0)]
-        going = [*sorted(self.root.glob(f"step_*{BROKEN}")), *map(self.path, older)]
-        if self.free() + sum(map(_size, going)) < needed:
+        if self.free() + sum(map(_size, [*broken, *map(self.path, older)])) < needed:
             return self.free()
         gone = []
-        for path in going:
+        for path in broken if self.free() < needed else ():
+            shutil.rmtree(path, ignore_errors=True)
+            gone.append(path.name)
+        for step in older:
             if self.free() >= needed:
                 break
-            shutil.rmtree(path if path.suffix == BROKEN else self._rename(path, DELETING), ignore_errors=True)
-            gone.append(path.name)
+            self.delete(step)
+            gone.append(self.path(step).name)
         if gone:
             names = ", ".join(gone)
             print(f"warning: {self.root} lacks room for a checkpoint: deleted {names}", file=sys.stderr, flush=True)
