@@ -22,6 +22,7 @@ import torch
 from data.order.batches import Batch
 from model.init import initialise
 from parallel import groups as process_groups
+from parallel.collectives import from_first
 from parallel.topology import resolve
 from train.__main__ import compose
 from train.job.build import Job, build_chunks, engine_of
@@ -95,7 +96,8 @@ def _measure(run: _Run, every: int, saves: int, say) -> None:
     checkpoints.save(0, {})  # plans, validates
     checkpoints.wait()
     say(f"the first save: {checkpoints.blocked:.3f} s to its end; {_memory(run.job.device)}")
-    size = sum(file.stat().st_size for file in shelf.path(shelf.steps()[-1]).iterdir())
+    # Asked of the first process alone, which deletes it in a moment.
+    size = from_first(lambda: sum(file.stat().st_size for file in shelf.path(shelf.steps()[-1]).iterdir()))
     checkpoints.blocked = 0.0
     blocked, settled, written, memory = [], [], [], []
 
