@@ -7,12 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
 from model.config import MtpConfig
 from parallel import groups as process_groups
 from parallel.checkpoint import saving, writer
+from parallel.collectives import from_first
 from parallel.engine import Engine
 from parallel.topology import ParallelConfig
 from tests.dist import run_ranks
@@ -23,7 +25,7 @@ from train.job.shelf import Shelf, why_broken
 from train.loop import train_step
 from train.settings.run import BatchConfig, RunConfig
 
-ROWS = 4
+ROWS, SAVES = 4, 10
 
 
 def _job(runs: Path) -> Job:
@@ -127,6 +129,18 @@ def _failures(job: Job, engine: Engine, checkpoints: Checkpoints) -> dict[str, s
     return found
 
 
+def _memory_over_saves(engine: Engine, checkpoints: Checkpoints, shelf: Shelf) -> list[int]:
+    """Bytes of this process after each of some saves, and those of its part of the state."""
+    found = []
+    for _ in range(SAVES):
+        checkpoints.save(8, {})
+        checkpoints.wait()
+        found.append(psutil.Process().memory_info().rss)
+    torch.distributed.barrier()
+    from_first(lambda: shelf.delete(8))
+    return [*found, sum(x.nbytes for x in numbers_of(engine))]
+
+
 def _saves(runs: Path) -> dict:
     process_groups.start(torch.device("cpu"))
     job = _job(runs)
@@ -134,6 +148,7 @@ def _saves(runs: Path) -> dict:
     checkpoints, shelf = Checkpoints(job, engine), Shelf(job.config.run.checkpoints)
     found = {"training": _while_training(job, engine, checkpoints)}
     found["failures"] = _failures(job, engine, checkpoints)
+    found["memory"] = _memory_over_saves(engine, checkpoints, shelf)
     found["kept"] = shelf.steps(), sorted(path.name for path in shelf.root.iterdir() if path.suffix)
     found["whole"] = [why_broken(shelf.path(step), deep=True) for step in shelf.steps()]
     torch.distributed.barrier()  # both have read them
@@ -169,6 +184,13 @@ def test_a_save_that_one_process_cannot_write_is_told_on_all_and_leaves_nothing(
         assert rank["failures"]["afterwards"] == ""
         assert rank["kept"] == ([1, 2, 3, 7], [])
         assert rank["whole"] == [""] * 4
+
+
+def test_memory_comes_back_after_each_save(ranks):
+    for rank in ranks:
+        *memory, state = rank["memory"]
+        print(memory, state)
+        assert memory[-1] - memory[1] < state, "a copy of the state, or as much else, stays after a save"
 
 
 def test_damaged_checkpoints_are_set_aside_and_the_one_before_is_used(ranks):
