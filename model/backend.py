@@ -11,7 +11,7 @@ from model.config import Layout, ModelConfig, ModelError
 BACKENDS = ("torch", "te")
 # How Transformer Engine scales what it rounds to 8 bits, as megatron-core names it: format, recipe. Blocks have scales
 # of their own (1 x 128 numbers of activations and gradients, 128 x 128 of weights); else there is one for a tensor, of
-# its own largest number (current) or of the largest of steps before (delayed).
+# its own largest number (current) or that of the step before (delayed).
 FP8 = {"block": ("e4m3", "blockwise"), "current": ("hybrid", "tensorwise"), "delayed": ("hybrid", "delayed")}
 FP8_CHOICES = ("off", *FP8)
 FP8_ALIGNED = 16  # rows and columns of whatever is multiplied in FP8
