@@ -6,8 +6,8 @@
 # is given on its line goes before the #SBATCH lines.
 set -euo pipefail
 
-readonly COMMANDS="train test setup estimate prepare evaluate generate status export import bench doctor"
-readonly EXTRAS="gpu te deepspeed s3" # of pyproject.toml, beside dev, which is always there
+readonly COMMANDS="train test setup estimate prepare evaluate generate status report dashboard export import bench doctor"
+readonly EXTRAS="gpu te deepspeed s3 dashboard" # of pyproject.toml, beside dev, which is always there
 # launch-state of an environment that is complete: the folder that it was made for, then its extras and the checksum of
 # the requirements; of one that is being made: "installing", then that folder.
 readonly STATE=launch-state
@@ -20,12 +20,14 @@ usage: ./launch.sh COMMAND [options] [key=value ...]
 
   train      train a recipe; "tiny", the default, is the real model in miniature: minutes on two CPU cores
   test       run the tests
-  setup      make or extend the environment, on any machine: setup gpu,te,deepspeed,s3
+  setup      make or extend the environment, on any machine: setup gpu,te,deepspeed,s3,dashboard
   estimate   say what a recipe would cost: parameters, operations, memory, GPU-hours
   prepare    turn raw text into tokenized shards
   evaluate   measure a run's held-out loss
   generate   write text with a run's checkpoint
   status     say how a run is: step, speed, last checkpoint, health
+  report     write one HTML page of a run, or of several beside each other
+  dashboard  publish the same panels as a view of a W&B project
   export     write a run's weights as a Hugging Face checkpoint
   import     make a run of a Hugging Face checkpoint
   bench      time a model on this machine, and transformers beside it

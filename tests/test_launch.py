@@ -20,6 +20,8 @@ COMMANDS = [
     "evaluate",
     "generate",
     "status",
+    "report",
+    "dashboard",
     "export",
     "import",
     "bench",

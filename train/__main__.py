@@ -224,6 +224,23 @@ def bench(arguments: list[str]) -> int:
     return front.launch("bench", arguments, processes, lambda: None, None)
 
 
+def report(arguments: list[str]) -> int:
+    """Writes a page of some runs; imports no torch."""
+    return commands.report(arguments, _recipe_of)
+
+
+def _recipe_of(command: list[str]) -> tuple[str, Config | None]:
+    """The recipe that a command line of train names, and what it comes to today; None where it does not any more."""
+    words = command[len(command) - command[::-1].index("train") :] if "train" in command else []
+    name = command_line.DEFAULT_RECIPE
+    try:
+        line = command_line.read(words)
+        name = line.recipe
+        return name, compose(replace(line, overrides=()).arguments, planned=True)
+    except USER_ERRORS:
+        return name, None
+
+
 def doctor(arguments: list[str]) -> int:
     """Says what this machine is, and checks its kernels."""
     config = compose(arguments, planned=True)
@@ -243,6 +260,8 @@ COMMANDS = {
     "evaluate": commands.evaluate,
     "generate": commands.generate,
     "status": commands.status,
+    "report": report,
+    "dashboard": commands.dashboard,
     "export": commands.export,
     "import": commands.import_,
     "bench": bench,

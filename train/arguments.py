@@ -1,6 +1,7 @@
 """A command line before it is composed: its options, its recipe's file, its overrides. Knows no Hydra."""
 
 import itertools
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -184,6 +185,17 @@ def run_by_name(arguments: list[str]) -> list[str]:
             found += [f"run.name={path.name}", f"run.dir={path.parent}"]
         else:
             found.append(f"run.name={value}")
+    return found
+
+
+def runs_by_name(arguments: list[str]) -> list[str]:
+    """``run=NAME`` or ``run=[NAME,NAME]`` where several runs may be named, or their directories."""
+    found: list[str] = []
+    for text in arguments:
+        key, equals, value = text.partition("=")
+        names = [name.strip(" '\"") for name in value.removeprefix("[").removesuffix("]").split(",")]
+        is_list = equals and key in ("run", "run.name")
+        found.append(f"run.name={json.dumps([name for name in names if name])}" if is_list else text)
     return found
 
 

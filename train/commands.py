@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -11,19 +12,23 @@ from data.read.corpus import check_corpus
 from data.text.tokenizer import TOKENIZER_FILE
 from parallel.topology import resolve
 from train import front
-from train.arguments import layout_and_data, run_by_name
+from train.arguments import layout_and_data, run_by_name, runs_by_name
 from train.hub.settings import ExportConfig, ImportConfig, check_export, check_import
 from train.job.directory import require_checkpoint
 from train.job.footprint import fewest_processes
 from train.job.provenance import TOKENIZER_CONFIG_FILE, kept_tokenizer
 from train.settings.commands import (
+    DashboardConfig,
     EvaluateConfig,
     GenerateConfig,
+    ReportConfig,
     StatusConfig,
     check_decoding,
     check_draft,
     check_evaluate,
     check_generate,
+    check_output,
+    check_report,
     used_elsewhere,
 )
 from train.settings.run import Config, load_config
@@ -116,6 +121,34 @@ def generate(arguments: list[str]) -> int:
 def status(arguments: list[str]) -> int:
     """Says how a run is, whether it runs or not; imports no torch."""
     print_status(load_config(from_text(StatusConfig, run_by_name(arguments)).run))
+    return 0
+
+
+def report(arguments: list[str], recipe_of: Callable[[list[str]], tuple[str, Config | None]]) -> int:
+    """Writes a page of some runs; imports no torch.
+
+    Args:
+        recipe_of: the recipe that a command line names, and what it comes to.
+    """
+    asked = from_text(ReportConfig, runs_by_name(arguments))
+    check_report(asked)
+    configs = [load_config(run) for run in asked.run.each]
+    from train.watch.report.page import last_command, read_run, write_page
+
+    runs = [read_run(config, recipe_of(last_command(config.run.path))) for config in configs]
+    size = write_page(runs, asked.path)
+    print(f"{asked.path}: {size / 1e6:.1f} MB, to open in a browser")
+    return 0
+
+
+def dashboard(arguments: list[str]) -> int:
+    """Publishes a view of a W&B project, or writes it to a file."""
+    asked = from_text(DashboardConfig, run_by_name(arguments))
+    check_output(asked.output)
+    config = load_config(asked.run)
+    from train.watch.workspace import publish
+
+    print(publish(asked, config))
     return 0
 
 

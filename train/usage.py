@@ -8,7 +8,15 @@ from pathlib import Path
 from data.config import PrepareConfig
 from train.hub.settings import ExportConfig, ImportConfig
 from train.plan.estimate import EstimateConfig
-from train.settings.commands import BenchConfig, DryRunConfig, EvaluateConfig, GenerateConfig, StatusConfig
+from train.settings.commands import (
+    BenchConfig,
+    DashboardConfig,
+    DryRunConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    ReportConfig,
+    StatusConfig,
+)
 from train.settings.run import Config
 from train.settings.tree import MISSING, Setting, settings
 
@@ -23,6 +31,8 @@ SUMMARIES = {
     "evaluate": "Measures a run's last checkpoint on held-out text.",
     "generate": "Writes text with a run's last checkpoint.",
     "status": "Says how a run is: step, speed, last checkpoint, health, time left.",
+    "report": "Writes one HTML page of a run, or of several beside each other, that needs nothing else.",
+    "dashboard": "Publishes the same sections and panels as a view of a W&B project.",
     "export": "Writes a run's weights as a Hugging Face checkpoint, for transformers, vLLM and SGLang.",
     "import": "Makes a run of a Hugging Face checkpoint, for others to start from: train run.init=NAME.",
     "bench": "Times forward and backward passes on GPUs, where their time goes, and others'.",
@@ -67,6 +77,15 @@ EXAMPLES = {
         ("generate run=mine draft=2", "with drafts from the MTP layer: the same text in fewer passes"),
     ),
     "status": (("status run=mine", "from another terminal, whether it runs or not"),),
+    "report": (
+        ("report run=mine", "runs/mine/report.html, to open in a browser, whether the run runs or not"),
+        ("report run=[mine,other]", "both in each figure, and the settings in which they differ"),
+        ("report run=mine output=mine.html", "another file"),
+    ),
+    "dashboard": (
+        ("dashboard run=mine", "a view of the project that the run is filed under; wants your key"),
+        ("dashboard run=mine output=view.json", "what would be published, without an account"),
+    ),
     "export": (
         ("export run=mine out=models/mine", "the last checkpoint, as it was trained"),
         ("export run=mine out=models/mine dtype=bfloat16", "in half the room"),
@@ -99,6 +118,8 @@ CONFIGS = {
     "evaluate": EvaluateConfig,
     "generate": GenerateConfig,
     "status": StatusConfig,
+    "report": ReportConfig,
+    "dashboard": DashboardConfig,
     "export": ExportConfig,
     "import": ImportConfig,
     "bench": BenchConfig,

@@ -8,7 +8,8 @@ import pytest
 from tests.faults.harness import Injection, contents, losses, start, tokens
 from tests.faults.injections import HeldoutAway, Poison, Several
 from tests.faults.runs import campaign_config, make_corpus
-from train.job.bad_steps import LEFT_OUT_FILE, History
+from train.job.bad_steps import History
+from train.job.left_out import LEFT_OUT_FILE
 from train.job.shelf import Shelf
 from train.settings.run import Config
 

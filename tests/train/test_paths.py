@@ -31,6 +31,8 @@ KNOWN = {setting.path for setting in settings(Config)}
         ("run.init=mine", "run.init=mine"),
         ("run.init=out/mine", "run.init={folder}/out/mine"),
         ("run=out/mine", "run={folder}/out/mine"),
+        ("run=[first,out/mine]", "run=[first,{folder}/out/mine]"),
+        ("run=[first,second]", "run=[first,second]"),
         ("tokenizer=train", "tokenizer=train"),
         ("tokenizer=Qwen/some", "tokenizer=Qwen/some"),
         ("tokenizer=there", "tokenizer={folder}/there"),

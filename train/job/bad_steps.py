@@ -13,28 +13,21 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from data.files import write_whole
-from data.order.skips import Window, merged
+from data.order.skips import merged
 from model.network import Losses
 from parallel.collectives import gather_objects, sum_over_all
 from parallel.engine import Engine
 from train.job.build import Job
+from train.job.left_out import LEFT_OUT_FILE, LOG_FILE, read_left_out
 from train.job.shelf import Shelf
 from train.settings.run import RunConfig
 
-LOG_FILE, LEFT_OUT_FILE = "bad_steps.jsonl", "left_out.json"
 NAMED = 3  # parameters that a line names; the log has all
-
-
-def read_left_out(run: Path) -> list[Window]:
-    """The windows of samples that a run has left out so far."""
-    path = run / LEFT_OUT_FILE
-    return [(first, last) for first, last in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
 
 
 def go_back(run: RunConfig, first_bad: int, samples: range) -> int:

@@ -7,10 +7,10 @@ from typing import Any
 from data.order.skips import Window
 from parallel.collectives import from_first
 from train.job import checkpoint
-from train.job.bad_steps import read_left_out
 from train.job.build import Job
 from train.job.directory import layout_change, steps_done
 from train.job.heartbeat import last_beat
+from train.job.left_out import read_left_out
 from train.job.shelf import read_state
 
 

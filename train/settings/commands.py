@@ -1,5 +1,4 @@
-"""Settings of a dry run and of the commands that use a run or measure speed - evaluate, generate, bench - and their
-checks."""
+"""Settings of a dry run and of the commands that use a run, show it or measure speed, and their checks."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -84,6 +83,51 @@ class StatusConfig:
     run: RunReference = field(default_factory=RunReference)
 
 
+@dataclass(frozen=True)
+class RunsReference:
+    """Existing runs."""
+
+    name: Annotated[tuple[str, ...], "names of the runs, or their directories, which have a slash"] = ("tiny",)
+    dir: Annotated[str, "directory that holds the runs"] = "runs"
+
+    @property
+    def each(self) -> list[RunReference]:
+        """One after the other."""
+        paths = [Path(name) if "/" in name else Path(self.dir) / name for name in self.name]
+        return [RunReference(path.name, str(path.parent)) for path in paths]
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """What `report` shows."""
+
+    run: RunsReference = field(default_factory=RunsReference)
+    output: Annotated[
+        str | None,
+        "the page; null: report.html in the run's directory, or NAME_NAME.html beside several runs",
+    ] = None
+
+    @property
+    def path(self) -> Path:
+        """Where the page goes."""
+        if self.output is not None:
+            return Path(self.output)
+        names = [run.path for run in self.run.each]
+        if len(names) == 1:
+            return names[0] / "report.html"
+        return names[0].parent / f"{'_'.join(path.name for path in names)}.html"
+
+
+@dataclass(frozen=True)
+class DashboardConfig:
+    """What `dashboard` publishes."""
+
+    run: RunReference = field(default_factory=RunReference)
+    title: Annotated[str, "name of the view in the project's list of views"] = "Tessera"
+    url: Annotated[str | None, "address of a view that was published and is written anew; null: a new one"] = None
+    output: Annotated[str | None, "JSON file that gets the view instead of W&B, without an account"] = None
+
+
 LOWEST_TEMPERATURE = 1e-4  # below it a difference of logits overflows float32
 
 
@@ -116,6 +160,23 @@ class GenerateConfig:
             raise ConfigError(f"{name} is not UTF-8: give text in UTF-8") from error
         except OSError as error:
             raise ConfigError(f"prompt_file={self.prompt_file} cannot be read: {error.strerror}") from error
+
+
+RUNS = 8  # that a page compares: as many colours can be told apart
+
+
+def check_report(report: ReportConfig) -> None:
+    """Raises ConfigError where there is nothing to show, or nowhere to show it."""
+    names = report.run.name
+    if not 0 < len(names) <= RUNS or len(set(names)) < len(names):
+        raise ConfigError(f"run={list(names)} cannot be shown beside each other: name 1 to {RUNS} different runs")
+    check_output(str(report.path))
+
+
+def check_output(output: str | None) -> None:
+    """Raises ConfigError where a file cannot be written."""
+    if output is not None and (reason := why_unwritable(Path(output).absolute().parent)):
+        raise ConfigError(f"output={output} cannot be written: {reason}: choose another file")
 
 
 def check_dry_run(config: Config, dry_run: DryRun, world: int) -> None:
@@ -198,8 +259,7 @@ def check_evaluate(config: EvaluateConfig) -> None:
     check_least("needles", config.needles, 0)
     if config.dtype is not None:
         check_choice("dtype", config.dtype, ("float32", "bfloat16"), ConfigError)
-    if config.output is not None and (reason := why_unwritable(Path(config.output).absolute().parent)):
-        raise ConfigError(f"output={config.output} cannot be written: {reason}: choose another file")
+    check_output(config.output)
 
 
 def check_decoding(parallel: ParallelConfig) -> None:

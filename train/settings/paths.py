@@ -60,6 +60,9 @@ def _anchored(before: str, argument: str, folder: Path) -> str:
         return f"{key}={_path(value, folder, must_exist=True)}"
     if not equals or key.lstrip("+") not in (RUNS if "/" in value else ()) + PATHS:
         return argument
+    if key == "run" and value.startswith("["):  # several runs
+        names = [name.strip() for name in value.strip("[]").split(",")]
+        return f"{key}=[{','.join(_path(name, folder, must_exist=False) if '/' in name else name for name in names)}]"
     if key.endswith("sources"):
         return f"{key}={_listed(value, folder)}"
     loose = key.endswith(("tokenizer", "input", "hf"))  # which may be names on the hub

@@ -30,16 +30,16 @@ def status_lines(config: Config, now: float) -> list[str]:
         shown = (metrics.LOSS, metrics.LM_LOSS, metrics.GRAD_NORM, metrics.TOKENS_PER_SECOND, metrics.MFU)
         values = "  ".join(f"{name} {entry[name]:.5g}" for name in shown if entry.get(name) is not None)
         lines.append(f"logged at step {entry[STEP]:,.0f}: {values}")
-    lines.append(f"life: {_life(beat, step >= steps, seconds, now)}")
+    lines.append(f"life: {life(beat, step >= steps, seconds, now)}")
     saved = f"{newest.name}, {duration(now - newest.stat().st_mtime)} ago" if newest else "none yet"
     lines.append(f"last checkpoint: {saved}")
     if step < steps:
         left = duration((steps - step) * seconds) if math.isfinite(seconds) else "unknown: no step is logged yet"
         lines.append(f"left: {left} of training at this speed")
-    return [*lines, f"health: {'; '.join(_complaints(entry)) or 'nothing to complain of'}"]
+    return [*lines, f"health: {'; '.join(complaints(entry)) or 'nothing to complain of'}"]
 
 
-def _life(beat: dict[str, float], finished: bool, seconds: float, now: float) -> str:
+def life(beat: dict[str, float], finished: bool, seconds: float, now: float) -> str:
     if finished:
         return "the run is finished"
     if not beat:
@@ -50,7 +50,7 @@ def _life(beat: dict[str, float], finished: bool, seconds: float, now: float) ->
     return f"{duration(silence)} since the last step, on {beat['host']} (process {beat['pid']}){seems}"
 
 
-def _complaints(entry: dict[str, float]) -> list[str]:
+def complaints(entry: dict[str, float]) -> list[str]:
     """What a person should look at."""
     found = [f"{name} is not finite" for name in (metrics.LOSS, metrics.GRAD_NORM) if entry.get(name, 0.0) is None]
     for name in (metrics.SKIPPED_STEPS, metrics.DEAD_EXPERTS, metrics.DATA_RETRIES, metrics.DATA_SKIPPED_TOKENS):

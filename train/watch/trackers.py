@@ -162,11 +162,16 @@ def check_login(wandb_config: WandbConfig) -> None:
     """Raises ConfigError where wandb.mode=online finds no API key; sends nothing."""
     if wandb_config.mode != "online":
         return
+    if not has_login():
+        raise _cannot_start("no API key is known")
+
+
+def has_login() -> bool:
+    """Whether W&B finds an API key; sends nothing."""
     import wandb
 
     wandb.setup(settings=wandb.Settings(silent=True))
-    if not wandb.login(prompt=False, verify=False):
-        raise _cannot_start("no API key is known")
+    return bool(wandb.login(prompt=False, verify=False))
 
 
 def build_trackers(config: Config, rank: int, start_step: int) -> Tracker:
