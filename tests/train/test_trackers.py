@@ -8,6 +8,7 @@ from tests.train.logs import read_metrics
 from tests.train.wandb_files import history
 from train.settings.run import Config
 from train.settings.tree import ConfigError, from_dict
+from train.watch.heatmap import CELL, RAMP
 from train.watch.trackers import ConsoleTracker, NullTracker, WandbTracker, _run_id, build_trackers, check_login
 
 
@@ -69,6 +70,19 @@ def test_a_step_that_is_done_again_in_one_process_is_kept(config):
         tracker.log(step, {"loss": loss})
     tracker.close()
     assert [entry["loss"] for entry in history(config.run.path)] == [1.0, 2.0, 1.5]
+
+
+def test_loads_of_experts_are_an_image(config):
+    Image = pytest.importorskip("PIL.Image", reason="needs the extra dashboard")
+    tracker = WandbTracker(config)
+    tracker.log(1, {"expert_load/10": [1.0, 8.0], "expert_load/2": [0.0, 1.0], "every_step/lm_loss": [1.0]})
+    tracker.close()
+    (logged,) = history(config.run.path)
+    assert (logged["expert_load/width"], logged["expert_load/height"]) == (2 * CELL, 2 * CELL)
+    (file,) = config.run.path.glob("wandb/offline-run-*/files/" + logged["expert_load/path"])
+    image = Image.open(file)
+    assert image.getpixel((0, 0)) == tuple(map(int, RAMP[0])), "layer 2 stands above layer 10; its first expert is dead"
+    assert image.getpixel((CELL, CELL)) == tuple(map(int, RAMP[-1])), "eight even shares"
 
 
 def test_a_copied_or_broken_run_gets_an_id_of_its_own(tmp_path):

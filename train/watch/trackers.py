@@ -5,12 +5,14 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 from data.secrets import hidden, one_line
 from train.settings.run import Config, WandbConfig
 from train.settings.tree import ConfigError, to_dict
+from train.watch.heatmap import heatmaps
 from train.watch.metrics import METRICS_FILE, STEP, MetricsLog, Value, console_line
 
 RETRY_S = 300.0  # before W&B is started again where it has failed
@@ -107,8 +109,7 @@ class WandbTracker:
         if self._run is None and self._clock() - self._failed >= RETRY_S:
             self._try(self._start_again)
         if self._run is not None:
-            single = {name: value for name, value in values.items() if not isinstance(value, list)}
-            self._try(lambda: self._run.log({STEP: step, **single}))
+            self._try(lambda: self._run.log({STEP: step, **_for_wandb(values)}))
 
     def alert(self, title: str, text: str) -> None:
         if self._run is not None:
@@ -156,6 +157,15 @@ class WandbTracker:
             f"warning: no W&B for {RETRY_S / 60:.0f} minutes ({one_line(error)}); {METRICS_FILE} goes on",
             file=sys.stderr,
         )
+
+
+def _for_wandb(values: Mapping[str, Value]) -> dict[str, Any]:
+    """What W&B shows of a logged step: its numbers, and images of its heatmaps where Pillow is there to make them."""
+    import wandb
+
+    images = heatmaps(values) if find_spec("PIL") else {}
+    single = {name: value for name, value in values.items() if not isinstance(value, list)}
+    return single | {name: wandb.Image(pixels) for name, pixels in images.items()}
 
 
 def check_login(wandb_config: WandbConfig) -> None:
