@@ -40,6 +40,7 @@ def status_lines(config: Config, now: float) -> list[str]:
 
 
 def life(beat: dict[str, float], finished: bool, seconds: float, now: float) -> str:
+    """When a run has last done a step, and whether it seems to go on."""
     if finished:
         return "the run is finished"
     if not beat:

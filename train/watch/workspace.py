@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from data.errors import one_line
+from data.secrets import one_line
 from data.files import write_whole
 from train.settings.commands import DashboardConfig
 from train.settings.run import Config
