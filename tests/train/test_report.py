@@ -25,7 +25,7 @@ from train.watch.report.summary import short
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 # What no panel draws: numbers of the first step or of the machine, and what others say as well.
-NOT_DRAWN = {"forced_routing", "peak_tflops", "slowest_process"}
+NOT_DRAWN = {"disk_gb", "forced_routing", "peak_tflops", "slowest_process"}
 WIDTHS = {"desk": 1440, "phone": 390}
 
 

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from data.secrets import one_line
 from data.files import write_whole
+from data.secrets import one_line
 from train.settings.commands import DashboardConfig
 from train.settings.run import Config
 from train.settings.tree import ConfigError
@@ -41,7 +41,7 @@ def publish(asked: DashboardConfig, config: Config) -> str:
         raise ConfigError("dashboard finds no API key: `wandb login`, or output=view.json to see what it would publish")
     try:
         entity = config.wandb.entity or wandb.Api().default_entity
-        made = workspace(asked, config, entity, logged)
+        made = workspace(asked, config, entity or "", logged)
         if asked.url is not None:
             known = workspaces.Workspace.from_url(asked.url)
             known.name, known.sections, known.settings = made.name, made.sections, made.settings

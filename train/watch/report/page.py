@@ -3,7 +3,7 @@
 import html
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import count
@@ -281,7 +281,7 @@ def _of_run(run: Run, runs: Sequence[Run], text: str) -> str:
     return f"<details open><summary>{esc(run.name)}</summary>{text}</details>"
 
 
-def _changed(value: str, usual: str) -> Callable[[str], str] | str:
+def _changed(value: str, usual: str) -> str:
     return value if value == usual else f"\0{value}"
 
 
