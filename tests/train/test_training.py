@@ -3,9 +3,11 @@
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,12 @@ import torch
 
 from data.order.batches import Batch
 from tests.faults.runs import make_corpus
+from tests.train.wandb_files import history
 from train.observe import due
 from train.use.evaluate import in_groups, unigram_entropy
 from train.use.generate import choose
 from train.watch import catalog
+from train.watch.dashboard import SECTIONS, View
 from train.watch.speed import matmul_rate
 
 ROOT = Path(__file__).parents[2]
@@ -87,10 +91,11 @@ def commands(tmp_path: Path, corpus: Path) -> Commands:
 def test_a_run_is_repeatable_bit_for_bit_and_keeps_the_contract_of_its_directory(commands: Commands):
     output = commands.train("first")
     # Neither gauges nor a profile change what is computed.
-    profiled = commands.train("second", "run.detail_every=2", "run.profile=[2,3]")
+    profiled = commands.train("second", "run.detail_every=2", "run.profile=[2,3]", "wandb.mode=offline")
     assert commands.losses("first") == commands.losses("second")
     assert_traces(commands.runs / "second" / "logs", profiled)
     assert_catalogued(commands.metrics("second"))
+    assert_shown(history(commands.runs / "second"), commands.metrics("second"))
     assert [entry["step"] for entry in commands.metrics("first")] == [1, 2, 3, 4]
     assert set(commands.metrics("first")[0]) >= CONTRACT
     speeds = commands.metrics("first")[-1]
@@ -136,6 +141,22 @@ def assert_catalogued(entries: list[dict]) -> None:
     assert [one.name for one in expected if (one.name, one.kind) not in found] == []
     gauges = [key for key in logged.keys() - {"step"} if catalog.find(key).cadence == catalog.Cadence.DETAIL]
     assert len(gauges) > 50 and all(len(logged[key]) == 3 for key in gauges)  # of steps 1, 2 and 4
+
+
+def assert_shown(at_wandb: list[dict], entries: list[dict]) -> None:
+    """W&B has what metrics.jsonl has, and every panel finds its metrics there."""
+    for own, entry in zip(at_wandb, entries, strict=True):
+        single = {key: value for key, value in entry.items() if not isinstance(value, list)}
+        assert {key: own.get(key) for key in single} == single
+    logged = {key for own in at_wandb for key in own}
+    for panel in (panel for section in SECTIONS for panel in section.panels):
+        if panel.view is View.COLUMNS:
+            found = [f"{name}/path" for name in panel.metrics] if find_spec("PIL") else []
+            assert logged >= set(found)
+        elif {metric.when for metric in panel.declared} != {catalog.GPU}:
+            names = panel.names(logged)
+            absent = [one.name for one in panel.declared if not any(re.fullmatch(panel.pattern(one), n) for n in names)]
+            assert absent == [], panel.title
 
 
 def any_of(value: float | list[float]) -> bool:
