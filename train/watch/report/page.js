@@ -96,7 +96,7 @@
     });
   }
   function stepTicks(low, high, width) {
-    const ticks = niceTicks(low, high, Math.max(2, Math.floor((width - LEFT) / 58)));
+    const ticks = niceTicks(low, high, Math.max(3, Math.floor((width - LEFT) / 46)));
     return view.axis === "steps" ? ticks.filter((tick) => Number.isInteger(tick)) : ticks;
   }
   const scale = (low, high, from, to) => (value) => from + ((value - low) / (high - low || 1)) * (to - from);

@@ -25,9 +25,9 @@ from train.watch.report.figures import EACH_STEP, Shown, figure, is_zero, run_da
 from train.watch.report.series import Log, read_log
 from train.watch.report.summary import Summary, summarise
 
-MAPS = (View.LAYERS, View.COLUMNS)
+UNDER = (View.LAYERS, View.COLUMNS, View.SHARES)  # which stand under the curves
 SHOWN_EVENTS = 200  # the last ones, where there are more
-ANCHORS = {"Settings": "settings", "Starts and faults": "starts"}
+ANCHORS = {"Starts and faults": "starts", "Settings": "settings"}
 esc = html.escape
 
 
@@ -163,7 +163,7 @@ def _section(
     section: Section, runs: Sequence[Shown], figures: list[dict[str, Any]], numbers: Iterable[int]
 ) -> tuple[str, bool]:
     """A section's HTML, whose figures are added to the others, and whether there is anything in it."""
-    drawn: dict[bool, list[str]] = {False: [], True: []}  # maps stand under the curves
+    drawn: dict[bool, list[str]] = {False: [], True: []}
     zero: list[str] = []
     absent: list[str] = []
     for panel, number in zip(section.panels, numbers, strict=False):
@@ -174,7 +174,7 @@ def _section(
             zero.append(panel.title)
             figures[:] = [one for one in figures if one["title"] != panel.title]
         else:
-            drawn[panel.view in MAPS].append(found)
+            drawn[panel.view in UNDER].append(found)
     title = esc(section.title)
     if not zero and not any(drawn.values()):
         return f'<p class="none"><b>{title}</b>: nothing to show; {esc(section.without)}.</p>', False
@@ -222,8 +222,10 @@ def _shares(panel: Panel, runs: Sequence[Shown]) -> str:
             for name, value in zip(names, values, strict=True)
         )
         which = f'<div class="which">{esc(run.name)}</div>' if len(runs) > 1 else ""
-        tables.append(f'{which}<table class="bars">{rows}</table>')
-    return f"<figure>{_caption(panel, runs)}{''.join(tables)}</figure>" if tables else ""
+        tables.append(f'<div>{which}<table class="bars">{rows}</table></div>')
+    wide = ' class="wide"' if len(tables) > 2 else ""
+    cells = f'<div class="cells">{"".join(tables)}</div>'
+    return f"<figure{wide}>{_caption(panel, runs)}{cells}</figure>" if tables else ""
 
 
 def _starts(runs: Sequence[Run]) -> str:
