@@ -16,9 +16,8 @@ from tests.parallel.tiny import MODEL, build_tiny, fill, random_batch, start_eng
 from train.job.build import Job
 from train.loop import micro_batches, train_step
 from train.observe import step_metrics
-from train.settings.run import Config
 from train.watch import metrics
-from train.watch.alerts import Alerts, Rules
+from train.watch.alerts import Rules
 from train.watch.gauges import Gauges
 
 PLANTED = replace(MODEL, pattern="*EGE", attention_heads=2)
@@ -249,52 +248,3 @@ def test_a_long_row_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
         for head in range(4)
     ]
     assert gauge.sums["sink"].item() == pytest.approx(sum(shares).item(), rel=1e-5)
-
-
-class Hears:
-    """A tracker that keeps what it is alerted of."""
-
-    def __init__(self) -> None:
-        self.heard: list[str] = []
-
-    def alert(self, title: str, text: str) -> None:
-        self.heard.append(f"{title}: {text}")
-
-
-def usual(**others: float) -> dict[str, float]:
-    return {"loss": 3.0, "lm_loss": 3.0, "grad_norm": 1.0, "tokens_per_second": 1000.0, "max_violation": 0.4} | others
-
-
-def told_of(*steps: dict[str, float], now=lambda: 0.0) -> list[str]:
-    hears = Hears()
-    alerts = Alerts(Config(), hears, now)
-    for step, values in enumerate(steps, start=1):
-        alerts.look(step, values)
-    return hears.heard
-
-
-@pytest.mark.parametrize(
-    ("odd", "says"),
-    [
-        ({"loss": math.nan}, "non-finite: step 13: loss is not finite: the step was skipped"),
-        ({"grad_norm": math.inf}, "non-finite: step 13: grad_norm is not finite"),
-        ({"lm_loss/max": 4.0}, "spike: step 13: lm_loss reached 4.000, usually 3.000: if it stays, resume before it"),
-        ({"max_violation": 1.5}, "balance: step 13: max_violation rose to 1.50, usually 0.40"),
-        (
-            {"tokens_per_second": 600.0, "slowest_process": 3.0},
-            "throughput: step 13: 600 tokens/s, 60% of the usual: process 3 multiplies matrices most slowly; compare",
-        ),
-        ({"skipped_steps": 1.0}, "skipped: step 13: 1 bad steps were skipped so far: runs/logs/bad_steps.jsonl has"),
-        ({"disk_free_gb": 4.0, "disk_gb": 100.0}, "disk: step 13: 4.0 GB are left on the disk of"),
-    ],
-)
-def test_each_rule(odd: dict[str, float], says: str) -> None:
-    before = [usual(disk_free_gb=50.0, disk_gb=100.0)] * 12
-    assert told_of(*before) == []
-    # It goes on for three steps and is told of once; it comes back and is told of again.
-    (heard,) = told_of(*before, *[usual(**odd)] * 3)
-    assert heard.startswith(says)
-    assert len(told_of(*before, usual(**odd), usual(), usual(**odd))) == 2, "it came back"
-    hours = iter(range(100))
-    later = told_of(*before, *[usual(**odd)] * 3, now=lambda: 3600.0 * next(hours))
-    assert len(later) == (1 if "skipped_steps" in odd else 3)  # one step is skipped once

@@ -5,7 +5,7 @@ import pytest
 import wandb
 
 from tests.train.logs import read_metrics
-from tests.train.wandb_files import history
+from tests.train.wandb_files import history, records
 from train.settings.run import Config
 from train.settings.tree import ConfigError, from_dict
 from train.watch.heatmap import CELL, RAMP
@@ -68,8 +68,11 @@ def test_a_step_that_is_done_again_in_one_process_is_kept(config):
     tracker = WandbTracker(config)
     for step, loss in ((1, 1.0), (2, 2.0), (1, 1.5)):
         tracker.log(step, {"loss": loss})
+    tracker.alert("sink", "step 2: look at it")
     tracker.close()
     assert [entry["loss"] for entry in history(config.run.path)] == [1.0, 2.0, 1.5]
+    (path,) = config.run.path.glob("wandb/offline-run-*/*.wandb")
+    assert [record.alert.text for record in records(path) if record.alert.title] == ["step 2: look at it"]
 
 
 def test_loads_of_experts_are_an_image(config):

@@ -264,6 +264,9 @@ def test_a_run_has_one_writer_saves_when_asked_and_leaves_no_worker_behind(comma
     next(line for line in lines if line.startswith("step"))
     refused = commands.train("run", code=2)
     assert "run.name=run is being trained by process" in refused and len(refused.splitlines()) == 1
+    # Its stacks on demand, and it goes on.
+    os.kill(json.loads((commands.runs / "run" / "heartbeat.json").read_text())["pid"], signal.SIGQUIT)
+    assert next(line for line in lines if "most recent call first" in line)
     process.send_signal(signal.SIGUSR2)
     saved = next(line for line in lines if line.startswith("saved"))
     assert next(line for line in lines if line.startswith("step"))

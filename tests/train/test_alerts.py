@@ -1,0 +1,139 @@
+"""Alerts: each rule, told of once, to whom."""
+
+import json
+import math
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from train.settings.run import Config, RunConfig
+from train.watch import hang
+from train.watch.alerts import Alert, Alerts
+from train.watch.hang import Watchdog
+
+
+class Hears:
+    """A tracker that keeps what it is alerted of."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def alert(self, title: str, text: str) -> None:
+        self.heard.append(f"{title}: {text}")
+
+
+def usual(**others: float) -> dict[str, float]:
+    return {"loss": 3.0, "lm_loss": 3.0, "grad_norm": 1.0, "tokens_per_second": 1000.0, "max_violation": 0.4} | others
+
+
+def told_of(*steps: dict[str, float], now=lambda: 0.0) -> list[str]:
+    hears = Hears()
+    alerts = Alerts(Config(), hears, now)
+    for step, values in enumerate(steps, start=1):
+        alerts.look(step, values)
+    return hears.heard
+
+
+@pytest.mark.parametrize(
+    ("odd", "says"),
+    [
+        ({"loss": math.nan}, "non-finite: step 13: loss is not finite: the step was skipped"),
+        ({"grad_norm": math.inf}, "non-finite: step 13: grad_norm is not finite"),
+        ({"lm_loss/max": 4.0}, "spike: step 13: lm_loss reached 4.000, usually 3.000: if it stays, resume before it"),
+        ({"max_violation": 1.5}, "balance: step 13: max_violation rose to 1.50, usually 0.40"),
+        (
+            {"tokens_per_second": 600.0, "slowest_process": 3.0},
+            "throughput: step 13: 600 tokens/s, 60% of the usual: process 3 multiplies matrices most slowly; compare",
+        ),
+        ({"skipped_steps": 1.0}, "skipped: step 13: 1 bad steps were skipped so far: runs/logs/bad_steps.jsonl has"),
+        ({"disk_free_gb": 4.0, "disk_gb": 100.0}, "disk: step 13: 4.0 GB are left on the disk of"),
+    ],
+)
+def test_each_rule(odd: dict[str, float], says: str) -> None:
+    before = [usual(disk_free_gb=50.0, disk_gb=100.0)] * 12
+    assert told_of(*before) == []
+    # It goes on for three steps and is told of once; it comes back and is told of again.
+    (heard,) = told_of(*before, *[usual(**odd)] * 3)
+    assert heard.startswith(says)
+    assert len(told_of(*before, usual(**odd), usual(), usual(**odd))) == 2, "it came back"
+    hours = iter(range(100))
+    later = told_of(*before, *[usual(**odd)] * 3, now=lambda: 3600.0 * next(hours))
+    assert len(later) == (1 if "skipped_steps" in odd else 3)  # one step is skipped once
+
+
+@pytest.fixture
+def webhook() -> Iterator[tuple[str, list[dict]]]:
+    """A server's URL, and what it was sent."""
+    sent: list[dict] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            sent.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/secret", sent
+    server.shutdown()
+    server.server_close()
+
+
+def wait_until(true, seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_webhook_hears_and_one_that_fails_stops_nothing(webhook, monkeypatch, capsys) -> None:
+    url, sent = webhook
+    monkeypatch.setenv("HOOK", url)
+    hears = Hears()
+    alerts = Alerts(Config(run=RunConfig(name="one", alert_webhook="HOOK")), hears)
+    alerts.tell(7, Alert("sink", "there is one", "mend it"))
+    wait_until(lambda: sent)
+    assert sent == [{"text": "one, step 7: there is one: mend it", "run": "one", "step": 7, "alert": "sink"}]
+    monkeypatch.setenv("HOOK", "http://127.0.0.1:9/secret")
+    alerts.tell(8, Alert("spike", "there is one", "mend it"))
+    said = []
+    wait_until(lambda: said.append(capsys.readouterr().err) or "".join(said))
+    assert "".join(said) == "warning: the webhook of run.alert_webhook=HOOK took no alert: URLError\n"
+    assert len(hears.heard) == 2
+
+
+class Board:
+    """The notes of one process alone."""
+
+    rank = 0
+
+    def put(self, note: dict) -> None:
+        pass
+
+    def notes(self) -> list[dict]:
+        return []
+
+
+def test_no_step_for_a_while_is_told_of_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(hang, "Board", Board)
+    monkeypatch.setattr(hang, "LOOK_S", 0.05)
+    hears = Hears()
+    watchdog = Watchdog(tmp_path, 10, 5, idle_minutes=0.2 / 60)
+    watchdog.on_idle = Alerts(Config(), hears).idle
+    watchdog.beat(1, "training")
+    time.sleep(0.4)
+    assert hears.heard == []  # the first step may take long
+    watchdog.stepping()
+    watchdog.beat(2, "training")
+    wait_until(lambda: hears.heard)
+    time.sleep(0.3)
+    watchdog.close()
+    (heard,) = hears.heard
+    assert heard.startswith("idle: step 2: no step has ended for 0.0 minutes: kill -QUIT a process for its stacks;")
