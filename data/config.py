@@ -12,6 +12,10 @@ SPLIT, BEST_FIT = PACKINGS = ("split", "best_fit")
 STOP, SKIP = ON_CORRUPT = ("stop", "skip")
 CONTINUE = "continue"
 ON_CHANGE = (STOP, CONTINUE)
+TEXT, CHAT = FORMATS = ("text", "chat")
+FORMAT_HELP = "what a row is: text (or token ids), or chat: a list of messages that a chat template renders"
+TEMPLATE_HELP = "file of the template of format=chat; empty: the one beside the tokenizer"
+ROLES_HELP = "whose messages are targets of the loss, with format=chat; others are only read"
 SAMPLE_BY = ("document", "paragraph", "line")
 HELDOUT_FRACTION, HELDOUT_TOKENS = 0.01, 10_000_000  # the smaller of them is held out
 
@@ -48,7 +52,10 @@ class DataConfig:
         str,
         "documents to samples: split (end to end, then cut) or best_fit (whole where they fit)",
     ] = SPLIT
-    column: Annotated[str, "column of files read as they are: text, or lists of token ids"] = "text"
+    column: Annotated[str, "column of files read as they are: text, lists of token ids, or conversations"] = "text"
+    format: Annotated[str, FORMAT_HELP] = TEXT
+    chat_template: Annotated[str, TEMPLATE_HELP] = ""
+    chat_roles: Annotated[tuple[str, ...], ROLES_HELP] = ("assistant",)
     split: Annotated[
         str,
         "split of a directory of files read as they are, by the names of its files and folders",
@@ -91,7 +98,14 @@ class DataConfig:
     ] = 30.0
     seq_length: Annotated[int, "tokens of a training sample"] = 256
     vocab_size: Annotated[int, "size of the tokenizer trained for the embedded corpus; others bring theirs"] = 2048
-    cache: Annotated[str, "directory that keeps the embedded corpus once it is tokenized"] = ".cache/corpus"
+    cache: Annotated[
+        str,
+        "directory that keeps what was counted of each source, and the embedded corpus once tokenized",
+    ] = ".cache/corpus"
+    trust_index: Annotated[
+        bool,
+        "files of the same names and sizes are those that were counted, whatever their times, as after a copy",
+    ] = False
 
 
 @dataclass(frozen=True)
@@ -116,13 +130,19 @@ class PrepareConfig:
         str,
         "column of text, or of lists of the given tokenizer's ids; a.b for nested ones",
     ] = "text"
+    format: Annotated[str, FORMAT_HELP] = TEXT
+    chat_template: Annotated[str, TEMPLATE_HELP] = ""
+    chat_roles: Annotated[tuple[str, ...], ROLES_HELP] = ("assistant",)
     sample_by: Annotated[
         str,
         "a document of a .txt file: the whole file (document), a paragraph or a line",
     ] = "document"
     dataset_config: Annotated[str | None, "configuration (subset) of a hub dataset"] = None
     dataset_split: Annotated[str, "split to read of a directory, by its names, or of a hub dataset"] = TRAIN_SPLIT
-    shard_tokens: Annotated[int, "tokens after which a new shard begins"] = 2**24
+    shard_tokens: Annotated[
+        int,
+        "tokens after which a new shard begins; small ones mix more widely in training",
+    ] = 2**23
     heldout_fraction: Annotated[float, "share of documents kept for evaluation; 0 keeps none"] = HELDOUT_FRACTION
     heldout_tokens: Annotated[int, "about how many tokens are kept for evaluation at most"] = HELDOUT_TOKENS
     seed: Annotated[int, "chooses which documents are held out"] = 0

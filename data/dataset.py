@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.config import BEST_FIT, ON_CHANGE, ON_CORRUPT, PACKINGS, SKIP, SPLIT, DataConfig
+from data.config import BEST_FIT, FORMATS, ON_CHANGE, ON_CORRUPT, PACKINGS, SKIP, SPLIT, DataConfig
 from data.errors import CorpusError, check_choice
 from data.order.counting import count_units
 from data.order.mixture import MixedStream, Mixture, check_mixture, source_weights
@@ -15,6 +15,7 @@ from data.order.packing import num_samples
 from data.order.stream import ORDER_VERSION, TokenStream
 from data.read.corpus import Corpus
 from data.read.index import digest_of
+from data.read.listing import Listing
 from data.read.mapped_corpus import map_corpus
 from data.read.node_cache import Shared, node_directory
 from data.read.readers import Joined, Reader, Subset
@@ -37,6 +38,7 @@ def check_data(config: DataConfig, mtp_steps: int) -> None:
             f"data.seq_length={config.seq_length} is too short for mtp.steps={mtp_steps}: "
             f"use {mtp_steps + 2} or more, so that every prediction step has a target"
         )
+    check_choice("data.format", config.format, FORMATS)
     check_choice("data.packing", config.packing, PACKINGS)
     check_choice("data.on_corrupt", config.on_corrupt, ON_CORRUPT)
     check_choice("data.on_change", config.on_change, ON_CHANGE)
@@ -78,12 +80,20 @@ class Dataset:
     Args:
         tokenizer: opens no source: there are only this tokenizer, its tokens and what ends a document.
         shared: other processes of this machine read the same samples, or samples of the same units.
+        listings: files of each path, as another process has listed them.
     Raises:
         CorpusError: a source that cannot be used, in one line.
     """
 
-    def __init__(self, config: DataConfig, tokenizer: Tokenizer | None = None, shared: bool = False) -> None:
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: Tokenizer | None = None,
+        shared: bool = False,
+        listings: dict[str, Listing] | None = None,
+    ) -> None:
         self.config, self._shared = config, shared
+        self.listings = dict(listings or {})
         self._files: dict[str, Shared] = {}
         if tokenizer is not None:
             self.corpora, self.sources, self.tokenizer = [], [], tokenizer
@@ -146,7 +156,11 @@ class Dataset:
     @cached_property
     def has_heldout(self) -> bool:
         """Whether held-out text fills a sample; else there is no evaluation."""
-        reader = Joined([source.heldout for source in self.sources])
+        return self.fills_heldout(self.sources)
+
+    def fills_heldout(self, sources: Sequence[Source]) -> bool:
+        """Whether held-out text of some sources fills a sample."""
+        reader = Joined([source.heldout for source in sources])
         return num_samples(self._measure(reader, SPLIT).num_tokens, self.config.seq_length) > 0
 
     def heldout_stream(self, only: Source | None = None) -> TokenStream:
@@ -284,7 +298,7 @@ class Dataset:
 
     def _open(self, path: str, corpus: Corpus | None) -> Source:
         config = self.config
-        train, heldout = splits(path, corpus, config, lambda: self.tokenizer)
+        train, heldout = splits(path, corpus, config, lambda: self.tokenizer, self.listings)
         whole = None
         if config.subset < 1:
             whole = train.known()

@@ -18,7 +18,6 @@ from data.read.faults import Faults
 
 PREFETCH_STEPS = 2  # whole steps that wait to be trained on
 AHEAD_STEPS = 32
-PREFETCH_STEPS = 2
 POLL_S, CLOSE_S = 60.0, 10.0
 
 type Stream = TokenStream | MixedStream
@@ -26,9 +25,15 @@ type Stream = TokenStream | MixedStream
 
 def collate(samples: list[Sample]) -> Batch:
     """Samples of L + 1 tokens as tensors [samples, L + 1]."""
+    masks = [sample.learned for sample in samples]
+    learned = None
+    if any(mask is not None for mask in masks):
+        whole = np.ones(len(samples[0].tokens), dtype=bool)
+        learned = torch.from_numpy(np.stack([whole if mask is None else mask for mask in masks]))
     return Batch(
         tokens=torch.from_numpy(np.stack([sample.tokens for sample in samples])),
         documents=torch.from_numpy(np.stack([sample.documents for sample in samples])),
+        learned=learned,
     )
 
 

@@ -1,10 +1,11 @@
 """One source of a run: which reader its path names, what of it is held out, and the checks that cost no reading."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from data.config import EMBEDDED, SKIP, DataConfig
+from data.config import CHAT, EMBEDDED, SKIP, DataConfig
 from data.errors import CorpusError
 from data.files import why_unwritable
 from data.order.lanes import permutation
@@ -14,7 +15,7 @@ from data.prepare.prepare import embedded_corpus
 from data.read.corpus import Corpus
 from data.read.endings import ROW_ENDINGS
 from data.read.formats import open_rows
-from data.read.listing import list_files
+from data.read.listing import Listing, list_files
 from data.read.manifest import HELDOUT, TRAIN, is_corpus
 from data.read.mapped_corpus import map_corpus
 from data.read.megatron_files import MegatronReader, megatron_prefix
@@ -22,6 +23,7 @@ from data.read.prepared import PreparedReader
 from data.read.readers import ChosenUnits, CutUnits, Reader
 from data.read.remote import is_url
 from data.read.row_reader import RowReader
+from data.text.chat import chat_encoder
 from data.text.tokenizer import Tokenizer, check_vocab_size
 
 HELDOUT_SEED = 2**32 - 1  # no subset's, so that both are independent
@@ -89,22 +91,36 @@ def common_vocabulary(config: DataConfig, first_source: str, corpora: dict[str, 
 
 
 def splits(
-    path: str, corpus: Corpus | None, config: DataConfig, tokenizer: Callable[[], Tokenizer]
+    path: str,
+    corpus: Corpus | None,
+    config: DataConfig,
+    tokenizer: Callable[[], Tokenizer],
+    listings: dict[str, Listing],
 ) -> tuple[Reader, Reader]:
-    """Readers of a source for training and of its held-out documents."""
+    """Readers of a source for training and of its held-out documents.
+
+    Args:
+        listings: of the files of each path, where they are known; what is listed here is noted there.
+    """
     if corpus is not None:
         return PreparedReader(corpus, TRAIN), PreparedReader(corpus, HELDOUT)
-    return _split_units(_direct(path, config, tokenizer()), config.heldout_fraction, config.heldout_tokens)
+    return _split_units(_direct(path, config, tokenizer(), listings), config.heldout_fraction, config.heldout_tokens)
 
 
-def _direct(path: str, config: DataConfig, tokenizer: Tokenizer) -> Reader:
+def _direct(path: str, config: DataConfig, tokenizer: Tokenizer, listings: dict[str, Listing]) -> Reader:
     """The reader of files that prepare has not seen."""
     prefix = megatron_prefix(path)
+    if prefix is not None and config.format == CHAT:
+        raise CorpusError(f"data.format=chat reads conversations, and {path} holds token ids: leave it at text")
     if prefix is not None:
-        return MegatronReader(path, prefix, tokenizer, config.unit_bytes)
+        return MegatronReader(path, prefix, tokenizer, config.unit_bytes, config.trust_index)
     cache, skips = Path(config.cache).expanduser(), config.on_corrupt == SKIP
-    listing = list_files(path, ROW_ENDINGS, config.split)
-    return RowReader(open_rows(path, listing, config.column, skips, config.unit_bytes, cache=cache), tokenizer)
+    listing = listings[path] = listings.get(path) or list_files(path, ROW_ENDINGS, config.split)
+    if config.trust_index:
+        listing = replace(listing, files=[replace(file, version="") for file in listing.files])
+    rows = open_rows(path, listing, config.column, skips, config.unit_bytes, cache=cache, chat=config.format == CHAT)
+    chat = chat_encoder(tokenizer, config.tokenizer, config)
+    return RowReader(rows, tokenizer, chat)
 
 
 def _split_units(reader: Reader, fraction: float, max_tokens: int) -> tuple[Reader, Reader]:

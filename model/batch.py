@@ -12,21 +12,27 @@ from torch import Tensor
 from model.documents import Documents, send
 
 
-def prediction_valid(documents_RS: Tensor, steps: int) -> Tensor:
-    """bool [1 + steps, R, L] for samples of L + 1 tokens: has position t a target at each prediction step?"""
+def prediction_valid(documents_RS: Tensor, steps: int, learned_RS: Tensor | None = None) -> Tensor:
+    """bool [1 + steps, R, L] for samples of L + 1 tokens: has position t a target at each prediction step?
+
+    Args:
+        learned_RS: bool, which tokens count as targets; None: all.
+    """
     length = documents_RS.shape[1] - 1
     here = documents_RS[:, :length]
     valid = torch.zeros(1 + steps, *here.shape, dtype=torch.bool)
     for step in range(1 + steps):
         target = documents_RS[:, step + 1 :]
         valid[step, :, : target.shape[1]] = (target == here[:, : target.shape[1]]) & (target >= 0)
+        if learned_RS is not None:
+            valid[step, :, : target.shape[1]] &= learned_RS[:, step + 1 :]
     return valid
 
 
-def count_targets(documents_RS: Tensor, steps: int) -> Tensor:
+def count_targets(documents_RS: Tensor, steps: int, learned_RS: Tensor | None = None) -> Tensor:
     """int64 [2 + steps]: tokens that are not padding, then valid targets of each prediction step."""
     tokens = (documents_RS[:, :-1] >= 0).sum()[None]
-    return torch.cat([tokens, prediction_valid(documents_RS, steps).sum(dim=(1, 2))])
+    return torch.cat([tokens, prediction_valid(documents_RS, steps, learned_RS).sum(dim=(1, 2))])
 
 
 def count_pairs(documents_RS: Tensor) -> Tensor:
@@ -73,17 +79,20 @@ class MicroBatch:
         counts: Tensor,
         cut: tuple[int, int] = (0, 1),
         tokens_before: int = 0,
+        learned_RS: Tensor | None = None,
     ) -> "MicroBatch":
         """From samples of L + 1 tokens and the counts of `count_targets` summed over the whole global batch.
 
         Args:
             cut: (part, parts), which of equal parts of each sequence to keep (context parallelism). Targets are found
                 before the cut, so none is lost at its edge.
+            learned_RS: bool, which tokens count as targets; None: all. The others are read, and pass through the
+                experts, but the routers of prediction steps count the positions that have a target.
         """
         steps = counts.numel() - 2
         part, parts = cut
         rows, length = tokens_RS.shape[0], tokens_RS.shape[1] - 1
-        valid = prediction_valid(documents_RS, steps)
+        valid = prediction_valid(documents_RS, steps, learned_RS)
         shifted = torch.zeros(2 + steps, rows, length, dtype=torch.int64)
         for step in range(2 + steps):
             read = tokens_RS[:, step : step + length]

@@ -40,11 +40,13 @@ POLL_S = 2.0  # between two looks at whether every process has its samples
 
 def micro_batches(job: Job, batches: list[Batch], tokens_before: int = 0) -> list[MicroBatch]:
     """This rank's micro-batches of a step as the network takes them, with counts over the whole global batch."""
-    counts = torch.stack([count_targets(batch.documents, job.config.mtp.steps) for batch in batches]).sum(dim=0)
+    steps = job.config.mtp.steps
+    counts = torch.stack([count_targets(batch.documents, steps, batch.learned) for batch in batches]).sum(dim=0)
     counts = sum_over(counts.to(job.device), job.groups.dp).cpu()
     cut = job.sequence_part
     return [
-        MicroBatch.build(batch.tokens, batch.documents, counts, cut, tokens_before).to(job.device) for batch in batches
+        MicroBatch.build(batch.tokens, batch.documents, counts, cut, tokens_before, batch.learned).to(job.device)
+        for batch in batches
     ]
 
 

@@ -16,6 +16,7 @@ class Batch:
 
     tokens: "torch.Tensor"  # int64 [micro, s + 1]
     documents: "torch.Tensor"  # int32 [micro, s + 1]
+    learned: "torch.Tensor | None" = None  # bool [micro, s + 1]: which tokens count as targets; None: all
 
     @property
     def num_samples(self) -> int:
@@ -28,7 +29,11 @@ class Batch:
         Every token but a sample's last is read once, so neighbouring rows share the token at their border: the one's
         last target is the other's first input.
         """
-        return Batch(*(x.unfold(1, length + 1, length).flatten(0, 1) for x in (self.tokens, self.documents)))
+
+        def rows(x: "torch.Tensor") -> "torch.Tensor":
+            return x.unfold(1, length + 1, length).flatten(0, 1)
+
+        return Batch(rows(self.tokens), rows(self.documents), None if self.learned is None else rows(self.learned))
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,8 @@ def _scan(reader: Reader, unit: int, length: int, digest: str | None) -> list[An
             hashed = xxhash.xxh3_64()
             for number in range(documents.num_documents):
                 hashed.update(np.ascontiguousarray(documents.document(number), dtype=np.int32))
+                if documents.learned is not None:
+                    hashed.update(np.ascontiguousarray(documents.learned_of(number)))
             digest = hashed.hexdigest()
     except BrokenUnit as error:
         return error

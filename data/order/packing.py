@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.read.units import Piece
+
 PADDING = -1
 
 
@@ -26,6 +28,7 @@ class Sample(NamedTuple):
 
     tokens: np.ndarray  # int64 [s + 1]
     documents: np.ndarray  # int32 [s + 1]
+    learned: np.ndarray | None = None  # bool [s + 1]: which count as targets; None: all
 
 
 def num_samples(num_tokens: int, seq_length: int) -> int:
@@ -53,11 +56,15 @@ def overlaps(ends: np.ndarray, start: int, stop: int) -> Iterator[tuple[int, int
         item += 1
 
 
-def pack(pieces: Sequence[np.ndarray]) -> Sample:
+def pack(pieces: Sequence[Piece]) -> Sample:
     """Joins the pieces of a sample, each from a document of its own."""
-    tokens = np.concatenate(pieces).astype(np.int64)
-    documents = np.repeat(np.arange(len(pieces), dtype=np.int32), [len(piece) for piece in pieces])
-    return Sample(tokens, documents)
+    parts = [piece.tokens for piece in pieces]
+    tokens = np.concatenate(parts, dtype=np.int64)  # one pass over them: a copy to widen costs more than the rest
+    documents = np.repeat(np.arange(len(pieces), dtype=np.int32), [len(part) for part in parts])
+    if all(piece.learned is None for piece in pieces):
+        return Sample(tokens, documents)
+    masks = [np.ones(len(own.tokens), dtype=bool) if own.learned is None else own.learned for own in pieces]
+    return Sample(tokens, documents, np.concatenate(masks))
 
 
 def pad(sample: Sample, length: int, token: int) -> Sample:
@@ -66,6 +73,7 @@ def pad(sample: Sample, length: int, token: int) -> Sample:
     return Sample(
         np.pad(sample.tokens, (0, missing), constant_values=token),
         np.pad(sample.documents, (0, missing), constant_values=PADDING),
+        None if sample.learned is None else np.pad(sample.learned, (0, missing)),
     )
 
 

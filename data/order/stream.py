@@ -25,7 +25,7 @@ from data.order.packing import (
 )
 from data.read.readers import Reader
 from data.read.unit_cache import UnitCache
-from data.read.units import Sizes, Unit, token_dtype
+from data.read.units import Piece, Sizes, Unit, token_dtype
 
 KEPT_LAYOUTS = 16  # orders of documents within units, beside those that the lanes have open
 # Part of what a run remembers: raise it when the order of samples changes, so that no run resumes in another one.
@@ -129,12 +129,12 @@ class TokenStream:
         if self.packing == BEST_FIT:
             ((item, number, _),) = place.spans
             return self._packed(place.epoch, int(units[item]), number)
-        pieces: list[np.ndarray] = []
+        pieces: list[Piece] = []
         broken = []  # pieces that stand for tokens of a broken unit
         for item, start, stop in place.spans:
             found = self._pieces(place.epoch, int(units[item]), start, stop)
             broken += [found is None] * (1 if found is None else len(found))
-            pieces += [np.zeros(stop - start, dtype=np.int64)] if found is None else found
+            pieces += [Piece(np.zeros(stop - start, dtype=np.int64))] if found is None else found
         sample = pack(pieces)
         return self._without(sample, np.flatnonzero(broken)) if any(broken) else sample
 
@@ -155,29 +155,29 @@ class TokenStream:
             span = sample_span(position, self.seq_length)
         return Place(epoch, position, lane, list(overlaps(ends, *span)))
 
-    def _pieces(self, epoch: int, unit_index: int, start: int, stop: int) -> list[np.ndarray] | None:
+    def _pieces(self, epoch: int, unit_index: int, start: int, stop: int) -> list[Piece] | None:
         """Tokens [start, stop) of a unit in this epoch's order, cut at the ends of documents; None if it is broken."""
         unit = self._unit(unit_index)
         if unit is None:
             return None
         documents, ends = self._document_layout(epoch, unit_index)
-        return [unit.document(documents[item])[lo:hi] for item, lo, hi in overlaps(ends, start, stop)]
+        return [unit.piece(documents[item], lo, hi) for item, lo, hi in overlaps(ends, start, stop)]
 
     def _packed(self, epoch: int, unit_index: int, number: int) -> Sample:
         """A sample of best-fit packing."""
         unit = self._unit(unit_index)
         if unit is None:
-            return self._without(pack([np.zeros(self.seq_length + 1, dtype=np.int64)]), np.array([0]))
+            return self._without(pack([Piece(np.zeros(self.seq_length + 1, dtype=np.int64))]), np.array([0]))
         if self.shuffle:
             number = int(self._bin_order(epoch, unit_index)[number])
-        pieces = [unit.document(item)[lo:hi] for item, lo, hi in self._bins(unit_index).pieces(number)]
+        pieces = [unit.piece(item, lo, hi) for item, lo, hi in self._bins(unit_index).pieces(number)]
         return pad(pack(pieces), self.seq_length + 1, token=int(unit.document(0)[-1]))
 
     def _without(self, sample: Sample, broken: np.ndarray) -> Sample:
         """The sample with the documents of broken units as padding, which are counted."""
         lost = np.isin(sample.documents, broken)
         self.cache.faults.skipped_tokens += int(lost[:-1].sum())
-        return Sample(sample.tokens, np.where(lost, PADDING, sample.documents).astype(np.int32))
+        return sample._replace(documents=np.where(lost, PADDING, sample.documents).astype(np.int32))
 
     def _unit(self, unit_index: int) -> Unit | None:
         return self.cache.get((self._source, unit_index))

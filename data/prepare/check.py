@@ -2,7 +2,7 @@
 
 import re
 
-from data.config import EOD_TOKEN, ON_CORRUPT, SAMPLE_BY, TRAIN_TOKENIZER, PrepareConfig
+from data.config import CHAT, EMBEDDED, EOD_TOKEN, FORMATS, ON_CORRUPT, SAMPLE_BY, TRAIN_TOKENIZER, PrepareConfig
 from data.errors import CorpusError, check_choice
 from data.text.tokenizer import check_vocab_size
 
@@ -39,6 +39,9 @@ def check_prepare(config: PrepareConfig) -> None:
             raise CorpusError(f"{setting}={value} is negative: use 0 or more")
     if config.piece_bytes is not None and config.piece_bytes < 1:
         raise CorpusError(f"piece_bytes={config.piece_bytes} leaves nothing to work on: use 1 or more, or null")
+    check_choice("format", config.format, FORMATS)
+    if config.format == CHAT and (config.tokenizer == TRAIN_TOKENIZER or config.input == EMBEDDED):
+        raise CorpusError("format=chat needs conversations and the tokenizer that they are rendered for: name both")
     part_of(config.part)
     if config.part is not None and config.tokenizer == TRAIN_TOKENIZER:
         raise CorpusError(

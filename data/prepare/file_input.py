@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from data.config import SKIP, UNIT_BYTES, PrepareConfig
+from data.config import CHAT, SKIP, UNIT_BYTES, PrepareConfig
 from data.errors import CorpusError
 from data.prepare.hub import dataset_files, is_dataset_name
 from data.prepare.inputs import Document, Input
@@ -18,6 +18,7 @@ from data.read.listing import Listing, list_files
 from data.read.remote import redacted
 from data.read.row_reader import RowReader
 from data.read.rows import Rows
+from data.text.chat import ChatEncoder, chat_encoder
 from data.text.tokenizer import Tokenizer
 
 SHUFFLED_UNIT_BYTES = 2**20  # small, so that the documents of a shard come from many places
@@ -26,16 +27,22 @@ SHUFFLED_UNIT_BYTES = 2**20  # small, so that the documents of a shard come from
 class RowsInput(Input):
     """Rows of a column of files: text, or lists of the ids of a given tokenizer."""
 
-    def __init__(self, rows: Rows, tokenizer: Tokenizer | None, description: dict[str, str | int]) -> None:
-        self._rows, self.description = rows, description
-        self._reader = None if tokenizer is None else RowReader(rows, tokenizer)
+    def __init__(
+        self,
+        rows: Rows,
+        tokenizer: Tokenizer | None,
+        description: dict[str, str | int],
+        chat: ChatEncoder | None = None,
+    ) -> None:
+        self._rows, self.description, self._chat = rows, description, chat
+        self._reader = None if tokenizer is None else RowReader(rows, tokenizer, chat)
         self.left_out = rows.left_out
         if self._reader is None and not rows.is_text:
             raise CorpusError(f"{rows.setting}={rows.column} holds token ids: give the tokenizer that they are of")
 
     @property
     def identity(self) -> list[Any]:
-        return self._rows.identity
+        return [*self._rows.identity, *([] if self._chat is None else self._chat.identity)]
 
     @property
     def sizes(self) -> np.ndarray:
@@ -43,12 +50,21 @@ class RowsInput(Input):
 
     def documents(self, unit: int, faults: Faults) -> Iterator[Document | None]:
         for first, rows in self._rows.batches(unit, faults):
-            yield from (self._texts if self._rows.is_text else self._lists)(rows, unit, first, faults)
+            if self._chat is not None:
+                yield from self._conversations(rows, unit, first, faults)
+            else:
+                yield from (self._texts if self._rows.is_text else self._lists)(rows, unit, first, faults)
 
     def _texts(self, rows: pa.Array, unit: int, first: int, faults: Faults) -> Iterator[Document | None]:
         for row, text in enumerate(self._rows.texts(rows, unit, first, faults), first):
             blank = text is None or not text.strip()
             yield None if blank or text is None else Document(text, self._name(unit, row), text.encode())
+
+    def _conversations(self, rows: pa.Array, unit: int, first: int, faults: Faults) -> Iterator[Document | None]:
+        assert self._reader is not None
+        for row, found in enumerate(self._reader.conversations(rows, unit, first, faults), first):
+            key = b"" if found is None else found[0].tobytes()
+            yield None if found is None else Document(found[0], self._name(unit, row), key, found[1])
 
     def _lists(self, rows: pa.Array, unit: int, first: int, faults: Faults) -> Iterator[Document | None]:
         assert self._reader is not None
@@ -83,8 +99,10 @@ def file_input(config: PrepareConfig, tokenizer: Tokenizer | None) -> RowsInput:
         UNIT_BYTES if config.shuffle is None else SHUFFLED_UNIT_BYTES,
         setting="text_column",
         sample_by=config.sample_by,
+        chat=config.format == CHAT,
     )
-    return RowsInput(rows, tokenizer, {"input": redacted(config.input), "text_column": config.text_column})
+    chat = None if tokenizer is None else chat_encoder(tokenizer, config.tokenizer, config)
+    return RowsInput(rows, tokenizer, {"input": redacted(config.input), "text_column": config.text_column}, chat)
 
 
 def _listed(config: PrepareConfig) -> Listing:

@@ -11,11 +11,15 @@ from data.read.faults import Faults
 
 
 class Document(NamedTuple):
-    """One document. `name` tells people where it came from; `key` decides its split."""
+    """One document. `name` tells people where it came from; `key` decides its split.
+
+    `learned` says which of its token ids count as targets, bool [tokens]; None: all.
+    """
 
     content: str | np.ndarray  # text, or its token ids with the end-of-document token last
     name: str
     key: bytes
+    learned: np.ndarray | None = None
 
 
 class Input(ABC):

@@ -14,6 +14,7 @@ from data.prepare.staging import PieceRecord, Staging, staged
 from data.read.faults import Faults
 from data.read.manifest import HELDOUT, TRAIN, FileInfo, Manifest, ShardInfo, info_of, write_manifest
 from data.read.remote import is_url, join, read_file, redacted, write_file
+from data.read.shards import learned_of
 from data.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
 TOKEN_BYTES_FILE = "token_bytes.npy"
@@ -87,9 +88,11 @@ def merge_heldout(
         table = pq.read_table(io.BytesIO(content))
         column = table.column("tokens").combine_chunks()
         offsets, values = column.offsets.to_numpy(), column.values.to_numpy()
+        learned = learned_of(table)
         sizes, names = table.column("bytes").to_pylist(), table.column("name").to_pylist()
         for number, (size, name) in enumerate(zip(sizes, names, strict=True)):
-            writer.add(values[offsets[number] : offsets[number + 1]], size, name)
+            own = slice(offsets[number], offsets[number + 1])
+            writer.add(values[own], size, name, None if learned is None else learned[own])
     return writer.finish()
 
 

@@ -148,7 +148,7 @@ def _write(job: Job, batch: list[Document], writers: dict[str, ShardWriter]) -> 
         else:
             tokens = document.content.astype(dtype)
             num_bytes = int(job.tokenizer.token_bytes[tokens].sum())
-        writers[split].add(tokens, num_bytes, document.name)
+        writers[split].add(tokens, num_bytes, document.name, document.learned)
 
 
 _jobs: list[Job] = []  # of this worker process

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow
 import tokenizers
 
-from data.config import EMBEDDED, SKIP, TRAIN_TOKENIZER, DataConfig, PrepareConfig
+from data.config import CHAT, EMBEDDED, SKIP, TRAIN_TOKENIZER, DataConfig, PrepareConfig
 from data.errors import CorpusError
 from data.files import locked
 from data.prepare.check import check_prepare, part_of
@@ -25,7 +25,7 @@ from data.read.faults import Faults
 from data.read.index import digest_of
 from data.read.manifest import MANIFEST_VERSION, is_corpus
 from data.read.remote import exists, is_url, join, read_file, redacted, write_file
-from data.read.workers import available_cores
+from data.read.workers import usable_cores
 from data.secrets import one_line
 from data.text.tokenizer import TOKENIZER_FILE, Tokenizer, train_bpe
 
@@ -110,6 +110,9 @@ def write_corpus(config: PrepareConfig, source: Input, output: str, given: Token
 def plan_of(config: PrepareConfig, source: Input, num_pieces: int, given: Tokenizer | None) -> dict[str, Any]:
     """What the bytes of a corpus follow from, as JSON gives it back."""
     plan = {name: value for name, value in asdict(config).items() if name not in FREE}
+    chat = {name: plan.pop(name) for name in ("format", "chat_template", "chat_roles")}
+    if config.format == CHAT:
+        plan |= chat | {"chat_roles": list(config.chat_roles)}
     plan["input"] = redacted(config.input)
     if given is not None:
         plan["the tokenizer's content"] = given.sha256
@@ -169,7 +172,7 @@ def _make_missing(job: Job, numbers: range, config: PrepareConfig) -> None:
         )
     total = int(job.input.sizes[[unit for number in numbers for unit in job.pieces[number]]].sum())
     with byte_bar("tokenizing", max(total, done), done=done) as bar:
-        for record in make_pieces(job, missing, config.processes or available_cores()):
+        for record in make_pieces(job, missing, config.processes or usable_cores()):
             bar.update(record.num_bytes)
             for line in record.skipped:
                 print(f"left out: {line}", flush=True)

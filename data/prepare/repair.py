@@ -17,7 +17,7 @@ from data.prepare.staging import Staging
 from data.read.corpus import damaged_files
 from data.read.manifest import HELDOUT, TRAIN, FileInfo, Manifest, info_of, read_manifest
 from data.read.remote import is_url
-from data.read.workers import available_cores
+from data.read.workers import usable_cores
 from data.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
 
@@ -73,7 +73,7 @@ def _make_again(
     pieces = sorted({int(name.split("-")[1]) for name in lost[TRAIN]})
     if lost[HELDOUT]:  # they come from all of the input
         pieces = list(range(len(job.pieces)))
-    processes = config.processes or available_cores()
+    processes = config.processes or usable_cores()
     records = list(make_pieces(job, pieces, processes)) if pieces else []
     made += [shard for record in records for shard in record.shards[TRAIN]]
     if lost[HELDOUT]:

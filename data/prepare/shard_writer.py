@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 
 from data.read.manifest import ShardInfo
 from data.read.remote import join, write_file
+from data.read.shards import shard_schema
 
 
 class ShardWriter:
@@ -24,12 +25,12 @@ class ShardWriter:
     def __init__(self, folder: str, prefix: str, shard_tokens: int, order: list[int] | None = None) -> None:
         self._folder, self._prefix, self._shard_tokens, self._order = folder, prefix, shard_tokens, order
         self._shards: list[ShardInfo] = []
-        self._documents: list[tuple[np.ndarray, int, str]] = []
+        self._documents: list[tuple[np.ndarray, int, str, np.ndarray | None]] = []
         self._tokens = 0
 
-    def add(self, tokens: np.ndarray, num_bytes: int, name: str) -> None:
-        """Takes a document, its end-of-document token included, with the bytes of its text."""
-        self._documents.append((tokens, num_bytes, name))
+    def add(self, tokens: np.ndarray, num_bytes: int, name: str, learned: np.ndarray | None = None) -> None:
+        """Takes a document, its end-of-document token included, with the bytes of its text and what counts of it."""
+        self._documents.append((tokens, num_bytes, name, learned))
         self._tokens += len(tokens)
         if self._tokens >= self._shard_tokens and self._order is None:
             self._write()
@@ -50,15 +51,19 @@ class ShardWriter:
             self.add(*document)
 
     def _write(self) -> None:
-        parts, sizes, names = zip(*self._documents, strict=True)
+        parts, sizes, names, masks = zip(*self._documents, strict=True)
         tokens = np.concatenate(parts)
-        table = pa.table(
-            {
-                "tokens": pa.ListArray.from_arrays(pa.array(np.cumsum([0, *map(len, parts)], dtype=np.int32)), tokens),
-                "bytes": pa.array(sizes, type=pa.int32()),
-                "name": pa.array(names, type=pa.string()),
-            }
-        )
+        lengths = np.array([len(part) for part in parts], dtype=np.int32)
+        ends = np.cumsum([0, *lengths], dtype=np.int32)
+        masked = any(mask is not None for mask in masks)
+        schema = shard_schema(tokens.dtype, masked)
+        lists = pa.ListArray.from_arrays(pa.array(ends), tokens, type=schema.field("tokens").type)
+        columns = [lists, lengths, pa.array(sizes, pa.int32()), pa.array(names, pa.string())]
+        if masked:
+            own = [np.ones(n, dtype=bool) if mask is None else mask for mask, n in zip(masks, lengths, strict=True)]
+            learned = pa.array(np.concatenate(own))
+            columns.append(pa.ListArray.from_arrays(pa.array(ends), learned, type=schema.field("learned").type))
+        table = pa.table(columns, schema=schema)
         sink = io.BytesIO()
         pq.write_table(table, sink, compression="zstd", use_dictionary=False)
         content = sink.getvalue()

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from data.errors import CorpusError
 from data.read.faults import BrokenUnit, Faults
+from data.read.index import Index
 from data.read.remote import File, is_url
 from data.read.rows import Rows, column_path, take_column
 from data.secrets import one_line
@@ -21,11 +22,17 @@ class ArrowRows(Rows):
         super().__init__(path, files, *arguments, **settings)
         if any(is_url(file.path) for file in files):
             raise CorpusError(f"{path} is arrow, which is mapped into memory: copy it to a disk, or use parquet")
-        self._windows: list[tuple[int, int, int]] = []  # file, first row, rows
-        for number, table in self.usable(files, map(_arrow_table, files)):
-            column = table.column(self._path_in(files[number])[0])
+        index = self.once("windows", self._cut)
+        self._windows = index.arrays["windows"]  # int64 [units, 3]: file, first row, rows
+        self.left_out = tuple(index.notes["left_out"])
+
+    def _cut(self) -> Index:
+        windows: list[tuple[int, int, int]] = []
+        for number, table in self.usable(self.files, map(_arrow_table, self.files)):
+            column = table.column(self._path_in(self.files[number])[0])
             step = max(1, self.unit_bytes * len(table) // max(1, column.nbytes))
-            self._windows += [(number, start, step) for start in range(0, len(table), step)]
+            windows += [(number, start, step) for start in range(0, len(table), step)]
+        return Index({"windows": np.array(windows, dtype=np.int64).reshape(-1, 3)}, {"left_out": self.left_out})
 
     @property
     def num_units(self) -> int:
@@ -36,19 +43,19 @@ class ArrowRows(Rows):
         return np.full(self.num_units, self.unit_bytes, dtype=np.int64)
 
     def file_of(self, unit: int) -> int:
-        return self._windows[unit][0]
+        return int(self._windows[unit][0])
 
     def label(self, unit: int) -> str:
-        number, start, _ = self._windows[unit]
+        number, start, _ = self._windows[unit].tolist()
         return f"{self.files[number].shown} (from row {start})"
 
     def row_name(self, unit: int, row: int) -> str:
         return f"row {self._windows[unit][1] + row}"
 
     def batches(self, unit: int, faults: Faults) -> Iterator[tuple[int, pa.Array]]:
-        number, start, rows = self._windows[unit]
+        number, start, rows = self._windows[unit].tolist()
         file = self.files[number]
-        yield 0, take_column(_arrow_table(file).slice(start, rows), self._path_in(file))
+        yield 0, take_column(_arrow_table(file).slice(start, rows), self._path_in(file), self.chat)
 
     def _path_in(self, file: File) -> tuple[str, ...]:
         schema = _arrow_table(file).schema

@@ -13,7 +13,7 @@ from data.progress import byte_bar
 from data.read.faults import Faults
 from data.read.manifest import MANIFEST_FILE, FileInfo, Manifest, Totals, file_info, read_manifest
 from data.read.remote import find, is_http, is_url, join, read_file, redacted
-from data.read.shards import broken_file, read_shard
+from data.read.shards import broken_file, read_lengths, read_shard
 from data.read.units import Unit
 from data.secrets import one_line
 from data.text.tokenizer import TOKENIZER_FILE, Tokenizer
@@ -81,6 +81,11 @@ class Corpus:
         shard = read_shard(self.root, info, self.vocab_size, check_hash, faults or Faults())
         self._proved.add(info.file)
         return shard
+
+    def lengths(self, split: str, index: int, faults: Faults) -> np.ndarray:
+        """int64 [documents] of a shard: tokens of each. Shards of earlier versions are read whole for it."""
+        found = read_lengths(self.root, self.manifest.splits[split][index], faults)
+        return self.shard(split, index, faults).lengths if found is None else found
 
     def documents(self, split: str) -> Iterator[np.ndarray]:
         """Tokens of each document in the order of the files, the end-of-document token last."""

@@ -28,6 +28,7 @@ def open_rows(
     setting: str = "data.column",
     sample_by: str = "document",
     cache: Path | None = None,
+    chat: bool = False,
 ) -> Rows:
     """The rows of a column of listed files.
 
@@ -38,6 +39,7 @@ def open_rows(
         setting: the name of the column's setting, for messages.
         sample_by: what a document is in plain text.
         cache: directory that keeps what need not be found out by every process.
+        chat: rows are conversations.
     Raises:
         CorpusError: they are of several kinds.
     """
@@ -45,7 +47,7 @@ def open_rows(
     kinds = READERS | {TEXT_ENDING: partial(TextRows, sample_by=sample_by)}
     if len({kinds[ending] for ending in endings}) > 1:
         raise CorpusError(f"{path} mixes {_and(endings)}: give files of one kind")
-    rows = kinds[endings.pop()](path, listing.files, column, skips, unit_bytes, setting, cache)
+    rows = kinds[endings.pop()](path, listing.files, column, skips, unit_bytes, setting, cache, chat)
     rows.left_out = (*listing.left_out, *rows.left_out)
     return rows
 

@@ -6,7 +6,7 @@ lines are read one by one, so that the one at fault is named.
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +18,7 @@ from data.errors import CorpusError
 from data.read.compressed import line_blocks, unpacked
 from data.read.endings import ending_of, is_compressed
 from data.read.faults import BrokenUnit, Faults
+from data.read.index import Index
 from data.read.remote import File, fetch
 from data.read.rows import Rows, take_column
 from data.secrets import one_line
@@ -31,22 +32,21 @@ class JsonRows(Rows):
 
     def __init__(self, path: str, files: list[File], *arguments: Any, **settings: Any) -> None:
         super().__init__(path, files, *arguments, **settings)
-        self._lists: set[int] = set()
-        self._wholes: set[int] = set()
-        self._pieces: list[tuple[int, int]] = []  # file, first byte
-        for number, is_whole in self.usable(files, map(self._is_whole, range(len(files)))):
-            stop = 1 if is_whole else files[number].size
-            self._wholes |= {number} if is_whole else set()
-            self._pieces += [(number, start) for start in range(0, stop, self.unit_bytes)]
+        index = self.once("pieces", self._cut)
+        self._pieces = index.arrays["pieces"]  # int64 [units, 2]: file, first byte
+        self._lists = set(index.notes["lists"])  # files that hold one list of objects
+        self._wholes = self._lists | {number for number, file in enumerate(files) if is_compressed(file.path)}
+        self.left_out = tuple(index.notes["left_out"])
 
-    def _is_whole(self, number: int) -> bool:
-        """Whether a file cannot be cut into pieces."""
-        file = self.files[number]
-        if ending_of(file.path) == ".json":
-            with unpacked(file, Faults()) as stream:
-                if stream.read(64).lstrip()[:1] == b"[":
-                    self._lists.add(number)
-        return number in self._lists or is_compressed(file.path)
+    def _cut(self) -> Index:
+        lists: list[int] = []
+        pieces: list[tuple[int, int]] = []
+        for number, is_list in self.usable(self.files, map(_is_list, self.files)):
+            lists += [number] if is_list else []
+            stop = 1 if is_list or is_compressed(self.files[number].path) else self.files[number].size
+            pieces += [(number, start) for start in range(0, stop, self.unit_bytes)]
+        arrays = {"pieces": np.array(pieces, dtype=np.int64).reshape(-1, 2)}
+        return Index(arrays, {"lists": lists, "left_out": self.left_out})
 
     @property
     def num_units(self) -> int:
@@ -54,19 +54,20 @@ class JsonRows(Rows):
 
     @property
     def sizes(self) -> np.ndarray:
-        whole = {number: PACKED * self.files[number].size for number in self._wholes}
-        pieces = [whole.get(n, min(self.unit_bytes, self.files[n].size - start)) for n, start in self._pieces]
-        return np.array(pieces, dtype=np.int64)
+        numbers, starts = self._pieces.T
+        lengths = np.array([file.size for file in self.files], dtype=np.int64)
+        parts = np.minimum(self.unit_bytes, lengths[numbers] - starts)
+        return np.where(np.isin(numbers, list(self._wholes)), PACKED * lengths[numbers], parts)
 
     def file_of(self, unit: int) -> int:
-        return self._pieces[unit][0]
+        return int(self._pieces[unit][0])
 
     def label(self, unit: int) -> str:
-        number, start = self._pieces[unit]
+        number, start = self._pieces[unit].tolist()
         return f"{self.files[number].shown} (from byte {start})"
 
     def row_name(self, unit: int, row: int) -> str:
-        start = self._pieces[unit][1]
+        start = int(self._pieces[unit][1])
         return f"row {row} from byte {start}" if start else f"row {row}"
 
     def batches(self, unit: int, faults: Faults) -> Iterator[tuple[int, pa.Array]]:
@@ -80,7 +81,7 @@ class JsonRows(Rows):
 
     def _blocks(self, unit: int, faults: Faults) -> Iterator[tuple[bytes, int]]:
         """Whole lines of a unit, and the number of lines of the unit before them."""
-        number, start = self._pieces[unit]
+        number, start = self._pieces[unit].tolist()
         file, line = self.files[number], 0
         if number in self._lists:
             yield from self._list_as_lines(file, faults)
@@ -102,17 +103,24 @@ class JsonRows(Rows):
 
     @cached_property
     def _schema(self) -> tuple[pa.Schema, tuple[str, ...]]:
-        """What arrow looks for, from the first row that has the column, and the names down to it."""
+        """What arrow looks for, and the names down to the column."""
+        notes = self.once("column", self._find_column).notes
+        return _nested_schema(notes["path"], pa.string() if notes["is_text"] else pa.list_(pa.int64())), tuple(
+            notes["path"]
+        )
+
+    def _find_column(self) -> Index:
+        """From the first row that has the column."""
         seen, other = list[str](), ""
         for row in self._objects():
             seen = seen or list(row)
             path, value = find_value(row, self.column)
-            kind = _kind(value)
+            kind = _kind(value, self.chat)
             if kind is not None and path is not None:
-                return _nested_schema(path, kind), path
+                return Index({}, {"path": path, "is_text": kind == pa.string()})
             other = other or ("" if value is None else type(value).__name__)
         if not seen:  # no line can be read: the first is named when it is parsed
-            return _nested_schema((self.column,), pa.string()), (self.column,)
+            return Index({}, {"path": [self.column], "is_text": True})
         raise self.unusable(other) if other else self._nothing(seen)
 
     def _objects(self) -> Iterator[dict[str, Any]]:
@@ -136,6 +144,8 @@ class JsonRows(Rows):
         read = pj.ReadOptions(block_size=max(2**20, len(block) + 1), use_threads=False)
         parse = pj.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore")
         try:
+            if self.chat:  # messages may have fields of any kind, which arrow's tables do not take
+                raise pa.ArrowInvalid("is not read by arrow")
             rows = take_column(pj.read_json(io.BytesIO(block), read, parse), path)
             rows.validate(full=True)  # arrow takes bytes that are no UTF-8 for text until then
         except (pa.ArrowException, UnicodeDecodeError):
@@ -153,14 +163,14 @@ class JsonRows(Rows):
             if not text.strip():
                 continue
             try:
-                values.append(_value(text, self.column, kind))
+                values.append(_value(text, self.column, kind, self.chat))
             except ValueError as error:
                 self.refuse(f"{self._line_label(unit, number)} {one_line(error)}", faults)
                 values.append(None)
         return pa.array(values, kind)
 
     def _line_label(self, unit: int, line: int) -> str:
-        number, start = self._pieces[unit]
+        number, start = self._pieces[unit].tolist()
         file = self.files[number]
         if start > COUNTED_BYTES:
             return f"{file.shown} (line {line + 1} from byte {start})"
@@ -190,6 +200,14 @@ class JsonRows(Rows):
         return b"".join(parts)
 
 
+def _is_list(file: File) -> bool:
+    """Whether a file holds one list of objects."""
+    if ending_of(file.path) != ".json":
+        return False
+    with unpacked(file, Faults()) as stream:
+        return stream.read(64).lstrip()[:1] == b"["
+
+
 def find_value(row: dict[str, Any], column: str) -> tuple[tuple[str, ...] | None, Any]:
     """The names down to a column or nested field and its value; (None, None) where the row has none."""
     if column in row:
@@ -211,16 +229,16 @@ def _object(line: bytes) -> dict[str, Any] | None:
     return row if isinstance(row, dict) else None
 
 
-def _kind(value: Any) -> pa.DataType | None:
+def _kind(value: Any, chat: bool) -> pa.DataType | None:
     """The type of a column that holds such a value: text or token ids; None where it says nothing."""
-    if isinstance(value, str):
+    if isinstance(value, str) or (chat and value):
         return pa.string()
     if isinstance(value, list) and value and all(isinstance(item, int) for item in value):
         return pa.list_(pa.int64())
     return None
 
 
-def _nested_schema(path: tuple[str, ...], kind: pa.DataType) -> pa.Schema:
+def _nested_schema(path: Sequence[str], kind: pa.DataType) -> pa.Schema:
     for name in reversed(path[1:]):
         kind = pa.struct([(name, kind)])
     return pa.schema([(path[0], kind)])
@@ -232,7 +250,7 @@ def _leaf(kind: pa.DataType) -> pa.DataType:
     return kind
 
 
-def _value(line: bytes, column: str, kind: pa.DataType) -> Any:
+def _value(line: bytes, column: str, kind: pa.DataType, chat: bool) -> Any:
     """The column of one line. ValueError says what is wrong with it."""
     try:
         row = json.loads(line)
@@ -243,6 +261,8 @@ def _value(line: bytes, column: str, kind: pa.DataType) -> Any:
     value = find_value(row, column)[1]
     if value is None:
         return None
+    if chat and not isinstance(value, str):
+        value = json.dumps(value)
     if kind == pa.string():
         if not isinstance(value, str):
             raise ValueError(f"holds {type(value).__name__} instead of text")

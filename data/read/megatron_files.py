@@ -30,12 +30,18 @@ class MegatronReader(Reader):
     """A unit is a run of documents of `unit_bytes` (4 a token) or more.
 
     The index holds all lengths, so nothing is ever scanned.
+
+    Args:
+        trusts: files of this name and these sizes are known, whatever their times.
     """
 
     in_process = True
 
-    def __init__(self, path: str, prefix: Path, tokenizer: Tokenizer, unit_bytes: int = UNIT_BYTES) -> None:
+    def __init__(
+        self, path: str, prefix: Path, tokenizer: Tokenizer, unit_bytes: int = UNIT_BYTES, trusts: bool = False
+    ) -> None:
         self.path, self.vocab_size = path, tokenizer.vocab_size
+        self._trusts = trusts
         self._prefix, self._eod_id, self._tokenizer = prefix, tokenizer.eod_id, tokenizer.sha256
         lengths = self._document_lengths
         filled = np.flatnonzero(lengths)
@@ -82,7 +88,8 @@ class MegatronReader(Reader):
     @property
     def identity(self) -> list[Any]:
         stats = [Path(f"{self._prefix}{ending}").stat() for ending in (".bin", ".idx")]
-        return ["megatron", str(self._prefix), self._tokenizer, [[s.st_size, s.st_mtime_ns] for s in stats]]
+        files = [[stat.st_size, 0 if self._trusts else stat.st_mtime_ns] for stat in stats]
+        return ["megatron", self._prefix.name, self._tokenizer, files]
 
     def label(self, unit: int) -> str:
         return f"{self._prefix}.bin (from document {self._firsts[unit]})"

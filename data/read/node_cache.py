@@ -21,7 +21,7 @@ from data.read.readers import Reader, Wrapped
 from data.read.units import Sizes, Unit
 
 ENDING = ".unit"
-HEADER = 5  # int64: documents, tokens, bytes of a token, empty documents, xxh3 of what follows
+HEADER = 6  # int64: documents, tokens, bytes of a token, empty documents, bytes of the mask, xxh3 of all behind
 
 
 def node_directory(setting: str) -> Path:
@@ -97,15 +97,19 @@ class Shared(Wrapped):
 def _write(path: Path, unit: Unit) -> None:
     # Documents end to end: those of a subset have gaps between them.
     tokens = np.concatenate([unit.document(number) for number in range(unit.num_documents)] or [unit.tokens[:0]])
+    masks = [unit.learned_of(number) for number in range(unit.num_documents)]
+    learned = np.concatenate([np.zeros(0, dtype=bool), *(mask for mask in masks if mask is not None)])
     proof = xxhash.xxh3_64(unit.lengths.astype(np.int64).tobytes())
     proof.update(tokens)
-    header = [unit.num_documents, len(tokens), tokens.itemsize, unit.empty, proof.intdigest() >> 1]
+    proof.update(learned)
+    header = [unit.num_documents, len(tokens), tokens.itemsize, unit.empty, len(learned), proof.intdigest() >> 1]
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:
             file.write(np.array(header, dtype=np.int64).tobytes())
             file.write(unit.lengths.astype(np.int64).tobytes())
             file.write(tokens.data)
+            file.write(learned.data)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -121,9 +125,13 @@ def _map(path: Path) -> Unit | None:
     numbers = content[: HEADER * 8].view(np.int64)
     if len(numbers) < HEADER:
         return None
-    documents, tokens, itemsize, empty, proof = numbers.tolist()
+    documents, tokens, itemsize, empty, masked, proof = numbers.tolist()
     first = 8 * (HEADER + documents)
-    if len(content) != first + tokens * itemsize or xxhash.xxh3_64_intdigest(content[HEADER * 8 :]) >> 1 != proof:
+    last = first + tokens * itemsize
+    if len(content) != last + masked or xxhash.xxh3_64_intdigest(content[HEADER * 8 :]) >> 1 != proof:
         return None
     lengths = content[HEADER * 8 : first].view(np.int64)
-    return Unit.from_lengths(content[first:].view(np.uint16 if itemsize == 2 else np.int32), lengths, empty)
+    learned = content[last:].view(bool) if masked else None
+    return Unit.from_lengths(
+        content[first:last].view(np.uint16 if itemsize == 2 else np.int32), lengths, empty, learned
+    )

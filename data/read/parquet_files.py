@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,14 +13,13 @@ import pyarrow.parquet as pq
 
 from data.progress import count_bar
 from data.read.faults import BrokenUnit, Faults
-from data.read.index import Index, built_once, digest_of
+from data.read.index import Index
 from data.read.remote import File, RangeFile, fetch
 from data.read.rows import Counts, Rows, column_path, take_column
 from data.secrets import one_line
 
 FOOTER_BYTES = 2**16  # fetched at once from the end of a parquet file; longer footers take a second fetch
 FOOTER_THREADS = 16
-FOOTERS_VERSION = 2  # of the index that they are kept in
 
 
 class ParquetRows(Rows):
@@ -29,7 +27,7 @@ class ParquetRows(Rows):
 
     def __init__(self, path: str, files: list[File], *arguments: Any, **settings: Any) -> None:
         super().__init__(path, files, *arguments, **settings)
-        index = self._read_footers() if self.cache is None else built_once(self._place(self.cache), self._read_footers)
+        index = self.once("footers", self._read_footers)
         self._groups = index.arrays["groups"]  # int64 [units, 3]: file, group within it, first row within the file
         self._counts = index.arrays["counts"]  # int64 [units, 3]: rows, values, lists without values (-1: unknown)
         self._sizes = index.arrays["sizes"]  # int64 [units]: bytes of the column, not compressed
@@ -37,9 +35,6 @@ class ParquetRows(Rows):
         self._paths: list[list[str]] = index.notes["paths"]  # names down to the column
         self._digest: str = index.notes["digest"]
         self.left_out = tuple(index.notes["left_out"])
-
-    def _place(self, cache: Path) -> Path:
-        return cache / "index" / digest_of(["footers", FOOTERS_VERSION, self.identity, self.skips])[:32]
 
     def _read_footers(self) -> Index:
         """What the footers of all files say, which one process of a job asks for."""
@@ -100,7 +95,7 @@ class ParquetRows(Rows):
         try:
             parquet = pq.ParquetFile(RangeFile(file, faults), metadata=_metadata(file), page_checksum_verification=True)
             table = parquet.read_row_group(group, columns=[".".join(path)], use_threads=False)
-            rows = take_column(table, path)
+            rows = take_column(table, path, self.chat)
         except (pa.ArrowException, OSError) as error:
             raise BrokenUnit(f"{self.label(unit)} is corrupt: {one_line(error)}") from error
         yield 0, rows
@@ -113,12 +108,13 @@ class ParquetRows(Rows):
 def _row_groups(metadata: pq.FileMetaData, dotted: str) -> Iterator[tuple[int, int, tuple[int, int, int], int]]:
     """(number, first row, (rows, values, lists without values), bytes) of each row group of a file."""
     leaves = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
-    leaf = next(i for i, leaf in enumerate(leaves) if leaf == dotted or leaf.startswith(f"{dotted}."))
+    own = [i for i, leaf in enumerate(leaves) if leaf == dotted or leaf.startswith(f"{dotted}.")]
     first = 0
     for group in range(metadata.num_row_groups):
-        chunk, rows = metadata.row_group(group).column(leaf), metadata.row_group(group).num_rows
+        chunk, rows = metadata.row_group(group).column(own[0]), metadata.row_group(group).num_rows
+        size = sum(metadata.row_group(group).column(leaf).total_uncompressed_size for leaf in own)
         nulls = chunk.statistics.null_count if chunk.statistics and chunk.statistics.has_null_count else -1
-        yield group, first, (rows, chunk.num_values, nulls), chunk.total_uncompressed_size
+        yield group, first, (rows, chunk.num_values, nulls), size
         first += rows
 
 

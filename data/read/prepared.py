@@ -37,6 +37,9 @@ class PreparedReader(Reader):
     def read(self, unit: int, faults: Faults) -> Unit:
         return self.corpus.shard(self.split, unit, faults)
 
+    def lengths(self, unit: int, faults: Faults) -> np.ndarray:
+        return self.corpus.lengths(self.split, unit, faults)
+
     def known(self) -> Sizes:
         counts = [(shard.documents, shard.tokens) for shard in self._shards]
         documents, tokens = np.array(counts, dtype=np.int64).reshape(-1, 2).T

@@ -6,7 +6,7 @@ import os
 import shutil
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -35,6 +35,17 @@ class File:
     def shown(self) -> str:
         """The path for messages."""
         return redacted(self.path)
+
+
+def relative_names(paths: Iterable[str]) -> list[str]:
+    """Names below the folder that all paths share: the same wherever that folder lies."""
+    known = list(paths)
+    if not known:
+        return []
+    first, last = min(known), max(known)  # what these share all share
+    same = next((n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    cut = first.rfind("/", 0, same) + 1
+    return [path[cut:] for path in known]
 
 
 def is_url(path: str) -> bool:

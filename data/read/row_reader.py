@@ -1,10 +1,13 @@
 """Rows as documents: token lists as they are, or text that is tokenized here.
 
+Conversations are rendered by a chat template, and bring which of their tokens count as targets.
 Whether token lists bring their end-of-document token is found out from the first documents and then demanded of all
 others; where they do not, it is appended.
 """
 
 import itertools
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -13,17 +16,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data.read.faults import BrokenUnit, Faults
+from data.read.index import Index
 from data.read.readers import Reader
 from data.read.rows import Rows, is_text
 from data.read.units import Sizes, Unit, ended
+from data.secrets import one_line
+from data.text.chat import ChatEncoder
 from data.text.tokenizer import Tokenizer
 
 
 class RowReader(Reader):
     """The documents of a column of files."""
 
-    def __init__(self, rows: Rows, tokenizer: Tokenizer) -> None:
-        self._rows, self.tokenizer = rows, tokenizer
+    def __init__(self, rows: Rows, tokenizer: Tokenizer, chat: ChatEncoder | None = None) -> None:
+        self._rows, self.tokenizer, self.chat = rows, tokenizer, chat
         self.path, self.vocab_size, self.left_out = rows.path, tokenizer.vocab_size, rows.left_out
 
     @property
@@ -36,7 +42,8 @@ class RowReader(Reader):
 
     @property
     def identity(self) -> list[Any]:
-        return [*self._rows.identity, self.tokenizer.sha256, self.tokenizer.eod_id]
+        chat = [] if self.chat is None else self.chat.identity
+        return [*self._rows.identity, self.tokenizer.sha256, self.tokenizer.eod_id, *chat]
 
     def label(self, unit: int) -> str:
         return self._rows.label(unit)
@@ -52,15 +59,19 @@ class RowReader(Reader):
     @cached_property
     def appends_eod(self) -> bool:
         """Whether an end-of-document token is put behind each document."""
-        if self._rows.is_text:
-            return True
+        what = f"documents without {self.tokenizer.eod_id} at their end"
+        return self._rows.is_text or bool(self._rows.once(what, self._look_for_eod).notes["appends"])
+
+    def _look_for_eod(self) -> Index:
         rows = self._rows.first[1]
         filled = rows.filter(pc.greater(pc.fill_null(pc.list_value_length(rows), 0), 0)).slice(0, 1)
-        return not len(filled) or filled.flatten()[-1].as_py() != self.tokenizer.eod_id
+        return Index({}, {"appends": not len(filled) or filled.flatten()[-1].as_py() != self.tokenizer.eod_id})
 
     def read(self, unit: int, faults: Faults) -> Unit:
         appends, label = self.appends_eod, self.label(unit)
         rows = self._rows.rows(unit, faults)
+        if self.chat is not None:
+            return self._read_conversations(rows, unit, label, faults)
         if self._rows.is_text:
             texts = [text for text in self._rows.texts(rows, unit, 0, faults) if text and text.strip()]
             tokens, lengths = self._encode(texts)
@@ -69,6 +80,32 @@ class RowReader(Reader):
         lengths = lengths[lengths > 0]
         empty = len(rows) - len(lengths)
         return ended(tokens, lengths, appends, self.tokenizer.eod_id, self.vocab_size, label, empty)
+
+    def conversations(
+        self, rows: pa.Array, unit: int, first: int, faults: Faults
+    ) -> Iterator[tuple[np.ndarray, np.ndarray] | None]:
+        """Tokens of each row, and which of them are learned; None for one that is missing or skipped.
+
+        Raises:
+            BrokenUnit: a row is no conversation that can be rendered, and such rows are not skipped.
+        """
+        assert self.chat is not None
+        for row, content in enumerate(self._rows.texts(rows, unit, first, faults), first):
+            found = None
+            try:
+                found = self.chat.encode(content) if content and content.strip() else None
+            except ValueError as error:
+                self._rows.refuse(f"{self._rows.row_label(unit, row)} {one_line(error)}", faults)
+            yield None if found is None else (np.array(found[0], dtype=np.int32), np.array(found[1], dtype=bool))
+
+    def _read_conversations(self, rows: pa.Array, unit: int, label: str, faults: Faults) -> Unit:
+        found = [own for own in self.conversations(rows, unit, 0, faults) if own is not None]
+        lengths = np.array([len(tokens) for tokens, _ in found], dtype=np.int64)
+        tokens = np.concatenate([np.zeros(0, dtype=np.int32), *(tokens for tokens, _ in found)])
+        learned = np.concatenate([np.zeros(0, dtype=bool), *(learned for _, learned in found)])
+        empty = len(rows) - len(found)
+        read = ended(tokens, lengths, False, self.tokenizer.eod_id, self.vocab_size, label, empty)
+        return replace(read, learned=learned)
 
     def tokens(self, rows: pa.Array, unit: int, first: int, faults: Faults) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of all rows end to end, and the number of each row's; rows that are missing or skipped have none.

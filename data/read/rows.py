@@ -3,8 +3,9 @@
 A row without text is left out and counted. A row that cannot be used is named by file and place, or skipped and listed.
 """
 
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,12 +17,14 @@ import pyarrow.compute as pc
 from data.config import UNIT_BYTES
 from data.errors import CorpusError
 from data.read.faults import BrokenUnit, Faults
-from data.read.remote import File
+from data.read.index import Index, built_once, digest_of
+from data.read.remote import File, relative_names
 from data.secrets import one_line
 
 TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
 BYTES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
 LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+FACTS_VERSION = 1  # of what the indexes of rows hold
 
 
 class Counts(NamedTuple):
@@ -41,6 +44,7 @@ class Rows(ABC):
         skips: go on without rows and files that cannot be used, and list them.
         unit_bytes: how much is read together of files that have no parts of their own.
         cache: directory that keeps what need not be found out by every process.
+        chat: rows are conversations, lists of messages, which are passed on as text: their JSON.
         setting: the name of the column's setting, for messages.
     """
 
@@ -55,9 +59,11 @@ class Rows(ABC):
         unit_bytes: int = UNIT_BYTES,
         setting: str = "data.column",
         cache: Path | None = None,
+        chat: bool = False,
     ) -> None:
         self.path, self.files, self.column = path, files, column
         self.skips, self.unit_bytes, self.setting, self.cache = skips, unit_bytes, setting, cache
+        self.chat = chat
 
     @property
     def num_bytes(self) -> int:
@@ -65,8 +71,9 @@ class Rows(ABC):
 
     @property
     def identity(self) -> list[Any]:
-        files = [[file.path, file.size, file.version] for file in self.files]
-        return ["rows", self.column, files]
+        names = relative_names(file.path for file in self.files)
+        files = [[name, file.size, file.version] for name, file in zip(names, self.files, strict=True)]
+        return ["rows", self.column, self.chat, files]
 
     @property
     @abstractmethod
@@ -100,6 +107,13 @@ class Rows(ABC):
             return parts[0]
         return pa.concat_arrays(parts) if parts else pa.array([], pa.string())
 
+    def once(self, what: str, build: Callable[[], Index]) -> Index:
+        """What `build` finds out about the files; with a cache only the first process of a job has to."""
+        if self.cache is None:
+            return build()
+        key = digest_of([what, FACTS_VERSION, self.identity, self.unit_bytes, self.skips])
+        return built_once(self.cache / "index" / key[:32], build)
+
     def counts(self) -> Counts | None:
         """How much each unit holds, where the files say it; None where they do not."""
         return None
@@ -121,9 +135,11 @@ class Rows(ABC):
             raise self.unusable(str(found))
         return found
 
-    @property
+    @cached_property
     def is_text(self) -> bool:
-        return is_text(self.column_type)
+        """Whether the column holds text; else it holds token ids."""
+        found = self.once("kind", lambda: Index({}, {"is_text": is_text(self.column_type)}))
+        return bool(found.notes["is_text"])
 
     @cached_property
     def first(self) -> tuple[int, pa.Array]:
@@ -207,12 +223,15 @@ def column_path(schema: pa.Schema, column: str) -> tuple[str, ...] | None:
     return None
 
 
-def take_column(table: pa.Table, path: tuple[str, ...]) -> pa.Array:
-    """A column, or a field of it, as one array; dictionaries spelled out."""
+def take_column(table: pa.Table, path: tuple[str, ...], chat: bool = False) -> pa.Array:
+    """A column, or a field of it, as one array; dictionaries spelled out, and conversations as JSON."""
     column = table.column(path[0])
     for name in path[1:]:
         column = pc.struct_field(column, name)
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     array = column.combine_chunks()
-    return array if isinstance(array, pa.Array) else pa.concat_arrays(array.chunks)
+    array = array if isinstance(array, pa.Array) else pa.concat_arrays(array.chunks)
+    if not chat or is_text(array.type):
+        return array
+    return pa.array([None if row is None else json.dumps(row, default=str) for row in array.to_pylist()], pa.string())

@@ -1,28 +1,39 @@
 """Units: the documents that lie and are read together (a shard, a row group, a piece of a file)."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from data.read.faults import BrokenUnit
 
 
+class Piece(NamedTuple):
+    """Neighbouring tokens of a document, and which of them count as targets; None: all."""
+
+    tokens: np.ndarray
+    learned: np.ndarray | None = None
+
+
 @dataclass(frozen=True)
 class Unit:
     """The documents of one unit, each with its end-of-document token last.
 
-    Number d is `tokens[starts[d] : starts[d] + lengths[d]]`.
+    Number d is `tokens[starts[d] : starts[d] + lengths[d]]`. `learned` says which tokens count as targets; None: all.
     """
 
     tokens: np.ndarray  # uint16 or int32 [tokens]
     starts: np.ndarray  # int64 [documents]
     lengths: np.ndarray  # int64 [documents], each at least 1
     empty: int = 0  # documents left out because they hold nothing
+    learned: np.ndarray | None = None  # bool [tokens]
 
     @classmethod
-    def from_lengths(cls, tokens: np.ndarray, lengths: np.ndarray, empty: int = 0) -> "Unit":
+    def from_lengths(
+        cls, tokens: np.ndarray, lengths: np.ndarray, empty: int = 0, learned: np.ndarray | None = None
+    ) -> "Unit":
         """Documents that lie end to end."""
-        return cls(tokens, np.cumsum(lengths) - lengths, lengths, empty)
+        return cls(tokens, np.cumsum(lengths) - lengths, lengths, empty, learned)
 
     @property
     def num_documents(self) -> int:
@@ -36,9 +47,20 @@ class Unit:
         start = self.starts[index]
         return self.tokens[start : start + self.lengths[index]]
 
+    def learned_of(self, index: int) -> np.ndarray | None:
+        """bool [tokens] of a document: which count as targets; None: all."""
+        start = self.starts[index]
+        return None if self.learned is None else self.learned[start : start + self.lengths[index]]
+
+    def piece(self, index: int, first: int, last: int) -> Piece:
+        """Tokens [first, last) of a document."""
+        start = self.starts[index]
+        here = slice(start + first, start + last)
+        return Piece(self.tokens[here], None if self.learned is None else self.learned[here])
+
     def keep(self, kept: np.ndarray) -> "Unit":
         """The documents where `kept` (bool [documents]) is true; no token is copied."""
-        return Unit(self.tokens, self.starts[kept], self.lengths[kept], self.empty)
+        return Unit(self.tokens, self.starts[kept], self.lengths[kept], self.empty, self.learned)
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,7 @@ def _read_in_worker(key: Key, patience_s: float) -> tuple[Any, Faults]:
 
 
 def usable_cores() -> int:
-    """Processor cores that this process may use: of the machine, of its affinity and of its control group."""
+    """Cores that this process may use: of its affinity, and of its container's share of time."""
     cores = len(os.sched_getaffinity(0))
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -172,13 +172,3 @@ def _end_with_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
-
-
-def available_cores() -> int:
-    """Cores that this process may use: of its affinity, and of its container's share of time."""
-    cores = len(os.sched_getaffinity(0))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return cores
-    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))

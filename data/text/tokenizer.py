@@ -37,6 +37,9 @@ class Tokenizer:
         eod_id = backend.token_to_id(eod_token)
         if eod_id is None:
             raise CorpusError(f"eod_token={eod_token} is not in {source}: name its end-of-document token")
+        added = backend.get_added_tokens_decoder().get(eod_id)
+        if added is not None and not added.special:
+            backend = _with_special(text, eod_id)
         backend.encode_special_tokens = True
         backend.no_truncation()
         backend.no_padding()
@@ -79,6 +82,25 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without any token at its beginning or end."""
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    @cached_property
+    def _with_specials(self) -> tokenizers.Tokenizer:
+        """As the backend, but special tokens written out are special; offsets are of all their characters."""
+        backend = tokenizers.Tokenizer.from_str(self._text)
+        backend.no_truncation()
+        backend.no_padding()
+        backend.post_processor = None  # it would trim offsets, and add nothing that is wanted here
+        return backend
+
+    def encode_with_specials(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a text whose special tokens count as such, and the characters [first, after last) of each."""
+        encoding = self._with_specials.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def specials_in(self, texts: Iterable[str]) -> str:
+        """The first special token that is written out in one of the texts; empty where there is none."""
+        tokens = [token.content for token in self._backend.get_added_tokens_decoder().values() if token.special]
+        return next((token for text in texts for token in tokens if token in text), "")
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens included; bytes that are no UTF-8 become U+FFFD."""
@@ -126,6 +148,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int, progress: bool = True) -> T
     with ticking(byte_bar("training the tokenizer", show=progress)) as bar:
         backend.train_from_iterator(_counted(texts, bar), trainer)
     return Tokenizer(backend.to_str())
+
+
+def _with_special(text: str, token: int) -> tokenizers.Tokenizer:
+    """The tokenizer with one of its added tokens marked as special, which a file may leave out."""
+    fields = json.loads(text)
+    for added in fields["added_tokens"]:
+        added["special"] |= added["id"] == token
+    return tokenizers.Tokenizer.from_str(json.dumps(fields))
 
 
 def _counted(texts: Iterable[str], bar: tqdm) -> Iterator[str]:

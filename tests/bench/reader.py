@@ -65,6 +65,11 @@ def write_documents(root: Path) -> None:
     tokens[np.cumsum(lengths) - 1] = EOD
     column = pa.ListArray.from_arrays(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32), tokens)
     pq.write_table(pa.table({"tokens": column}), root / "tokens.parquet", row_group_size=ROWS_PER_GROUP)
+    with (
+        pa.OSFile(str(root / "tokens.arrow"), "wb") as file,
+        pa.ipc.new_stream(file, pa.schema([("tokens", column.type)])) as out,
+    ):
+        out.write_table(pa.table({"tokens": column}), max_chunksize=ROWS_PER_GROUP)
     _write_prepared(root / "prepared", tokens, lengths)
     _write_megatron(root / "megatron", tokens, lengths)
 
@@ -120,6 +125,11 @@ def prepared(root: Path) -> Iterator[Tensor]:
 def parquet(root: Path) -> Iterator[Tensor]:
     """Ours from token lists."""
     return ours(root / "tokens.parquet", "tokens")
+
+
+def arrow(root: Path) -> Iterator[Tensor]:
+    """Ours from token lists as `datasets` saves them, mapped into memory."""
+    return ours(root / "tokens.arrow", "tokens")
 
 
 def megatron(root: Path) -> Iterator[Tensor]:
@@ -191,13 +201,19 @@ def gpt_dataset_documents(root: Path) -> Iterator[Tensor]:
 READERS: dict[str, Callable[[Path], Iterator[Tensor]]] = {
     "ours, prepared shards": prepared,
     "ours, parquet token lists": parquet,
+    "ours, arrow token lists": arrow,
     "ours, `.bin` and `.idx`": megatron,
     "`datasets` streaming, parquet, NumPy": streamed,
     "`datasets` streaming, parquet, lists": streamed_lists,
     "GPTDataset": gpt_dataset,
     "GPTDataset with document boundaries": gpt_dataset_documents,
 }
-OURS = tuple(READERS)[:3]
+OURS = {
+    "ours, prepared shards": "prepared/train-*.parquet",
+    "ours, parquet token lists": "tokens.parquet",
+    "ours, arrow token lists": "tokens.arrow",
+    "ours, `.bin` and `.idx`": "megatron.*",
+}
 
 
 def measure(reader: Callable[[Path], Iterator[Tensor]], root: Path) -> Reading:
@@ -218,12 +234,17 @@ def in_process[T](function: Callable[..., T], *arguments: object) -> T:
 
 def speed_table(root: Path, repeats: int) -> str:
     """Medians of every reader, in Markdown."""
-    lines = ["| reader | tokens/s a core | tokens/s | slowest and fastest, a core |", "|---|---|---|---|"]
+    lines = [
+        "| reader | tokens/s a core | tokens/s | slowest and fastest, a core | bytes a token |",
+        "|---|---|---|---|---|",
+    ]
     for name, reader in READERS.items():
         found = [in_process(measure, reader, root) for _ in range(repeats)]
         cores = sorted(reading.tokens / reading.cpu / 1e6 for reading in found)
         wall = median(reading.tokens / reading.wall / 1e6 for reading in found)
-        lines.append(f"| {name} | {median(cores):.1f} M | {wall:.1f} M | {cores[0]:.1f} to {cores[-1]:.1f} M |")
+        size = sum(path.stat().st_size for path in root.glob(OURS.get(name, "no files of ours")))
+        least = f"{cores[0]:.1f} to {cores[-1]:.1f} M"
+        lines.append(f"| {name} | {median(cores):.1f} M | {wall:.1f} M | {least} | {size / TOKENS:.2f} |")
         print(lines[-1], file=sys.stderr, flush=True)
     return "\n".join(lines)
 

@@ -1,12 +1,16 @@
 """What is known of a source is found once: by one process, for all."""
 
 import os
+import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from data.config import DataConfig
@@ -15,9 +19,13 @@ from data.errors import CorpusError
 from data.read.corpus import Corpus
 from data.read.faults import Faults
 from data.read.index import Index, built_once
-from data.read.manifest import SPLITS
+from data.read.manifest import SPLITS, file_info
 from data.read.mapped_corpus import map_corpus
 from data.read.prepared import PreparedReader
+from data.read.shards import read_lengths
+from data.text.tokenizer import Tokenizer
+from tests.data.conftest import text_of
+from tests.data.kinds import WRITERS
 
 
 def numbers() -> Index:
@@ -82,6 +90,26 @@ def test_a_corpus_that_changed_is_looked_at_again(corpus: Corpus, tmp_path: Path
         map_corpus(tmp_path / "nowhere", tmp_path / "cache")
 
 
+def test_lengths_are_read_without_tokens(corpus: Corpus, tmp_path: Path, monkeypatch) -> None:
+    expected = [corpus.shard("train", n).lengths for n in range(corpus.num_shards("train"))]
+    with monkeypatch.context() as patched:
+        patched.setattr(Corpus, "shard", None)  # not called
+        found = [corpus.lengths("train", n, Faults()) for n in range(len(expected))]
+    for own, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(own, other)
+    # A shard of an earlier version does not say them, one that says others than its manifest is broken.
+    info = corpus.manifest.splits["train"][0]
+    path, table = corpus.path / info.file, pq.read_table(corpus.path / info.file)
+    pq.write_table(table.drop_columns(["length"]), path)
+    old = replace(info, size=path.stat().st_size, sha256=file_info(path).sha256)
+    assert read_lengths(corpus.path, old, Faults()) is None
+    earlier = replace(corpus.manifest, splits=corpus.manifest.splits | {"train": (old,)})
+    np.testing.assert_array_equal(Corpus(corpus.path, earlier).lengths("train", 0, Faults()), expected[0])
+    pq.write_table(table.set_column(1, "length", pa.array(expected[0] + 1, pa.int32())), path)
+    with pytest.raises(CorpusError, match=rf"{info.file} has other lengths of documents"):
+        read_lengths(corpus.path, replace(info, size=path.stat().st_size), Faults())
+
+
 def test_counting_asks_for_what_is_known_once(make_corpus: Callable[..., Corpus], tmp_path: Path, monkeypatch) -> None:
     corpus = make_corpus("many", num_documents=300, shard_tokens=300)
     asked: list[int] = []
@@ -93,3 +121,61 @@ def test_counting_asks_for_what_is_known_once(make_corpus: Callable[..., Corpus]
     assert len(asked) == 1
     Dataset(config)
     assert len(asked) == 1
+
+
+@pytest.fixture
+def files(tmp_path: Path, tokenizer_file: Path) -> Callable[[str], DataConfig]:
+    """Settings for files of a kind, which lie in a folder of their own."""
+
+    def write(kind: str) -> DataConfig:
+        (tmp_path / "in").mkdir()
+        texts = [text_of(number) for number in range(60)]
+        path, column = WRITERS[kind](tmp_path / "in", Tokenizer.from_path(tokenizer_file), texts)
+        return DataConfig(
+            corpus=str(path),
+            column=column,
+            tokenizer=str(tokenizer_file),
+            seq_length=16,
+            unit_bytes=1500,
+            cache=str(tmp_path / "cache"),
+        )
+
+    return write
+
+
+@pytest.mark.parametrize("kind", ["jsonl text", "jsonl tokens", "arrow tokens", "parquet text"])
+def test_one_process_looks_at_the_files_for_all(files, kind: str, monkeypatch) -> None:
+    config = files(kind)
+    first = Dataset(config)
+    assert first.sources[0].train.num_units > 1
+    said = first.describe()  # which counts the held-out text
+    for opened in (
+        "source.list_files",
+        "read.json_files.fetch",
+        "read.json_files.unpacked",
+        "read.arrow_files._arrow_table",
+        "read.parquet_files.fetch",
+    ):
+        monkeypatch.setattr(f"data.{opened}", None)  # not called
+    other = Dataset(config, listings=first.listings)
+    assert other.identity(0) == first.identity(0)
+    assert other.describe() == said
+    monkeypatch.undo()
+    for one, two in zip(first.sources, other.sources, strict=True):
+        found = [source.train.read(1, Faults()) for source in (one, two)]
+        np.testing.assert_array_equal(found[0].tokens, found[1].tokens)
+
+
+@pytest.mark.parametrize("kind", ["jsonl text", "megatron"])
+def test_a_copy_is_counted_again_unless_the_index_is_trusted(files, tmp_path: Path, kind: str, monkeypatch) -> None:
+    config = replace(files(kind), trust_index=True)
+    first = Dataset(config)
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(Path(config.corpus).parent, moved, copy_function=shutil.copyfile)
+    for path in moved.iterdir():
+        os.utime(path, (1, 1))
+    copied = replace(config, corpus=str(moved / Path(config.corpus).name))
+    monkeypatch.setattr("data.order.counting._count", None)  # not called
+    assert Dataset(copied).identity(0) == first.identity(0)
+    with pytest.raises(TypeError):
+        Dataset(replace(copied, trust_index=False))

@@ -7,12 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.order.packing import Sample, best_fit, num_samples, overlaps, pack, pad, sample_span
+from data.read.units import Piece
 
 
 def pack_all(documents: list[np.ndarray], seq_length: int) -> list[Sample]:
     ends = np.cumsum([len(document) for document in documents])
     return [
-        pack([documents[d][lo:hi] for d, lo, hi in overlaps(ends, *sample_span(index, seq_length))])
+        pack([Piece(documents[d][lo:hi]) for d, lo, hi in overlaps(ends, *sample_span(index, seq_length))])
         for index in range(num_samples(int(ends[-1]), seq_length))
     ]
 
@@ -88,7 +89,7 @@ def test_best_fit_against_its_slow_twin(lengths: list[int]) -> None:
 
 
 def test_padding_belongs_to_no_document() -> None:
-    sample = pad(pack([np.array([4, 5]), np.array([6])]), 5, token=0)
+    sample = pad(pack([Piece(np.array([4, 5])), Piece(np.array([6]))]), 5, token=0)
     assert sample.tokens.tolist() == [4, 5, 6, 0, 0]
     assert sample.documents.tolist() == [0, 0, 1, -1, -1]
     assert sample.tokens.dtype == np.int64 and sample.documents.dtype == np.int32

@@ -61,12 +61,14 @@ def test_shards_have_the_documented_columns(config: PrepareConfig) -> None:
     output = Path(prepare(config))
     table = pq.read_table(output / "train-00000-00000.parquet")
     assert {name: str(table.schema.field(name).type) for name in table.column_names} == {
-        "tokens": "list<element: uint16>",
+        "tokens": "list<element: uint16 not null>",
+        "length": "int32",
         "bytes": "int32",
         "name": "string",
     }
     tokenizer = Corpus.open(output).tokenizer()
     for row in table.to_pylist():
+        assert row["length"] == len(row["tokens"])
         assert row["bytes"] == len(tokenizer.decode(row["tokens"][:-1]).encode())
         assert row["name"].startswith("text.jsonl (row ")
 

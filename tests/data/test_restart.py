@@ -74,7 +74,8 @@ def finished(config: PrepareConfig) -> list[str]:
 
 def kill_after(config: PrepareConfig, pieces: int) -> dict[str, tuple[int, int]]:
     """Runs prepare in a process of its own, kills it after so many finished pieces; the stamps of their shards."""
-    fields = [f"{k}={v}" for k, v in vars(config).items() if v is not None]
+    values = {k: json.dumps(v) if isinstance(v, tuple) else v for k, v in vars(config).items() if v is not None}
+    fields = [f"{k}={v}" for k, v in values.items()]
     process = subprocess.Popen([sys.executable, "-c", PREPARE, *fields], cwd=ROOT)
     while len(finished(config)) < pieces:
         assert process.poll() is None, "it ended before it could be killed"

@@ -132,7 +132,7 @@ def test_an_epoch_holds_every_document_once(stream: TokenStream) -> None:
 def test_document_numbers_change_exactly_after_the_end_of_a_document(stream: TokenStream) -> None:
     crossings = 0
     for index in range(stream.samples_per_epoch):
-        tokens, documents = stream.sample(index)
+        tokens, documents, _ = stream.sample(index)
         assert documents[0] == 0
         np.testing.assert_array_equal(np.diff(documents), tokens[:-1] == stream.reader.corpus.eod_id)
         crossings += int(documents[-1])

@@ -52,6 +52,17 @@ def test_end_of_document_is_special_and_never_read_from_text(tokenizer: Tokenize
     assert tokenizer.decode([tokenizer.eod_id]) == EOD_TOKEN
 
 
+def test_an_end_of_document_that_its_file_calls_plain_is_special(tokenizer: Tokenizer) -> None:
+    fields = json.loads(tokenizer.text)
+    for added in fields["added_tokens"]:
+        added["special"] = False
+    plain = Tokenizer(json.dumps(fields))
+    text = f"ends with {plain.eod_token}"
+    assert plain.encode_batch([text]) == tokenizer.encode_batch([text])
+    assert plain.eod_id not in plain.encode_batch([text])[0]
+    assert plain.text != tokenizer.text and plain.token_bytes[plain.eod_id] == 0
+
+
 def test_token_bytes_has_the_documented_shape(tokenizer: Tokenizer) -> None:
     assert tokenizer.vocab_size == 320
     assert tokenizer.token_bytes.shape == (320,)

@@ -44,10 +44,11 @@ def test_losses_are_summed_by_place_and_length_over_valid_targets(monkeypatch) -
     )
 
 
-def test_each_of_several_sources_has_its_own_loss_and_all_count_alike(monkeypatch) -> None:
+def test_each_of_several_sources_has_its_own_loss_and_all_count_alike(monkeypatch, capsys) -> None:
     means = {"s3://me:secret@bucket/a": 2.0, "b": 4.0}
-    sources = [SimpleNamespace(path=path) for path in means]
-    job = SimpleNamespace(dataset=SimpleNamespace(sources=sources), is_first=True)
+    sources = [SimpleNamespace(path=path) for path in (*means, "holds nothing out")]
+    dataset = SimpleNamespace(sources=sources, fills_heldout=lambda some: some[0].path in means)
+    job = SimpleNamespace(dataset=dataset, is_first=True)
     monkeypatch.setattr(parts, "read_heldout", lambda job, samples, source: means[source.path])
     monkeypatch.setattr(
         parts, "heldout_metrics", lambda job, mean: {"heldout_lm_loss": mean, "heldout_bits_per_byte": mean / 2}
@@ -60,6 +61,10 @@ def test_each_of_several_sources_has_its_own_loss_and_all_count_alike(monkeypatc
         "heldout_lm_loss/macro": 3.0,
         "heldout_bits_per_byte/macro": 1.5,
     }
+    assert "no parts of holds nothing out" in capsys.readouterr().err
+    # Where every target ends a document there are no bytes to share the loss between.
+    monkeypatch.setattr(parts, "heldout_metrics", lambda job, mean: {"heldout_lm_loss": mean})
+    assert source_metrics(cast(Job, job), 8)["heldout_lm_loss/macro"] == 3.0
     job.dataset.sources = sources[:1]
     assert source_metrics(cast(Job, job), 8) == {}
 

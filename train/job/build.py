@@ -142,8 +142,8 @@ def build_job(config: Config, tokenizer: Tokenizer | None = None) -> Job:
     if device.type == "cuda":
         check_kernels(config.model, topology)
     groups = process_groups.lay_out(topology, config.run.start_timeout)
-    from_first(lambda: Dataset(config.data, tokenizer) and None)
-    dataset = Dataset(config.data, tokenizer, shared=topology.world > 1)
+    listings = from_first(lambda: Dataset(config.data, tokenizer).listings)
+    dataset = Dataset(config.data, tokenizer, shared=topology.world > 1, listings=listings)
     with torch.device(device):
         chunks = build_chunks(config, topology, groups, padded_vocab(config, dataset, topology))
     return Job(config, topology, groups, device, dataset, chunks)

@@ -22,7 +22,7 @@ from train.watch import metrics
 def in_groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
     """Lists of ``size`` micro-batches, the last filled up with padding: what a pipeline runs at once."""
     for group in batched(batches, size):
-        padding = Batch(group[0].tokens, torch.full_like(group[0].documents, -1))
+        padding = replace(group[0], documents=torch.full_like(group[0].documents, -1))
         yield [*group, *[padding] * (size - len(group))]
 
 
@@ -55,9 +55,11 @@ def heldout_metrics(job: Job, batches: Iterable[Batch], observe: Observer | None
     sums = torch.zeros(1 + steps, dtype=torch.float64)
     counts = torch.zeros(1 + steps, dtype=torch.int64)
     for group in in_groups(batches, job.topology.pipeline):
-        targets = [count_targets(batch.documents, steps).clamp(min=1) for batch in group]
+        targets = [count_targets(batch.documents, steps, batch.learned).clamp(min=1) for batch in group]
         ready = [
-            MicroBatch.build(batch.tokens, batch.documents, counted, job.sequence_part).to(job.device)
+            MicroBatch.build(batch.tokens, batch.documents, counted, job.sequence_part, learned_RS=batch.learned).to(
+                job.device
+            )
             for batch, counted in zip(group, targets, strict=True)
         ]
         outputs = run_schedule(job.chunks, ready, job.microbatch_tokens, forward_only=True)

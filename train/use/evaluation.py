@@ -32,8 +32,8 @@ def run_evaluation(asked: EvaluateConfig, config: Config) -> int:
     if draft is None:
         draft = config.mtp.steps if job.topology.pipeline == 1 else 0
     found = None
-    if draft:
-        prompts = heldout_prompts(job, asked.prompts, asked.prompt_tokens)
+    prompts = heldout_prompts(job, asked.prompts, asked.prompt_tokens) if draft else []
+    if prompts:
         found = measure_acceptance(job, job.chunks[0], prompts, draft, asked.tokens, show=True)
         values |= found.values()
     if job.is_first:
@@ -41,6 +41,8 @@ def run_evaluation(asked: EvaluateConfig, config: Config) -> int:
         print("\n".join([*part_lines(parts), *needle_lines(needles)]), flush=True)
     if job.is_first and found:
         print(f"{found.tally.describe()}, on {len(prompts)} held-out prompts", flush=True)
+    if job.is_first and draft and not found:
+        print("no drafts are measured: no held-out sequence begins a document that goes on after a prompt", flush=True)
     if job.is_first and asked.output:
         _write_output(Path(asked.output), values | parts | needles, found)
     job.close()

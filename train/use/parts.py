@@ -7,7 +7,6 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from data.errors import CorpusError
 from data.secrets import hide
 from parallel.collectives import from_last, sum_over
 from train.job.build import Job
@@ -82,13 +81,12 @@ def source_metrics(job: Job, samples: int) -> dict[str, float]:
     found: dict[str, list[float]] = {name: [] for name in PARTED}
     values: dict[str, float] = {}
     for source in job.dataset.sources if len(job.dataset.sources) > 1 else ():
-        try:
-            own = heldout_metrics(job, read_heldout(job, samples, source))
-        except CorpusError as error:
+        if not job.dataset.fills_heldout([source]):
             if job.is_first:
-                print(f"warning: {hide(source.path)} is left out of the parts: {hide(str(error))}", file=sys.stderr)
+                print(f"no parts of {hide(source.path)}: its held-out text fills no sample", file=sys.stderr)
             continue
-        for name in PARTED:
+        own = heldout_metrics(job, read_heldout(job, samples, source))
+        for name in (name for name in PARTED if name in own):
             values[f"{name}/{hide(source.path)}"] = own[name]
             found[name].append(own[name])
     return values | {f"{name}/macro": fmean(each) for name, each in found.items() if each}
