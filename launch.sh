@@ -38,13 +38,16 @@ examples:
   ./launch.sh train run.name=mine run.steps=200 seed=1 settings are key=value; the same line again resumes runs/mine
   ./launch.sh train -cn tiny_512e run.steps=5          another recipe, a file of recipes/
   NPROC=4 ./launch.sh train parallel.expert=4          processes on this machine (else every GPU, or 2 on CPU)
-  sbatch -N 2 launch.sh train                          the same over the nodes of a Slurm job
+  sbatch -N 2 launch.sh train                          the same over the nodes of a Slurm job; without -N as many as
+                                                       the recipe's parallel.world needs
   ./launch.sh evaluate run=mine
   ./launch.sh test tests/data -x                       arguments of test go to pytest
   ./launch.sh train --help                             the settings of a command
 
 The first use makes .venv with a Python from 3.12 to 3.14 (PYTHON=/path/to/python3.12 names one) and installs pinned
-packages there: about 5 GB, about 2 minutes. Ctrl-C is safe; the next use starts the set-up again.
+packages there: about 5 GB, about 2 minutes. On x86 Linux more than half of it is CUDA, also without a GPU: torch as
+the package index has it does not load without those libraries. PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+at the first use lets pip take the torch without them. Ctrl-C is safe; the next use starts the set-up again.
 EOT
 }
 
@@ -101,7 +104,8 @@ find_root() {
   local file root
   root=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
   if [[ ! -f $root/pyproject.toml && -n ${SLURM_JOB_ID:-} ]]; then
-    file=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | grep -oP '^ *Command=\K\S+') || true
+    # Of an array's last job the number is that of the array, of which every job is shown.
+    file=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | grep -oP '^ *Command=\K.*?/launch\.sh(?= |$)' | sort -u) || true
     for root in "$(dirname "$(readlink -f "${file:-/}")")" "${SLURM_SUBMIT_DIR:-}"; do
       [[ ! -f $root/launch.sh || ! -f $root/pyproject.toml ]] || break
     done
@@ -163,19 +167,19 @@ lock() {
 # Installs the extras "$2" into the environment "$1". A checkout that cannot be written is run where it lies, and only
 # what it requires is installed.
 install() {
-  local pip project=(--editable .)
+  local pip editable=--editable where=.
   pip=("$1/bin/python" -m pip install --constraint constraints.txt)
   export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
   # pip first: the one that a Python brings may be too old to show how far an installation has come.
   if [[ -n $(extras "$1") ]]; then pip+=(--retries 1); else "${pip[@]}" --quiet --upgrade pip || return 1; fi
   if [[ ! -w . ]]; then
     mkdir -p "$1/requirements" && cp pyproject.toml LICENSE "$1/requirements"
-    project=("$1/requirements")
+    editable="" where=$1/requirements
   fi
   pip+=(--log "$1/install.log")
-  "${pip[@]}" "${project[@]}[$(sed 's/,te\b//' <<<"$2")]" || return 1
+  "${pip[@]}" ${editable:+"$editable"} "${where}[${2/,te/}]" || return 1
   # Transformer Engine is compiled against the torch that is there by now.
-  [[ ,$2, != *,te,* ]] || "${pip[@]}" --no-build-isolation "${project[@]}[$2]"
+  [[ ,$2, != *,te,* ]] || "${pip[@]}" --no-build-isolation ${editable:+"$editable"} "${where}[$2]"
 }
 
 # Makes the environment, or extends it by the extras "$1", under the lock; prints nothing, the caller chooses again. An
@@ -199,12 +203,13 @@ set_up() (
     printf 'installing\n%s\n' "$PWD" >"$venv/$STATE"
     "$python" -m venv "$venv" || fail 1 "$python could not make $venv: the lines above say why"
   fi
-  wanted=$(printf '%s\n' dev ${1//,/ } "$(extras "$venv" | tr , ' ')" | tr ' ' '\n' | awk 'NF && !seen[$0]++' | paste -sd,)
+  wanted=$(printf 'dev,%s,%s' "$1" "$(extras "$venv")" | tr , '\n' | awk 'NF && !seen[$0]++' | paste -sd,)
   say "installing packages (extras: $wanted): about 5 GB, about 2 minutes; log in $venv/install.log"
   if ! install "$venv" "$wanted"; then
-    [[ -n $(extras "$venv") ]] && "$venv/bin/python" -c 'import torch, megatron.core, datasets, hydra' ||
+    if [[ -z $(extras "$venv") ]] || ! "$venv/bin/python" -c 'import torch, megatron.core, datasets, hydra'; then
       fail 1 "pip failed for the reason above; no network? disk full (free: $(df -Ph "$venv" | awk 'END {print $4}'))?" \
         "The same command tries again."
+    fi
     say "WARNING: pip failed for the reason above (no network?): going on with the environment as it is. Where there is" \
       "a network, make it whole: ./launch.sh setup $wanted"
     exit 3

@@ -19,11 +19,16 @@ _SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)$")
 SHORTEST = 8  # characters of an environment variable's value that may be a secret
 
 
+def names_secret(name: str) -> bool:
+    """Whether a variable of this name is taken for a secret."""
+    return _SECRET_NAME.search(name) is not None
+
+
 def hide(text: str) -> str:
     """The text without what URLs in it hold of logins and queries, and without the environment's keys and tokens."""
     text = _QUERY.sub(rf"\1?{HIDDEN}", _USER.sub(_without_login, text))
     for name, value in os.environ.items():
-        if len(value) >= SHORTEST and _SECRET_NAME.search(name) and value in text:
+        if len(value) >= SHORTEST and names_secret(name) and value in text:
             text = text.replace(value, HIDDEN)
     return text
 

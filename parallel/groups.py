@@ -1,5 +1,6 @@
 """Starting and ending the process groups of a job, and the device of this process."""
 
+import ctypes
 import datetime
 import os
 
@@ -10,11 +11,51 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from parallel import compat
-from parallel.topology import Topology
+from parallel.topology import ParallelConfig, Topology
 
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # torchrun's word for how often it has started the workers anew
 # The switch of torch's flight recorder, and how many collectives it keeps.
 RECORDER, RECORDED = "TORCH_FR_BUFFER_SIZE", "2000"
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # two names of one setting
+CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+BLACKWELL = 10  # compute capability
+
+
+def set_variables(parallel: ParallelConfig) -> None:
+    """Sets what CUDA and torch's allocator read once, when they start. To be called before either has.
+
+    Whoever starts the job may choose otherwise.
+    """
+    architecture = _architecture()
+    if not architecture:
+        return
+    # Rows received by experts differ in number from layer to layer and step to step: blocks of fixed sizes would fall
+    # to pieces.
+    if not os.environ.keys() & set(ALLOCATOR):
+        os.environ[ALLOCATOR[1]] = "expandable_segments:True"
+    # The backward pass of tensor parallelism launches its collectives ahead of the products that hide them, and one
+    # queue keeps that order (megatron-core's arguments ask for it, from Blackwell on no more). Without it several
+    # queues are better: experts' exchanges overlap what is launched before them.
+    if parallel.tensor > 1 and architecture < BLACKWELL:
+        os.environ.setdefault(CONNECTIONS, "1")
+
+
+def variables_said() -> str:
+    """A line for the start of a run on GPUs: those variables, as they are."""
+    names = (*ALLOCATOR, CONNECTIONS)
+    return "on GPUs: " + ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
+
+
+def _architecture() -> int:
+    """The first GPU's compute capability, 0 without one. NVML is asked, since any call of CUDA's would start it."""
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return 0
+    device, major, minor = ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
+    refused = nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(device))
+    refused = refused or nvml.nvmlDeviceGetCudaComputeCapability(device, ctypes.byref(major), ctypes.byref(minor))
+    return 0 if refused else major.value
 
 
 def local_device() -> torch.device:
@@ -35,9 +76,6 @@ def start(device: torch.device, timeout_minutes: float = 30) -> None:
     os.environ.setdefault(RECORDER, RECORDED)
     timeout = datetime.timedelta(minutes=timeout_minutes)
     if device.type == "cuda":
-        # Rows received by experts differ in number from layer to layer and step to step: blocks of fixed sizes would
-        # fall to pieces. Whoever starts the job may choose otherwise.
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(device)
     # torchrun keeps one store for all its restarts, and gloo would find the addresses of processes that have died.
     store, rank, world = next(dist.rendezvous("env://", timeout=timeout))

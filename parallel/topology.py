@@ -143,8 +143,8 @@ def resolve(parallel: ParallelConfig, model: Shape, world: int) -> Topology:
     """
     if parallel.world not in (None, world):
         raise TopologyError(
-            f"parallel.world={parallel.world} but {world} processes are started: start {parallel.world} "
-            f"(NPROC={parallel.world}) or drop parallel.world"
+            f"parallel.world={parallel.world} but {world} processes are started: start {parallel.world}, on several "
+            "machines if need be (sbatch -N, or NNODES; NPROC is of each), or set parallel.world=null"
         )
     for name in ("tensor", "pipeline", "context", "expert_tensor", "bucket", "bucket_share"):
         size = getattr(parallel, name)

@@ -200,6 +200,11 @@ def test_slurms_copy_finds_the_checkout(clone: Sandbox, tmp_path: Path) -> None:
     assert "is not found" in refusal(copy.run("train", SLURM_JOB_ID="7", SLURM_SUBMIT_DIR=str(tmp_path)))
     assert copy.run("train", cwd=clone.root, SLURM_JOB_ID="7", SLURM_SUBMIT_DIR=str(clone.root)).returncode == 0
     assert clone.command() == [str(clone.root), "-m", "train", "train"]
+    # Submitted elsewhere; of an array Slurm tells of every job.
+    clone.add_program(
+        "scontrol", f"#!/bin/bash\nfor job in 7 8; do echo '   Command={clone.root}/launch.sh train'; done\n"
+    )
+    assert copy.run("train", cwd=tmp_path, SLURM_JOB_ID="7", SLURM_SUBMIT_DIR=str(tmp_path)).returncode == 0
 
 
 @pytest.mark.parametrize("installing", ["first"], indirect=True)

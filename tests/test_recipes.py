@@ -131,6 +131,9 @@ def test_the_ladder_of_machines_states_its_estimates(recipe: str, capsys: pytest
     assert float(tokens[1]) == pytest.approx(float(number) * {"B": 1e9, "T": 1e12}[scale], rel=0.01)
     assert f"{hours[1]} GPU-hours" in row and f"{float(memory[1]):.0f} GiB" in row
     assert f"launch.sh train -cn {recipe}`" in row
+    header = (usage.RECIPES / f"{recipe}.yaml").read_text().splitlines()[1]
+    assert f"launch.sh train -cn {recipe}; " in header and f" {hours[1]} H" in header
+    assert f" {float(memory[1]):.0f} GiB" in header
 
 
 def test_qwen3_32b_has_the_published_numbers():

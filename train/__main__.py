@@ -32,7 +32,7 @@ from train.arguments import CommandLine, named
 from train.job.directory import finished_line, require_same_data, starting_checkpoint, steps_done
 from train.job.lock import refuse_if_held
 from train.job.starter import RESUMABLE, end_with_starter, stop_while_starting
-from train.nodes.place import adopt_slurm_task
+from train.nodes import place, slurm
 from train.plan.estimate import PUBLISHED, EstimateConfig, check_budget, estimate_text
 from train.plan.propose import proposals
 from train.settings.commands import BenchConfig, DryRunConfig, check_bench, check_dry_run, check_variants
@@ -132,6 +132,8 @@ def sweep(command: str, line: CommandLine) -> int:
         names = [compose(item.arguments).run.name for item in lines]
         if len(set(names)) < len(names):
             lines = [named(item, f"{name}_{text}") for item, name, text in zip(lines, names, labels, strict=True)]
+    if len(share) > 1 and slurm.in_batch():
+        print(f"runs come one after the other; sbatch --array=0-{len(lines) - 1} gives each a job", flush=True)
     code = 0
     for number in share:
         print(f"{number + 1} of {len(lines)}: {labels[number]}", flush=True)
@@ -146,16 +148,18 @@ def train(arguments: list[str]) -> int:
     """Trains a recipe, or resumes the run of that name."""
     own, arguments = command_line.own_settings(arguments, "dry_run.")
     config = compose(arguments)
-    place = from_text(DryRunConfig, own).dry_run
+    part = from_text(DryRunConfig, own).dry_run
     if own or config.run.dry_run:
         topology = check_plan(config, config.parallel.world or front.num_processes())
-        check_dry_run(config, place, topology.world)
+        check_dry_run(config, part, topology.world)
         from train.plan.dry_run import dry_run
 
-        print(dry_run(config, topology, place.rank))
+        print(dry_run(config, topology, part.rank))
         return 0
+    front.set_variables(config.run.environment)
     processes = front.world_size() or front.num_processes()
-    check(config, processes)
+    more_nodes = 0 if front.world_size() else slurm.nodes_wanted(place.here(), processes, config.parallel.world)
+    check(config, processes * max(1, more_nodes))
     if front.world_size():
         stop_while_starting()
         from train.loop import run_training
@@ -167,6 +171,11 @@ def train(arguments: list[str]) -> int:
         print(finished_line(config, done))
         return 0
     refuse_if_held(config.run)
+    if more_nodes:
+        dry = place.DRY_RUN in arguments
+        if not dry:
+            _prepare(config)  # on one node, before many are waited for
+        return slurm.grow(more_nodes, processes * more_nodes, dry)
     return front.launch("train", arguments, processes, lambda: _prepare(config), config.run.path)
 
 
@@ -215,6 +224,7 @@ def bench(arguments: list[str]) -> int:
     configs = {"the recipe": compose(rest, planned=True)}
     configs |= {variant: compose([*rest, *variant.split()], planned=True) for variant in settings.also}
     parallel = configs["the recipe"].parallel
+    front.set_variables(configs["the recipe"].run.environment)
     processes = front.world_size() or front.num_processes(parallel.world or front.layout_size(parallel))
     check_variants(configs, processes)
     if front.world_size():
@@ -277,7 +287,7 @@ def run(arguments: list[str]) -> int:
         return 0
     if command not in COMMANDS:
         raise ConfigError(f"unknown command {command!r}: {hint_known(command, list(COMMANDS))}")
-    if not front.world_size():
+    if not front.started_by_front():
         front.load_environment([Path(), *([Path(rest[1])] if rest[:1] == [OPTION] else [])])
     of_recipe = SETTINGS if command in usage.WITH_RECIPE else {}
     rest = anchored(rest, {*of_recipe, *(setting.path for setting in settings(usage.CONFIGS[command]))})
@@ -294,7 +304,7 @@ def run(arguments: list[str]) -> int:
 
 def main() -> int:
     """The exit code of ``sys.argv``'s command."""
-    adopt_slurm_task()
+    place.adopt_slurm_task()
     arguments = sys.argv[1:]
     sys.argv[1:] = hidden(arguments)  # of which W&B, for one, takes a note
     if front.world_size():

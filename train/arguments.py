@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from data.secrets import hide
 from train import usage
 from train.nodes.place import DRY_RUN
 from train.settings.tree import ConfigError, Setting, hint, hint_known, takes_text
@@ -128,6 +129,8 @@ def typed(override: str, known: dict[str, Setting], groups: dict[str, list[str]]
         value = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + (found[2] and "\\'"), value)
         return f"++{path}='{value}'"
     elif equals:
+        if known[path].annotation == tuple[str, ...] and (bare := re.fullmatch(r"\[([^\[\]'\"]+)\]", value)):
+            value = "[" + ",".join(f"'{item.strip()}'" for item in bare[1].split(",")) + "]"  # NAME=VALUE, for one
         return f"++{path}={value}"
     return override
 
@@ -145,7 +148,7 @@ def combinations(line: CommandLine, swept: Sequence[Sequence[str]]) -> list[Comm
 def label(line: CommandLine, swept: Sequence[Sequence[str]]) -> str:
     """What is one run's own in a sweep, fit for a directory's name: ``seed=1_optim.lr=1e-3``."""
     own = [value for value, values in zip(line.overrides, swept, strict=True) if len(values) > 1]
-    return "_".join(re.sub(r"[^\w.=+-]+", "-", value.lstrip("+~")).strip("-") for value in own)
+    return "_".join(re.sub(r"[^\w.=+-]+", "-", hide(value.lstrip("+~"))).strip("-") for value in own)
 
 
 def named(line: CommandLine, name: str) -> CommandLine:

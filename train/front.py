@@ -25,6 +25,7 @@ from parallel.topology import ParallelConfig
 from train.job.starter import RESUMABLE
 from train.nodes import place, slurm
 from train.nodes.place import DRY_RUN, WORKER_VARIABLES, Nodes
+from train.settings.checks import VARIABLE, check_environment
 from train.settings.tree import ConfigError
 
 if TYPE_CHECKING:  # torch takes seconds to import, which a mistake in the settings should not wait for
@@ -32,6 +33,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, which a mistake in the setti
     from train.nodes.logs import RankLogs
 
 CPU_PROCESSES = 2
+MOST_ON_A_CORE = 8  # processes for tests of a layout; more of them take the memory, and end in nothing
 VERIFIED_BYTES = 2**31  # seconds of hashing; a larger corpus proves each shard when it is first opened
 WORKER = "--worker"  # the first argument of processes that a front has started, whose checks are done
 ENVIRONMENT = "launch.env"  # variables of NCCL, InfiniBand and the like, for every process
@@ -43,24 +45,41 @@ def world_size() -> int | None:
     return int(os.environ["WORLD_SIZE"]) if os.environ.keys() >= WORKER_VARIABLES else None
 
 
+def started_by_front() -> bool:
+    """Whether this is a worker of a front, which has checked and set everything; not one of the user's own torchrun."""
+    return world_size() is not None and sys.argv[1:2] == [WORKER]
+
+
 def load_environment(folders: list[Path]) -> None:
-    """Sets the variables of the `launch.env` of each folder (NAME=VALUE lines, # comments) and says which.
+    """Sets the variables of the `launch.env` of each folder (NAME=VALUE lines, # comments); the first one says which.
 
     Raises:
         ConfigError: a line that sets nothing.
     """
+    is_first = {os.environ.get(name, "0") for name in ("RANK", "NODE_RANK", "SLURM_NODEID")} == {"0"}
     for file in [folder / ENVIRONMENT for folder in folders]:
         if not file.is_file():
             continue
         lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
         pairs = [line.partition("=") for line in lines if line and not line.startswith("#")]
         for name, equals, value in pairs:
-            if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name):
+            if not equals or not re.fullmatch(VARIABLE, name):
                 raise ConfigError(
                     f"{file} has the line {name + equals + value!r}: write NAME=VALUE, or # before a comment"
                 )
             os.environ[name] = value.strip("'\"")
-        print(f"{file} sets {', '.join(name for name, _, _ in pairs)}", file=sys.stderr)
+        if is_first:
+            print(f"{file} sets {', '.join(name for name, _, _ in pairs)}", file=sys.stderr)
+
+
+def set_variables(given: tuple[str, ...]) -> None:
+    """Sets a recipe's variables, `run.environment`; they go before those of `launch.env`.
+
+    Raises:
+        ConfigError: one that sets nothing.
+    """
+    check_environment(given)
+    os.environ |= dict(text.split("=", 1) for text in given)
 
 
 def num_processes(needed: int | None = None) -> int:
@@ -134,7 +153,7 @@ def launch(command: str, arguments: list[str], processes: int, prepare: Callable
     nodes, per_node = place.here(), processes // place.here().most
     front, workers = ["-m", "train", command, *arguments], ["-m", "train", WORKER, command, *arguments]
     if DRY_RUN in arguments:
-        print(_shown(nodes, [argument for argument in front if argument != DRY_RUN], per_node))
+        print(hide(_shown(nodes, [argument for argument in front if argument != DRY_RUN], per_node)))
         return 0
     if not nodes.slurm:
         return start(workers, per_node, nodes, prepare, run)
@@ -200,7 +219,7 @@ def prepare_among_workers(prepare: Callable[[], object]) -> AbstractContextManag
 
 def _is_alone() -> bool:
     """Whether this is a worker that no front has started."""
-    return world_size() is not None and sys.argv[1:2] != [WORKER]
+    return world_size() is not None and not started_by_front()
 
 
 @dataclass(frozen=True)
@@ -286,9 +305,14 @@ def _note_failed(run: Path | None, hosts: list[str]) -> None:
 def _require_gpus(per_node: int) -> None:
     import torch
 
-    gpus = torch.cuda.device_count()
+    gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
     if 0 < gpus < per_node:
         raise ConfigError(
             f"{per_node} processes are asked for, one a GPU, but this machine has {gpus}: set NPROC={gpus} or less, "
-            "or hide the GPUs (CUDA_VISIBLE_DEVICES=) to run on its CPU"
+            "take more machines (sbatch -N, NNODES), or hide the GPUs (CUDA_VISIBLE_DEVICES=) to run on its CPU"
+        )
+    if not gpus and per_node > MOST_ON_A_CORE * cores:
+        raise ConfigError(
+            f"{per_node} processes are asked for, but this machine has no GPU and {cores} cores: set NPROC="
+            f"{MOST_ON_A_CORE * cores} or less, or take more machines (sbatch -N, NNODES)"
         )

@@ -28,7 +28,7 @@ SMALL = (
 )
 
 
-def small_corpus(root: Path) -> Path:
+def small_corpus(root: Path) -> str:
     """Counting, in words."""
     words = ["nought", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
     texts = [" ".join(words[int(digit)] for digit in str(number)) for number in range(0, 6000, 7)]
@@ -44,7 +44,7 @@ def small_corpus(root: Path) -> Path:
 class Runs:
     """Runs of one directory on the small corpus."""
 
-    def __init__(self, directory: Path, corpus: Path) -> None:
+    def __init__(self, directory: Path, corpus: str) -> None:
         self.directory, self.corpus = directory, corpus
 
     def line(self, name: str, *changes: str) -> list[str]:

@@ -1,17 +1,20 @@
-"""A real Slurm on this machine: munged, slurmctld and a slurmd for each of two virtual nodes, from Debian's packages.
+"""A real Slurm on this machine: munged, slurmctld and a slurmd for each of a few virtual nodes, from Debian's packages.
 
-``python -m tests.cluster.slurm DIRECTORY`` starts one and prints how to use it, until Ctrl-C. It needs root on Debian,
-where it installs what is missing. Nothing outside the directory is written but those packages. What is special here:
+``python -m tests.cluster.slurm DIRECTORY [NODES]`` starts one and prints how to use it, until Ctrl-C or SIGTERM. It
+needs root on Debian, where it installs what is missing. Nothing outside the directory is written but those packages.
+What is special here:
 
-- both nodes are this host, so each slurmd has a port of its own and is told which node it is (-N);
+- all nodes are this host, so each slurmd has a port of its own and is told which node it is (-N);
 - a node that is set down comes back by itself, as its slurmd answers (ReturnToService);
 - their names resolve to nothing: NodeAddr says where they are;
 - a job that was queued again waits for its credential to expire (120 s by default, 5 here).
 """
 
+import contextlib
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -19,7 +22,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-NODES = ("node1", "node2")
+import psutil
+
+NODES = ("node1", "node2")  # unless others are asked for
 PACKAGES = {"munged": "munge", "slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client"}
 PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 CONFIGURATION = """
@@ -74,13 +79,14 @@ def install() -> None:
 
 
 class Slurm:
-    """A cluster of two nodes, all of whose files lie in one directory."""
+    """A cluster of a few nodes, all of whose files lie in one directory."""
 
-    def __init__(self, directory: Path, cpus: int = 4) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, cpus: int = 4, nodes: tuple[str, ...] = NODES) -> None:
+        self.directory, self.nodes = directory, nodes
         self.environment = os.environ | {"SLURM_CONF": str(directory / "slurm.conf")}
         self.environment["PATH"] = f"{self.environment['PATH']}:/usr/sbin"
         self._daemons: list[subprocess.Popen] = []
+        self._slurmds: dict[str, subprocess.Popen] = {}
         self._cpus = cpus
 
     def start(self) -> None:
@@ -99,10 +105,26 @@ class Slurm:
         self._until(lambda: (self.directory / "munge.socket").exists(), 20)
         configuration = self.environment["SLURM_CONF"]
         self._spawn("slurmctld", "-D", "-c", "-f", configuration)
-        for node in NODES:
+        for node in self.nodes:
             (self.directory / f"spool-{node}").mkdir()
-            self._spawn("slurmd", "-D", "-N", node, "-f", configuration)
-        self._until(lambda: self._ask("sinfo", "-h", "-N", "-o", "%t").split() == ["idle"] * len(NODES), 60)
+            self.switch_on(node)
+        self._until(lambda: self._ask("sinfo", "-h", "-N", "-o", "%t").split() == ["idle"] * len(self.nodes), 60)
+
+    def switch_on(self, node: str) -> None:
+        """Starts a node."""
+        self._slurmds[node] = self._spawn("slurmd", "-D", "-N", node, "-f", self.environment["SLURM_CONF"])
+
+    def switch_off(self, node: str) -> None:
+        """Ends a node with all that runs on it, at once."""
+        self._slurmds[node].kill()
+        self._slurmds[node].wait()
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("SLURMD_NODENAME") != node:
+                    continue
+                steps = [parent for parent in process.parents() if parent.name().startswith("slurmstepd")]
+                for one in (*steps, process):
+                    one.kill()
 
     def _configure(self) -> None:
         with socket.socket() as probe:
@@ -110,21 +132,22 @@ class Slurm:
             port = probe.getsockname()[1] // 10 * 10
         host = socket.gethostname().partition(".")[0]
         lines = [CONFIGURATION.format(host=host, port=port, directory=self.directory)]
-        for number, node in enumerate(NODES, start=1):
+        for number, node in enumerate(self.nodes, start=1):
             lines.append(
                 f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port + number} CPUs={self._cpus} "
                 f"Boards=1 SocketsPerBoard=1 CoresPerSocket={self._cpus} ThreadsPerCore=1 RealMemory=8000 State=UNKNOWN"
             )
-        lines.append(f"PartitionName=all Nodes={','.join(NODES)} Default=YES MaxTime=INFINITE State=UP")
+        lines.append(f"PartitionName=all Nodes={','.join(self.nodes)} Default=YES MaxTime=INFINITE State=UP")
         (self.directory / "slurm.conf").write_text("\n".join(lines) + "\n")
         # v1 touches no cgroup as long as neither processes nor tasks are tracked with them.
         (self.directory / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n")
 
-    def _spawn(self, program: str, *arguments: str) -> None:
+    def _spawn(self, program: str, *arguments: str) -> subprocess.Popen:
         path = shutil.which(program, path=PATH)
         with (self.directory / f"{program}.out").open("ab") as log:
             command = [path or program, *arguments]
             self._daemons.append(subprocess.Popen(command, env=self.environment, stdout=log, stderr=log))
+        return self._daemons[-1]
 
     def stop(self) -> None:
         """Cancels all jobs and ends the daemons."""
@@ -159,6 +182,10 @@ class Slurm:
         self._until(lambda: self.job(number)["JobState"] in states, seconds, what=lambda: str(self.job(number)))
         return self.job(number)
 
+    def wait_for_node(self, node: str, state: str, seconds: float) -> None:
+        """Waits for a node to come into a state, as idle or down."""
+        self._until(lambda: self._ask("sinfo", "-h", "-n", node, "-o", "%t").startswith(state), seconds)
+
     def _ask(self, *command: str) -> str:
         return subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False).stdout
 
@@ -181,11 +208,16 @@ if __name__ == "__main__":
     if reason := why_not():
         sys.exit(reason)
     install()
-    cluster = Slurm(Path(sys.argv[1]).resolve())
-    cluster.start()
-    print(f"export SLURM_CONF={cluster.environment['SLURM_CONF']}", flush=True)
+    for stop in (signal.SIGINT, signal.SIGTERM):  # also in the background of a script, where the first is ignored
+        signal.signal(stop, signal.default_int_handler)
+    number = int(sys.argv[2]) if len(sys.argv) > 2 else len(NODES)
+    cluster = Slurm(Path(sys.argv[1]).resolve(), nodes=tuple(f"node{node}" for node in range(1, number + 1)))
     try:
+        cluster.start()
+        print(f"export SLURM_CONF={cluster.environment['SLURM_CONF']}", flush=True)
         while True:
             time.sleep(60)
     except KeyboardInterrupt:
+        print("stopping", flush=True)
+    finally:
         cluster.stop()

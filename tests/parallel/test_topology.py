@@ -93,7 +93,8 @@ def test_interleaved_stages_need_rounds_of_microbatches():
             2,
             ParallelConfig(world=4),
             MODEL,
-            "parallel.world=4 but 2 processes are started: start 4 (NPROC=4) or drop parallel.world",
+            "parallel.world=4 but 2 processes are started: start 4, on several machines if need be (sbatch -N, or "
+            "NNODES; NPROC is of each), or set parallel.world=null",
         ),
         (1, ParallelConfig(context=0), MODEL, "parallel.context=0 must be at least 1"),
         (1, ParallelConfig(tensor=0), MODEL, "parallel.tensor=0 must be at least 1"),

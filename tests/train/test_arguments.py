@@ -106,6 +106,14 @@ def test_whole_numbers_may_be_written_as_powers_of_ten():
     assert type(config.run.steps) is int
 
 
+def test_a_list_of_variables_needs_no_quotes():
+    given = "run.environment=[NCCL_IB_HCA=mlx5_0, NCCL_DEBUG=INFO]"
+    assert compose([given]).run.environment == ("NCCL_IB_HCA=mlx5_0", "NCCL_DEBUG=INFO")
+    quoted = "run.environment=['NCCL_DEBUG_SUBSYS=INIT,COLL']"
+    assert compose([quoted]).run.environment == ("NCCL_DEBUG_SUBSYS=INIT,COLL",)
+    assert compose(["parallel.recompute_modules=[norm]"]).parallel.recompute_modules == ("norm",)
+
+
 @pytest.fixture
 def own(tmp_path) -> Path:
     """A folder of a user: a recipe that takes groups of theirs and of ours, one in a sub-folder, one named as ours."""

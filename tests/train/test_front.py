@@ -214,6 +214,13 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         front.start(["-c", "raise SystemExit(3)"], 3, place.Nodes(), lambda: None, None)
 
 
+def test_more_processes_than_a_cpu_can_hold_are_refused(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ConfigError, match=r"64 processes are asked for, but this machine has no GPU and 2 cores: set"):
+        front.start(["-c", "raise SystemExit(3)"], 64, place.Nodes(), lambda: None, None)
+
+
 def test_layout_size():
     assert front.layout_size(ParallelConfig()) == 1
     assert front.layout_size(ParallelConfig(tensor=2, pipeline=3, expert=4)) == 12

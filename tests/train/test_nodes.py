@@ -1,8 +1,10 @@
 """Where a front stands, from variables; what it would start; the fronts of several nodes among each other."""
 
 import os
+import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,14 +15,17 @@ from train.nodes.place import Nodes
 from train.nodes.roster import LOST_S, NodeLost, Roster
 from train.settings.tree import ConfigError
 
-VARIABLES = ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "NPROC", *place.WORKER_VARIABLES)
+VARIABLES = ("ENVIRONMENT", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "NPROC", *place.WORKER_VARIABLES)
 
 
 @pytest.fixture(autouse=True)
-def clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No variables but those that a test sets."""
+def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No variables but those that a test sets, and SIGTERM as it was."""
     for name in [*VARIABLES, *(name for name in os.environ if name.startswith("SLURM"))]:
         monkeypatch.delenv(name, raising=False)
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 def given(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
@@ -119,38 +124,158 @@ def test_launch_env_sets_variables_and_says_so(monkeypatch, tmp_path: Path, caps
     front.load_environment([tmp_path / "nowhere", tmp_path])
     assert (os.environ["NCCL_DEBUG"], os.environ["SOME_OTHER"]) == ("WARN", "a b")
     assert capsys.readouterr().err.endswith("launch.env sets NCCL_DEBUG, SOME_OTHER\n")
+    given(monkeypatch, RANK="1")
+    front.load_environment([tmp_path])
+    assert capsys.readouterr().err == "", "each process has them, one says so"
     (tmp_path / "launch.env").write_text("export NCCL_DEBUG=WARN\n")
     with pytest.raises(ConfigError, match="has the line 'export NCCL_DEBUG=WARN'"):
         front.load_environment([tmp_path])
 
 
-def test_a_machine_that_failed_twice_is_named_and_left_out(monkeypatch, tmp_path: Path) -> None:
-    asked: list[tuple[str, ...]] = []
-    monkeypatch.setattr(slurm, "_ask", lambda *command, errors=False: asked.append(command) or "")
-    given(monkeypatch, SLURM_JOB_ID="7")
-    assert [failed.note(tmp_path, host) for host in ("a", "b")] == ["", ""] and not asked
-    words = failed.note(tmp_path, "a")
-    assert words.startswith("a has failed 2 times in this run") and words.endswith("this job leaves it out from now on")
-    assert asked == [("scontrol", "update", "JobId=7", "ExcNodeList=a")]
-    monkeypatch.setattr(slurm, "_ask", lambda *command, errors=False: "access denied")
-    assert failed.note(tmp_path, "b").endswith("leave it out with sbatch --exclude=a,b")
-    monkeypatch.delenv("SLURM_JOB_ID")
-    assert failed.note(tmp_path, "b").endswith("failed_nodes.txt)")
+def test_a_recipe_s_variables_go_before_those_of_launch_env(monkeypatch) -> None:
+    monkeypatch.setenv("NCCL_DEBUG", "WARN")
+    front.set_variables(("NCCL_DEBUG=INFO,COLL", "NCCL_IB_HCA=mlx5_0=1"))
+    assert (os.environ["NCCL_DEBUG"], os.environ.pop("NCCL_IB_HCA")) == ("INFO,COLL", "mlx5_0=1")
+    with pytest.raises(ConfigError, match=r"run\.environment has 'NCCL_DEBUG', which sets nothing: write NAME=VALUE"):
+        front.set_variables(("NCCL_DEBUG",))
+    with pytest.raises(ConfigError, match=r"run\.environment sets HF_TOKEN, and settings are written down: export it"):
+        front.set_variables(("HF_TOKEN=hf_1234",))
 
 
-def test_a_job_that_gets_nowhere_is_not_queued_for_ever(monkeypatch, tmp_path: Path, capsys) -> None:
-    asked: list[tuple[str, ...]] = []
-    monkeypatch.setattr(slurm, "_ask", lambda *command, errors=False: asked.append(command) or "")
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What is asked of Slurm's commands in a batch job of the number 7. Nodes whose name has an x are down."""
+    lines: list[str] = []
+
+    def answer(*command: str, errors: bool = False) -> str:
+        lines.append(" ".join(command))
+        if command[:3] == ("scontrol", "show", "hostnames"):
+            return command[3].replace(",", "\n")
+        if command[:3] == ("scontrol", "show", "node"):
+            return f"NodeName={command[3]}\n   State={'DOWN*+DRAIN' if 'x' in command[3] else 'IDLE'} ThreadsPerCore=1"
+        return "   ReqNodeList=(null) ExcNodeList=(null)" if command[:3] == ("scontrol", "show", "job") else ""
+
+    monkeypatch.setattr(slurm, "_ask", answer)
     given(monkeypatch, SLURM_JOB_ID="7", ENVIRONMENT="BATCH")
+    yield lines
+
+
+def changes(asked: list[str]) -> list[str]:
+    """What was asked but only for information."""
+    return [line for line in asked if " show " not in line]
+
+
+def test_a_machine_that_failed_twice_is_named_and_left_out(asked, tmp_path: Path, capsys) -> None:
+    assert [failed.note(tmp_path, host) for host in ("a", "b")] == ["", ""] and failed.too_often(tmp_path) == []
+    assert failed.note(tmp_path, "a").startswith("a has failed 2 times in this run (")
+    assert failed.too_often(tmp_path) == ["a"]
+    assert slurm._requeue(tmp_path, went_on=True)
+    assert changes(asked) == ["scontrol requeue 7", "scontrol update JobId=7 ExcNodeList=a"]
+    assert "queueing job 7 again, without a: " in capsys.readouterr().err
+
+
+def test_nodes_that_the_user_leaves_out_stay_out(asked, tmp_path: Path, monkeypatch) -> None:
+    for _ in range(2):
+        failed.note(tmp_path, "a")
+    known = slurm._ask
+    show = lambda *command, errors=False: known(*command, errors=errors).replace("ExcNodeList=(null)", "ExcNodeList=c")  # noqa: E731
+    monkeypatch.setattr(slurm, "_ask", show)
+    slurm._requeue(tmp_path, went_on=True)
+    assert changes(asked)[-1] == "scontrol update JobId=7 ExcNodeList=a,c"
+
+
+def test_a_node_that_took_the_job_with_it_is_noted_at_its_next_start(
+    asked, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    given(monkeypatch, SLURM_JOB_NODELIST="a,x1,b")
+    assert slurm._note_start(tmp_path) == ["a", "x1", "b"]
+    assert capsys.readouterr().err == "", "the first start has none before it"
+    given(monkeypatch, SLURM_JOB_NODELIST="a,b,c")
+    slurm._note_start(tmp_path)
+    assert capsys.readouterr().err == "x1 went down under this job\n"
+    given(monkeypatch, SLURM_JOB_NODELIST="a,x2")
+    for _ in range(2):
+        slurm._note_start(tmp_path)
+    assert capsys.readouterr().err == "x2 went down under this job\n"
+    failed.note(tmp_path, "x2")
+    slurm._note_start(tmp_path)
+    assert capsys.readouterr().err == "", "it was noted when it happened"
+    given(monkeypatch, SLURM_JOB_NODELIST="a")
+    slurm._note_start(tmp_path)
+    assert capsys.readouterr().err == "", "nodes that are well are blamed for nothing"
+    given(monkeypatch, SLURM_JOB_ID="8")
+    slurm._note_start(tmp_path)
+    assert failed._times(tmp_path) == {"x1": 1, "x2": 2}
+
+
+def test_a_job_of_an_array_queues_itself_and_no_other(asked, monkeypatch, tmp_path: Path) -> None:
+    given(monkeypatch, SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="3")  # the last one has the array's number
+    slurm._requeue(tmp_path, went_on=True)
+    slurm.grow(2, 4, dry=False)
+    assert asked == ["scontrol requeue 7_3", "scontrol requeue 7_3", "scontrol update JobId=7_3 NumNodes=2 NumTasks=2"]
+
+
+def test_a_job_that_gets_nowhere_is_not_queued_for_ever(asked, monkeypatch, tmp_path: Path, capsys) -> None:
     for went_on in (False, False, True, False, False):
         slurm._requeue(tmp_path, went_on)
-    assert asked == [("scontrol", "requeue", "7")] * 5
+    assert asked == ["scontrol requeue 7"] * 5
     slurm._requeue(tmp_path, False)
     assert len(asked) == 5
     assert "stopped 3 times without a newer checkpoint: not queued again" in capsys.readouterr().err
     monkeypatch.setenv("ENVIRONMENT", "")
     slurm._requeue(tmp_path, True)
     assert len(asked) == 5, "that is a shell of somebody's"
+
+
+@pytest.mark.parametrize(
+    ("variables", "processes", "world", "nodes"),
+    [
+        ({"NPROC": "8"}, 8, 64, 8),
+        ({"SLURM_GPUS_ON_NODE": "4"}, 4, 64, 16),
+        ({"NPROC": "8"}, 8, 8, 0),
+        ({"NPROC": "8"}, 8, None, 0),
+        ({"NPROC": "8"}, 8, 12, 0),  # which the check of the layout will refuse
+        ({"NPROC": "8", "SLURM_JOB_NUM_NODES": "2"}, 16, 64, 0),  # somebody has asked for two
+        ({"NPROC": "8", "ENVIRONMENT": ""}, 8, 64, 0),  # salloc
+        ({"NPROC": "8", "SLURM_STEP_ID": "0"}, 8, 64, 0),
+    ],
+)
+def test_a_batch_job_of_one_node_takes_as_many_as_its_recipe_needs(
+    asked, monkeypatch, variables: dict[str, str], processes: int, world: int | None, nodes: int
+) -> None:
+    given(monkeypatch, **variables)
+    assert slurm.nodes_wanted(place.here(), processes, world) == nodes
+
+
+def test_many_nodes_without_gpus_are_taken_only_where_nproc_asks_for_it(asked, monkeypatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(ConfigError, match=r"parallel\.world=64 but the node of this job has no GPU: .*gpus-per-node"):
+        slurm.nodes_wanted(place.here(), 2, 64)
+
+
+def test_a_job_grows_by_going_back_into_the_queue(asked, monkeypatch, tmp_path: Path, capsys) -> None:
+    assert slurm.grow(8, 64, dry=True) == 0 and changes(asked) == []
+    line = "scontrol requeue 7 && scontrol update JobId=7 NumNodes=8 NumTasks=8"
+    assert capsys.readouterr().out == f"parallel.world=64 needs 8 nodes, and job 7 has one: {line}\n"
+    assert slurm.grow(8, 64, dry=False) == 75
+    assert changes(asked) == line.split(" && ")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN, "Slurm's TERM must not come between the two"
+    assert "queueing it again on 8 (sbatch -N 8 " in capsys.readouterr().err
+    asked.clear()
+    known = slurm._ask
+    refuse = lambda *command, errors=False: known(*command, errors=errors) or "denied" * (command[1] == "update")  # noqa: E731
+    monkeypatch.setattr(slurm, "_ask", refuse)
+    assert slurm.grow(8, 64, dry=False) == 2
+    assert changes(asked)[-1] == "scancel 7", "it would come back on one node for ever"
+    assert "Slurm refuses: denied; submit the same line with sbatch -N 8" in capsys.readouterr().err
+    for _ in range(2):
+        failed.note(tmp_path, "a")
+    assert slurm._requeue(tmp_path, went_on=True), "it is queued, if with that node"
+    assert "Slurm refuses: denied; submit the same line again with sbatch --exclude=a" in capsys.readouterr().err
+    asked.clear()
+    monkeypatch.setattr(slurm, "_ask", lambda *command, errors=False: asked.append(" ".join(command)) or "disabled")
+    assert slurm.grow(8, 64, dry=False) == 2
+    assert asked == ["scontrol requeue 7"], "it was not queued, so nothing is to be cancelled"
 
 
 @pytest.fixture

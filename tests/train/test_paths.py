@@ -49,6 +49,22 @@ def test_a_path_is_the_callers(tmp_path: Path, given: str, meant: str) -> None:
     assert paths.anchored([given], KNOWN) == [given], "in the checkout nothing is to be changed"
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("data.corpus=mine,/there,../b", "data.corpus={folder}/mine,/there,{parent}/b"),
+        ("data.corpus=choice(mine,'b')", "data.corpus={folder}/mine,'{folder}/b'"),
+        ("data.corpus='a,b',c", "data.corpus='{folder}/a,b',{folder}/c"),
+        ("data.sources=[[a,1]],[[b,1]]", 'data.sources=[["{folder}/a",1]],[["{folder}/b",1]]'),
+        ("run.init=out/a,b", "run.init={folder}/out/a,b"),
+        ("seed=1,2", "seed=1,2"),
+    ],
+)
+def test_each_value_of_a_sweep_is_the_callers(tmp_path: Path, given: str, meant: str) -> None:
+    expected = meant.format(folder=tmp_path, parent=tmp_path.parent)
+    assert paths.anchored(["--from", str(tmp_path), "-m", given], KNOWN) == ["-m", expected]
+
+
 def test_options_that_take_a_path(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").touch()
     found = paths.anchored(["--from", str(tmp_path), "-cn", "mine.yaml", "--config-dir=.", "-cn", "tiny"], KNOWN)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import pytest
 from data.secrets import hidden, hide, one_line
 from train import front
 from train.__main__ import run
+from train.arguments import CommandLine, combinations, label
+from train.job.provenance import HISTORY_FILE, note_start
 from train.job.shelf import read_state, write_state
 from train.settings.run import Config, describe, save_config
 from train.settings.run_checks import check_plan
@@ -77,6 +80,22 @@ def test_config_yaml_and_the_start_of_a_run_show_none(config):
     assert SECRET not in save_config(config).read_text()
     assert "s3://***@bucket/corpus" in save_config(config).read_text()
     assert SECRET not in "\n".join(describe(config, check_plan(config, 2)))
+    note_start(config, replace(config, data=replace(config.data, cache=f"{LOGIN}/other")), 0, 2)
+    history = (config.run.path / HISTORY_FILE).read_text()
+    assert (
+        SECRET not in history and '"data.cache": ["s3://***@bucket/corpus/other", "s3://***@bucket/corpus"]' in history
+    )
+
+
+def test_names_of_a_sweep_s_runs_and_dry_runs_show_none(monkeypatch, capsys):
+    swept = [[f"data.corpus={url}" for url in (LOGIN, SIGNED)]]
+    labels = [label(line, swept) for line in combinations(CommandLine(overrides=(swept[0][0],)), swept)]
+    assert labels == ["data.corpus=s3-bucket-corpus", "data.corpus=https-host-part.parquet"]
+    for name in ("NNODES", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    assert front.launch("train", [f"data.corpus={LOGIN}", "--dry-run"], 1, lambda: None, None) == 0
+    shown = capsys.readouterr().out
+    assert SECRET not in shown and "s3://***@bucket/corpus" in shown
 
 
 def test_a_checkpoint_s_state_shows_none(tmp_path):

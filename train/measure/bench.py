@@ -249,8 +249,9 @@ def run_bench(configs: Mapping[str, Config], settings: BenchSettings) -> int:
     """The bench command in each of its processes: a recipe and its variants, by name, one after the other; the exit
     code. What is measured so far is on disk after each.
     """
-    process_groups.start(process_groups.local_device())
     first, *_ = configs.values()
+    process_groups.set_variables(first.parallel)
+    process_groups.start(process_groups.local_device())
     topology = resolve(first.parallel, first.model, torch.distributed.get_world_size())
     groups = process_groups.lay_out(topology)
     path, results = Path(settings.output), {}

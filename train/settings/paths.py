@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import yaml
@@ -29,8 +30,10 @@ PATHS = (
     "prompt_file",
     "tokenizer",
 )
+CHOICE = re.compile(r"choice\((.*)\)")  # the other way to write a sweep
 RUNS = ("run", "run.init", "run.fork")  # names of runs, or their directories, which have a slash
 WORDS = ("", "null", "embedded", "train")
+SWEEP = ("-m", "--multirun")
 OPTIONS = ("-cd", "--config-dir", "-cn", "--config-name", "--check", "--repair", "--join", "--index")
 # Where a checkout that cannot be written keeps what it would write into itself.
 WRITTEN = {"run.dir": "runs", "data.cache": ".cache/corpus"}
@@ -45,28 +48,59 @@ def anchored(arguments: list[str], known: set[str]) -> list[str]:
     if arguments[:1] != [OPTION]:
         return arguments
     folder, rest = Path(arguments[1]), arguments[2:]
-    found = [_anchored(before, argument, folder) for before, argument in zip(["", *rest], rest, strict=False)]
+    sweeps = bool({*SWEEP} & {*rest})
+    pairs = zip(["", *rest], rest, strict=False)
+    found = [_anchored(before, argument, folder, sweeps) for before, argument in pairs]
     given = {argument.partition("=")[0].lstrip("+") for argument in rest}
     if not os.access(ROOT, os.W_OK):
         found += [f"{key}={folder / place}" for key, place in WRITTEN.items() if key in known - given]
     return found
 
 
-def _anchored(before: str, argument: str, folder: Path) -> str:
+def _anchored(before: str, argument: str, folder: Path, sweeps: bool) -> str:
     key, equals, value = argument.partition("=")
     if before in OPTIONS and not argument.startswith("-"):
         return _path(argument, folder, must_exist=before != "--join")  # which is not there yet
     if equals and key in OPTIONS:
         return f"{key}={_path(value, folder, must_exist=True)}"
-    if not equals or key.lstrip("+") not in (RUNS if "/" in value else ()) + PATHS:
+    if not equals or key.lstrip("+") not in RUNS + PATHS:
         return argument
+    if not sweeps:
+        return f"{key}={_valued(key, value, folder)}"
+    choices = CHOICE.fullmatch(value)
+    parts = _parts(choices[1] if choices else value)
+    # Quotes stay, as they may hold a comma.
+    quotes = [part[0] if part[:1] in ("'", '"') else "" for part in parts]
+    values = [
+        quote + _valued(key, part, folder).strip("'\"") + quote for quote, part in zip(quotes, parts, strict=True)
+    ]
+    return f"{key}={','.join(values)}"
+
+
+def _valued(key: str, value: str, folder: Path) -> str:
     if key == "run" and value.startswith("["):  # several runs
         names = [name.strip() for name in value.strip("[]").split(",")]
-        return f"{key}=[{','.join(_path(name, folder, must_exist=False) if '/' in name else name for name in names)}]"
+        return f"[{','.join(_path(name, folder, must_exist=False) if '/' in name else name for name in names)}]"
+    if key.lstrip("+") in RUNS and "/" not in value:
+        return value
     if key.endswith("sources"):
-        return f"{key}={_listed(value, folder)}"
+        return _listed(value, folder)
     loose = key.endswith(("tokenizer", "input", "hf"))  # which may be names on the hub
-    return f"{key}={_path(value, folder, must_exist=loose)}"
+    return _path(value, folder, must_exist=loose)
+
+
+def _parts(value: str) -> list[str]:
+    """The values of a sweep: what stands between commas that are in no brackets and no quotes."""
+    parts, depth, quote = [""], 0, ""
+    for letter in value:
+        if letter == "," and not depth and not quote:
+            parts.append("")
+            continue
+        if letter in "'\"" and quote in ("", letter):
+            quote = "" if quote else letter
+        depth += 0 if quote else (letter in "[{(") - (letter in "]})")
+        parts[-1] += letter
+    return parts
 
 
 def _listed(value: str, folder: Path) -> str:

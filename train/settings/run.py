@@ -76,6 +76,10 @@ class RunConfig:
     ] = 0
     dry_run: Annotated[bool, "builds one process's part without numbers, says what it would take, and ends"] = False
     max_time: Annotated[float | None, "minutes after which the run saves and stops; null: no limit"] = None
+    environment: Annotated[
+        tuple[str, ...],
+        "[NAME=VALUE, ...]: variables of all processes, for NCCL, InfiniBand and the like; they go before launch.env",
+    ] = ()
 
     @property
     def path(self) -> Path:

@@ -10,7 +10,7 @@ from model.backend import check_backend, check_fp8_sizes, require_backend
 from model.config import check_balance, check_model
 from parallel.engine import check_engine, require_package
 from parallel.topology import Topology, TopologyError, check_length, microbatches, resolve
-from train.settings.checks import check_least, check_seed
+from train.settings.checks import check_environment, check_least, check_seed
 from train.settings.optim import check_optim
 from train.settings.run import Config, RunConfig
 from train.settings.tree import ConfigError
@@ -103,6 +103,7 @@ def _check_run(run: RunConfig) -> None:
     for name, minutes in (("start", run.start_timeout), ("step", run.step_timeout)):
         if not minutes > 0:
             raise ConfigError(f"run.{name}_timeout={minutes} must be above 0 minutes")
+    check_environment(run.environment)
     if run.max_time is not None and not run.max_time > 0:
         raise ConfigError(f"run.max_time={run.max_time} must be above 0 minutes, or null to have no limit")
 
