@@ -12,7 +12,7 @@ from enum import StrEnum
 from train.watch import catalog, goodput, metrics
 from train.watch.catalog import Kind, Metric
 
-LAYER, PART = r"\d+|mtp", r"[^/]+"
+LAYER, PART, ANY = r"\d+|mtp", r"[^/]+", ".+"  # a source of data may be a path
 SEVERAL = (Kind.BY_PART, Kind.BY_PART_AND_LAYER)
 
 
@@ -50,7 +50,8 @@ class Panel:
 
     def pattern(self, metric: Metric) -> str:
         """A regular expression for the names under which the panel finds a metric in a log."""
-        name, part, layer = re.escape(metric.name), f"/(?:{PART})", f"/(?:{LAYER})"
+        known = "|".join(metric.parts) or (PART if metric.kind is Kind.BY_PART_AND_LAYER else ANY)
+        name, part, layer = re.escape(metric.name), f"/(?:{known})", f"/(?:{LAYER})"
         if self.view in (View.LAYERS, View.COLUMNS):
             return name + (part if metric.kind is Kind.BY_PART_AND_LAYER else "") + layer
         return name + (part if metric.kind in SEVERAL else "")

@@ -25,7 +25,7 @@ from train.watch.report.figures import EACH_STEP, Shown, figure, is_zero, run_da
 from train.watch.report.series import Log, read_log
 from train.watch.report.summary import Summary, summarise
 
-UNDER = (View.LAYERS, View.COLUMNS, View.SHARES)  # which stand under the curves
+MAPS = (View.LAYERS, View.COLUMNS)  # which stand under the curves
 SHOWN_EVENTS = 200  # the last ones, where there are more
 ANCHORS = {"Starts and faults": "starts", "Settings": "settings"}
 esc = html.escape
@@ -174,7 +174,7 @@ def _section(
             zero.append(panel.title)
             figures[:] = [one for one in figures if one["title"] != panel.title]
         else:
-            drawn[panel.view in UNDER].append(found)
+            drawn[panel.view in MAPS or (panel.view is View.SHARES and len(runs) > 1)].append(found)
     title = esc(section.title)
     if not zero and not any(drawn.values()):
         return f'<p class="none"><b>{title}</b>: nothing to show; {esc(section.without)}.</p>', False
