@@ -26,6 +26,7 @@ from train.job.checkpoint import load, save
 from train.job.directory import COUNTS
 from train.job.shelf import Shelf
 from train.loop import micro_batches, train_step
+from train.measure.doctor import ADAM_TOLERANCE
 from train.observe import step_metrics
 from train.routing import begin_step
 from train.settings.run import BatchConfig, RunConfig
@@ -262,6 +263,14 @@ def test_a_step_that_is_not_accepted_changes_nothing(ranks):
         assert unharmed
         # The same rows in one micro-batch and in two.
         assert following == pytest.approx(grad_norm, rel=1e-5)
+
+
+@needs_deepspeed
+@pytest.mark.slow
+def test_the_fused_adamw_is_adamw():
+    from parallel.engine_deepspeed import cpu_adam_error
+
+    assert cpu_adam_error() < ADAM_TOLERANCE
 
 
 def _topology(**sizes: int) -> Topology:

@@ -156,6 +156,13 @@ def test_doctor_fails_on_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch, capsys:
     assert "grouped products" in capsys.readouterr().err
 
 
+def test_doctor_fails_on_a_wrong_optimizer_of_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor.check_optimizer(Config()) == []
+    for error, wrong in ((1e-7, []), (1e-2, ["AdamW on the CPU"]), (float("nan"), ["AdamW on the CPU"])):
+        monkeypatch.setattr(doctor, "optimizer_error", lambda config, error=error: error)
+        assert doctor.check_optimizer(Config()) == wrong
+
+
 def test_training_on_a_gpu_refuses_wrong_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "check_kernels", lambda *_: ["delta rule, packed documents"])
     narrow = replace(SMALL, dtype="bfloat16")
