@@ -23,7 +23,7 @@ from parallel import compat, optimizer_state
 from parallel.collectives import sum_over
 from parallel.deepspeed_groups import ExpertGroups, Mpu
 from parallel.engine import Accept, AdamW, DeepSpeedConfig, State
-from parallel.optimizer_state import MOMENTS, OptimizerShard
+from parallel.optimizer_state import MASTER, MOMENTS, OptimizerShard
 from parallel.replicas import damaged_replicas
 from parallel.stages import load_weights, sharded_weights
 
@@ -221,7 +221,8 @@ class DeepSpeedEngine:
         self.steps = state["optimizer_step"]
         load_weights(self.chunks, state)
         for shard in self.shards():
-            shard.main.copy_(shard.parameter.detach().flatten()[shard.start : shard.stop])
+            if MASTER not in shard.tensors:  # else the checkpoint has it, and may have filled it where it lies
+                shard.main.copy_(shard.parameter.detach().flatten()[shard.start : shard.stop])
         optimizer_state.take(self.shards(), self._sharded_weights(), state["optimizer"])
         self._release_weights(changed=True)
 
