@@ -18,15 +18,17 @@ FP8_ALIGNED = 16  # rows and columns of whatever is multiplied in FP8
 # The linear layers that are Transformer Engine's, all of whose products, forwards and backwards, FP8 rounds to 8 bits.
 # Every other parameter stays as it is: routers, gates, norms, convolutions, decays, eh_proj of the MTP layer and the
 # head, whose logits the loss is taken of (DeepSeek-V3 report, 2024, section 3.3.1, keeps the same in high precision);
-# and the experts: Transformer Engine's grouped product takes 64 of them a call and their numbers of rows from the host
-# (2.20), and NVIDIA's own tuning of Qwen3.5-35B-A3B on H100 (Megatron-Bridge, pull request 5098) kept them in bfloat16.
+# and the experts. The shared one is narrow: at a width of 512 its products are no faster in FP8 than in bfloat16
+# (tests/bench/RESULTS.md). Of the routed ones Transformer Engine's grouped product takes 64 a call and their numbers of
+# rows from the host (2.20), and NVIDIA's own tuning of Qwen3.5-35B-A3B on H100 (Megatron-Bridge, pull request 5098)
+# kept them in bfloat16.
 TE_LINEARS = {
     "linear_qkv": "attention: queries, gates, keys, values",
     "linear_proj": "attention: output",
     "in_proj": "Gated DeltaNet: queries, keys, values, output gates; write strengths b and decays a stay bfloat16",
     "out_proj": "Gated DeltaNet: output",
-    "linear_fc1": "shared expert, dense layer: gate and up",
-    "linear_fc2": "shared expert, dense layer: down",
+    "linear_fc1": "dense layer: gate and up",
+    "linear_fc2": "dense layer: down",
 }
 
 
@@ -73,10 +75,8 @@ def linear_sizes(model: ModelConfig) -> dict[str, tuple[int, int]]:
         per_head = 2 * model.linear_key_dim + ratio * (2 * model.linear_value_dim + 2)
         sizes["in_proj"] = (hidden, model.linear_key_heads * per_head)
         sizes["out_proj"] = (model.linear_value_heads * model.linear_value_dim, hidden)
-    width = model.shared_expert_size if "E" in model.layers else 0
-    width = width or (model.dense_size if "-" in model.layers else 0)
-    if width:
-        sizes |= {"linear_fc1": (hidden, 2 * width), "linear_fc2": (width, hidden)}
+    if "-" in model.layers:
+        sizes |= {"linear_fc1": (hidden, 2 * model.dense_size), "linear_fc2": (model.dense_size, hidden)}
     return sizes
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from model.backend import FP8
 from model.config import LAYER, BalanceConfig, Layout, ModelConfig, MtpConfig, OneProcess
-from model.kernels.backends import LINEARS, ReplicatedLinear
+from model.kernels.backends import LINEARS, Linears, ReplicatedLinear
 from model.layers.attention import GatedAttention, GatedAttentionSubmodules
 from model.layers.deltanet import GatedDeltaNet, GatedDeltaNetSubmodules
 from model.layers.dense import Dense, SwiGLUSubmodules
@@ -173,10 +173,10 @@ def stack_spec(backend: str = "torch") -> ModuleSpec:
             self_attn_bda=get_bias_dropout_add,
         )
 
-    def feed_forward(mlp) -> ModuleSpec:
+    def feed_forward(mlp, own: Linears) -> ModuleSpec:
         return layer(
             pre_mlp_layernorm=ResidualRMSNorm,
-            mlp=mlp.builder(SwiGLUSubmodules(linears.column, linears.row)),
+            mlp=mlp.builder(SwiGLUSubmodules(own.column, own.row)),
             mlp_bda=get_bias_dropout_add,
         )
 
@@ -188,8 +188,8 @@ def stack_spec(backend: str = "torch") -> ModuleSpec:
         submodules=HybridStackSubmodules(
             gdn_layer=mixer(GatedDeltaNet, delta),
             attention_layer=mixer(GatedAttention, attention),
-            mlp_layer=feed_forward(Dense),
-            moe_layer=feed_forward(MixtureOfExperts),
+            mlp_layer=feed_forward(Dense, linears),
+            moe_layer=feed_forward(MixtureOfExperts, LINEARS["torch"]),
             mtp_block_spec=ModuleSpec(
                 module=MultiTokenPredictionBlock, submodules=MultiTokenPredictionBlockSubmodules(layer_specs=[mtp])
             ),

@@ -1,7 +1,7 @@
 """The largest model that trains a step on one GPU of a given memory, with and without the optimizer in the host's.
 
-``python -m tests.bench.offload -cn proxy --gpu-gb 24 --experts 64 --offload-experts 336 [key=value ...]``: each size is
-a process of its own, whose allocator may take so many GB; what it prints goes to the screen and to $OUT.
+``python -m tests.bench.offload -cn proxy --gpu-gb 24 --experts 64,80 --offload-experts 336 [key=value ...]``: each size
+is a process of its own, whose allocator may take so many GB; what it prints goes to the screen and to $OUT.
 """
 
 import argparse
@@ -61,6 +61,11 @@ def measure(config: Config, sequences: int) -> dict[str, float]:
     }
 
 
+def numbers(text: str) -> list[int]:
+    """Of a list with commas."""
+    return [int(number) for number in text.split(",")]
+
+
 def run_one(arguments: argparse.Namespace, rest: list[str]) -> None:
     """One size in this process; out of memory is a result too."""
     total = torch.cuda.get_device_properties(0).total_memory
@@ -79,8 +84,8 @@ def main() -> None:
     parser.add_argument("-cn", default="proxy")
     parser.add_argument("--gpu-gb", type=float, default=24.0)
     parser.add_argument("--sequences", type=int, default=1)
-    parser.add_argument("--experts", type=int, nargs="*", default=[], help="without offload")
-    parser.add_argument("--offload-experts", type=int, nargs="*", default=[])
+    parser.add_argument("--experts", type=numbers, default=[], help="without offload")
+    parser.add_argument("--offload-experts", type=numbers, default=[])
     parser.add_argument("--one", action="store_true")
     arguments, rest = parser.parse_known_args()
     if arguments.one:

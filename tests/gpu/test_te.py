@@ -32,7 +32,7 @@ pytestmark = [
 ]
 ROOT = Path(__file__).parents[2]
 MTP = MtpConfig(steps=2)
-SHAPE = ModelConfig(dtype="bfloat16", hidden_size=256, linear_key_heads=4, linear_value_heads=8)
+SHAPE = ModelConfig(pattern="GEG-GE*E", dtype="bfloat16", hidden_size=256, linear_key_heads=4, linear_value_heads=8)
 BACKENDS = {"torch": ("torch", "off"), "te": ("te", "off"), **{fp8: ("te", fp8) for fp8 in FP8}}
 # The text that runs are compared on: three blocks of Gated DeltaNet and one of attention, of widths that FP8 takes.
 RUN = [
@@ -42,6 +42,9 @@ RUN = [
     "batch.global=32",
     "batch.micro=32",
     "run.log_every=1",
+    "run.eval_samples=8",
+    "run.eval_prompts=0",
+    "wandb.mode=disabled",
 ]
 STEPS, LAST = 200, 50
 
@@ -105,9 +108,10 @@ def test_in_fp8_it_is_nearly_the_model_of_torch(networks, fp8: str) -> None:
     errors = {name: relative_error(others[name], gradients[name]) for name in gradients}
     median = statistics.median(errors.values())
     print(f"{fp8}: losses {found.tolist()}, torch's {expected.tolist()}, median error of gradients {median}")
-    # 3 bits of mantissa: 2^-4 for each number, random, in both factors of a product; sums average it out.
-    torch.testing.assert_close(found, expected, rtol=2e-2, atol=0)
-    assert median < 0.2
+    # A product is off by 4 % (`train.measure.doctor.FP8_TOLERANCE`, which each layer is held to by itself). Through 8
+    # layers of large random weights that tips tokens to other experts; a wrong product shows as 1 or more.
+    torch.testing.assert_close(found, expected, rtol=5e-2, atol=0)
+    assert median < 0.6
     assert all(x.isfinite().all() for x in others.values())
 
 
@@ -168,43 +172,48 @@ def test_gradients_go_into_the_sums_of_data_parallelism(networks, groups) -> Non
         assert norms["block"][key] == pytest.approx(norm, rel=0.3), key
 
 
-def _train(directory: Path, name: str, backend: str, steps: int = STEPS) -> list[dict]:
+def _start(directory: Path, name: str, backend: str, steps: int) -> subprocess.Popen:
     kind, fp8 = BACKENDS[backend]
     settings = [*RUN, f"model.backend={kind}", f"model.fp8={fp8}", f"run.steps={steps}", f"run.name={name}"]
-    settings += [f"run.dir={directory}", f"data.cache={directory / 'cache'}", "wandb.mode=disabled"]
+    settings += [f"run.dir={directory}", f"data.cache={directory / f'cache_{name}'}"]
     command = [sys.executable, "-m", "train", "train", *settings]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return [json.loads(line) for line in (directory / name / "metrics.jsonl").read_text().splitlines()]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def _end_loss(metrics: list[dict]) -> float:
-    """Mean loss of the last steps."""
-    losses = [one["lm_loss"] for one in metrics if "lm_loss" in one]
-    assert len(losses) == STEPS
-    return statistics.mean(losses[-LAST:])
+def _train(directory: Path, backends: dict[str, str], steps: int) -> dict[str, dict[int, float]]:
+    """The losses of runs at once on one GPU, by step."""
+    processes = {name: _start(directory, name, backend, steps) for name, backend in backends.items()}
+    losses = {}
+    for name, process in processes.items():
+        output, _ = process.communicate(timeout=200)
+        assert process.returncode == 0, f"{name}: {output[-3000:]}"
+        metrics = map(json.loads, (directory / name / "metrics.jsonl").read_text().splitlines())
+        losses[name] = {one["step"]: one["lm_loss"] for one in metrics if "lm_loss" in one}
+    return losses
 
 
 @pytest.fixture(scope="module")
-def text_runs(tmp_path_factory) -> tuple[Path, dict[str, float]]:
+def text_runs(tmp_path_factory) -> tuple[Path, dict[str, dict[int, float]]]:
     directory = tmp_path_factory.mktemp("runs")
-    return directory, {name: _end_loss(_train(directory, name, name)) for name in ("torch", "te", "block")}
+    return directory, _train(directory, {name: name for name in ("torch", "te", "block")}, STEPS)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(250)
 def test_two_hundred_steps_of_text_end_at_the_loss_of_torch(text_runs) -> None:
-    _, losses = text_runs
-    print(f"mean loss of the last {LAST} of {STEPS} steps: {losses}")
+    ends = {name: statistics.mean(list(losses.values())[-LAST:]) for name, losses in text_runs[1].items()}
+    print(f"mean loss of the last {LAST} of {STEPS} steps: {ends}")
+    assert {len(losses) for losses in text_runs[1].values()} == {STEPS}
     for name in ("te", "block"):
-        assert losses[name] == pytest.approx(losses["torch"], rel=5e-3), name
+        assert ends[name] == pytest.approx(ends["torch"], rel=5e-3), name
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(250)
 def test_a_run_goes_on_with_another_backend(text_runs) -> None:
     directory, _ = text_runs
-    metrics = _train(directory, "torch", "block", STEPS + 5)
-    metrics = _train(directory, "torch", "torch", STEPS + 10)
-    losses = {one["step"]: one["lm_loss"] for one in metrics if "lm_loss" in one}
-    before = statistics.mean(losses[step] for step in range(STEPS - 9, STEPS + 1))
-    after = statistics.mean(losses[step] for step in range(STEPS + 1, STEPS + 11))
-    assert after == pytest.approx(before, rel=0.1)  # of batches of other text
+    found = _train(directory, {"torch": "block", "block": "torch", "te": "te"}, STEPS + 5)
+    ends = {
+        name: statistics.mean(losses[step] for step in range(STEPS + 1, STEPS + 6)) for name, losses in found.items()
+    }
+    print(f"mean loss of 5 steps with another backend: {ends}")
+    for name in ("torch", "block"):  # the same text; without the moments or the masters they would part
+        assert ends[name] == pytest.approx(ends["te"], rel=1e-2), name

@@ -57,8 +57,8 @@ def test_sizes_that_fp8_does_not_take_are_refused() -> None:
     check_fp8_sizes(replace(BLOCK, fp8="off"), OneProcess(), 4095)
     with pytest.raises(ModelError, match=r"batch.micro x data.seq_length gives a process 4100: choose a"):
         check_fp8_sizes(BLOCK, OneProcess(), 4100)
-    with pytest.raises(ModelError, match=r"and linear_fc2 \(shared expert, dense layer: down\) has 24 on a process"):
-        check_fp8_sizes(replace(BLOCK, pattern="*E", shared_expert_size=48), OneProcess(tensor=2), 4096)
+    with pytest.raises(ModelError, match=r"and linear_fc2 \(dense layer: down\) has 24 on a process"):
+        check_fp8_sizes(replace(BLOCK, pattern="*-", dense_size=48), OneProcess(tensor=2), 4096)
 
 
 def test_missing_parts_are_named_with_what_brings_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,9 +79,9 @@ def test_the_spec_gives_each_backend_its_linear_layers() -> None:
         delta, attention = (x.submodules.self_attention.submodules for x in (layers.gdn_layer, layers.attention_layer))
         assert (delta.in_proj, delta.out_proj) == (linears.heads, linears.row)
         assert (attention.linear_qkv, attention.linear_proj) == (linears.column, linears.row)
-        for layer in (layers.mlp_layer, layers.moe_layer):
+        for layer, own in ((layers.mlp_layer, linears), (layers.moe_layer, backends.LINEARS["torch"])):
             parts = layer.submodules.mlp.keywords["submodules"]
-            assert (parts.linear_fc1, parts.linear_fc2) == (linears.column, linears.row)
+            assert (parts.linear_fc1, parts.linear_fc2) == (own.column, own.row)
         (mtp,) = layers.mtp_block_spec.submodules.layer_specs
         assert mtp.submodules.eh_proj is backends.ReplicatedLinear
 
@@ -133,9 +133,12 @@ def te(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
 
 
 def test_a_checkpoint_does_not_tell_the_backends_apart(te, build: Callable, groups) -> None:
-    ours, theirs = (build(replace(SMALL, dtype="float32", backend=name), MtpConfig(steps=1)) for name in BACKENDS)
+    ours, theirs = (
+        build(replace(SMALL, pattern="G-*E", dtype="float32", backend=name), MtpConfig(steps=1)) for name in BACKENDS
+    )
     found = {name.rsplit(".", 1)[-1] for name, module in theirs.named_modules() if isinstance(module, te.Linear)}
     assert found == set(TE_LINEARS)
+    assert not [x for moe in theirs.moe_layers() for x in moe.modules() if isinstance(x, te.Linear)]
     assert isinstance(theirs.decoder.layers[0].self_attention.in_proj, te.HeadsLinear)
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     entries = [x.sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp}) for x in (ours, theirs)]
@@ -182,7 +185,7 @@ def test_write_strengths_and_decays_are_not_rounded(heads: nn.Module, fused: boo
 
 
 def test_the_doctor_sees_how_far_rounded_products_are(te, groups) -> None:
-    shape = replace(SMALL, dtype="float32", backend="te", hidden_size=32)
+    shape = replace(SMALL, pattern="G-*E", dtype="float32", backend="te", hidden_size=32)
     assert max(linear_errors(shape, torch.device("cpu")).values()) < 1e-5
     with _autocast(True):
         errors = linear_errors(shape, torch.device("cpu"))
