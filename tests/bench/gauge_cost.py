@@ -4,12 +4,12 @@ python -m tests.bench.gauge_cost -cn tiny [--rows 8] [--steps 12] [model.repeats
 """
 
 import argparse
+import os
 import statistics
 import time
 from dataclasses import replace
 
 import torch
-import torch.distributed as dist
 
 from data.order.batches import Batch
 from model.init import initialise
@@ -51,9 +51,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12, help="steps of each kind that are timed")
     asked, settings = parser.parse_known_args()
     device = process_groups.local_device()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    process_groups.start(device)
     job = make_job(["-cn", asked.cn, f"batch.micro={asked.rows}", f"batch.global={asked.rows}", *settings], device)
     engine = engine_of(job.chunks, job.config, job.groups, device)
     gauges = Gauges(job, engine)
