@@ -91,7 +91,8 @@ def commands(tmp_path: Path, corpus: Path) -> Commands:
 def test_a_run_is_repeatable_bit_for_bit_and_keeps_the_contract_of_its_directory(commands: Commands):
     output = commands.train("first")
     # Neither gauges nor a profile change what is computed.
-    profiled = commands.train("second", "run.detail_every=2", "run.profile=[2,3]", "wandb.mode=offline")
+    watched = ("run.detail_every=2", "run.profile=[2,3]", "wandb.mode=offline")
+    profiled = commands.train("second", *watched, "run.save_every=2", "run.eval_every=2", "run.eval_prompts=2")
     assert commands.losses("first") == commands.losses("second")
     assert_traces(commands.runs / "second" / "logs", profiled)
     assert_catalogued(commands.metrics("second"))
