@@ -28,6 +28,7 @@ from parallel.replicas import damaged_replicas
 from parallel.stages import load_weights, sharded_weights
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+GROUP = 2**30
 
 
 class _Stage(nn.Module):
@@ -58,15 +59,21 @@ def _prepare_gradients(chunk: MegatronModule, groups: ProcessGroupCollection) ->
 
 
 def _parameter_groups(chunk: MegatronModule, decays: Callable[[str], bool], adamw: AdamW) -> list[dict[str, Any]]:
-    """AdamW's groups: what decays and what does not, dense parameters and experts, each of one type."""
-    found: dict[tuple[bool, bool, torch.dtype], dict[str, Any]] = {}
+    """AdamW's groups: what decays and what does not, dense parameters and experts, each of one type.
+
+    A group's weights are copied whole while ZeRO is set up, so it holds `GROUP` numbers or a single parameter at most.
+    """
+    found: dict[tuple[bool, bool, torch.dtype], list[dict[str, Any]]] = {}
     for name, parameter in chunk.named_parameters():
         is_expert, decayed = is_moe_param(parameter), decays(name)
         own: dict[str, Any] = {"params": [], "weight_decay": adamw.weight_decay * decayed, "name": "dense"}
         if is_expert:
             own |= {"moe": True, "name": parameter.group_name}
-        found.setdefault((is_expert, decayed, parameter.dtype), own)["params"].append(parameter)
-    return list(found.values())
+        groups = found.setdefault((is_expert, decayed, parameter.dtype), [own])
+        if groups[-1]["params"] and sum(map(torch.numel, groups[-1]["params"])) + parameter.numel() > GROUP:
+            groups.append(own)
+        groups[-1]["params"].append(parameter)
+    return [group for groups in found.values() for group in groups]
 
 
 def _config(settings: DeepSpeedConfig, adamw: AdamW, dtype: torch.dtype) -> dict[str, Any]:

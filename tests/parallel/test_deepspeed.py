@@ -4,6 +4,7 @@ Both are given the same parameters and batches; what differs is the order in whi
 optimizer on the CPU the arithmetic of its fused AdamW.
 """
 
+import importlib
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
@@ -120,6 +121,7 @@ def _pieces(engine: Engine) -> Pieces:
 def _chain(name: str, runs: Path) -> dict:
     """A step with each engine of a chain, through checkpoints, and the same steps with megatron-core's alone."""
     model, parts = CHAINS[name]
+    importlib.import_module("parallel.engine_deepspeed").GROUP = 3000  # several groups of each kind
     job = _job(model, parts[0][0], MEGATRON, runs)
     found = {"straight": _train(job, start_engine(job), 1, len(parts)), "values": [], "saved": [], "loaded": []}
     for step, (parallel, settings) in enumerate(parts, start=1):
