@@ -116,19 +116,20 @@ def test_torn_lines_and_numbers_that_are_none_are_counted(tmp_path):
 
 def test_the_page_says_how_the_run_stands_and_what_happened(tmp_path):
     config = make_run(tmp_path, "one", zero=("dead_experts",), project="<script>alert(1)</script>")
+    told = "alert: step 8: dead_experts 2: raise balance.weight\nwarning: another line\n"
+    (config.run.path / "logs" / "20261130-000000" / "rank_00000.err").write_text(told)
     write_beat(config.run.path, 24, {})
     beat = json.loads((config.run.path / "heartbeat.json").read_text())
     text = page_of(config, now=beat["time"] + 1)
     assert '<span class="state running">running</span>' in text and "(60.0%)" in text
     assert "a loss is nan; samples [64, 71]; in decoder.weight" in text and "bad step" in text
-    assert "node1" in text and "optim.lr" in text and "0.002" in text
+    assert "<td>8</td><td>alert</td><td>dead_experts 2: raise balance.weight</td>" in text
+    assert "1 alert, 1 bad step" in text and "node1" in text and "optim.lr" in text and "0.002" in text
     assert "<script>alert" not in text and "&lt;script&gt;alert(1)" in text
     assert not re.search(r"(src|href)=\"?(https?:)?//|@import|url\((?!#)", text), "it loads nothing"
     data = json.loads(re.search(r'id="page-data">(.*?)</script>', text, re.DOTALL)[1])
-    assert data["runs"][0]["marks"] == [
-        [6, "start", "start 2: 4 processes, node1"],
-        [9, "bad step", data["runs"][0]["marks"][1][2]],
-    ]
+    marks = [(step, kind) for step, kind, _ in sorted(data["runs"][0]["marks"])]
+    assert marks == [(6, "start"), (8, "alert"), (9, "bad step")]
     assert "Zero all along: Dead experts" in text
     assert data["runs"][0]["series"]["lm_loss"]["y"][:2] == [1.5, 2.5], "every step, not only the logged ones"
     titles = [figure["title"] for figure in data["figures"]]

@@ -5,6 +5,7 @@ import json
 import re
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from train.job.left_out import LOG_FILE, read_left_out
 from train.job.provenance import HISTORY_FILE
 from train.job.shelf import BROKEN
 
-START, BAD_STEP, HANG, DAMAGE = "start", "bad step", "hang", "damaged checkpoint"
+START, ALERT, BAD_STEP, HANG, DAMAGE = "start", "alert", "bad step", "hang", "damaged checkpoint"
 TIME = "%Y-%m-%dT%H:%M:%SZ"
 LAST_WORDS = 12  # lines of what a run wrote last
 
@@ -24,7 +25,8 @@ class Event:
     """Something that happened to a run.
 
     Attributes:
-        time: seconds since 1970. step: the last step done before, or the bad one; None where no file says it.
+        time: seconds since 1970; of an alert, when the start began that told it.
+        step: the last step done before, or the one that it is about; None where no file says it.
     """
 
     time: float
@@ -40,7 +42,9 @@ def starts(run: Path) -> list[dict[str, Any]]:
 
 def events(run: Path) -> list[Event]:
     """All of them in order."""
-    return sorted([*_starts(run), *_bad_steps(run), *_hangs(run), *_damaged(run)], key=lambda event: event.time)
+    return sorted(
+        [*_starts(run), *_alerts(run), *_bad_steps(run), *_hangs(run), *_damaged(run)], key=lambda event: event.time
+    )
 
 
 def left_out(run: Path) -> list[str]:
@@ -60,6 +64,15 @@ def _starts(run: Path) -> Iterator[Event]:
         where = f"start {number}: {line.get('processes')} processes, {line.get('host')}"
         moment = calendar.timegm(time.strptime(line["time"], TIME))
         yield Event(moment, line.get("step"), START, where)
+
+
+def _alerts(run: Path) -> Iterator[Event]:
+    """What the console was told, in the logs of the first process: ``alert: step 7: what is so: what to do``."""
+    for file in sorted((run / "logs").glob("*/rank_00000.err")):
+        with suppress(ValueError), file.open(encoding="utf-8", errors="replace") as lines:
+            began = time.mktime(time.strptime(file.parent.name, "%Y%m%d-%H%M%S"))
+            for found in filter(None, (re.match(r"alert: step (\d+): (.*)", line) for line in lines)):
+                yield Event(began, int(found[1]), ALERT, hide(found[2]))
 
 
 def _bad_steps(run: Path) -> Iterator[Event]:

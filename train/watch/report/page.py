@@ -240,18 +240,22 @@ def _starts(runs: Sequence[Run]) -> str:
         text = _table(["start", "time", "after step", "processes", "host", "commit"], of_starts)
         if wrong:
             rows = [
-                [time.strftime(events.TIME, time.gmtime(event.time)), "" if event.step is None else str(event.step),
-                 esc(event.kind), esc(event.text)]
+                [_moment(event), "" if event.step is None else str(event.step), esc(event.kind), esc(event.text)]
                 for event in wrong[-SHOWN_EVENTS:]
-            ]  # fmt: skip
+            ]
             more = f"the last {SHOWN_EVENTS} of {len(wrong)}" if len(wrong) > SHOWN_EVENTS else f"{len(wrong)} in all"
             text += f"<h3>What went wrong ({more})</h3>" + _table(["time", "step", "what", ""], rows)
         else:
-            text += '<p class="none">No bad step, hang or damaged checkpoint has left a trace.</p>'
+            text += '<p class="none">No alert, bad step, hang or damaged checkpoint has left a trace.</p>'
         if windows := events.left_out(run.config.run.path):
             text += f'<p class="none">Samples left out after bad steps: {esc("; ".join(windows))}.</p>'
         parts.append(_of_run(run, runs, text))
     return f'<section id="starts"><h2>Starts and faults</h2>{"".join(parts)}</section>'
+
+
+def _moment(event: Event) -> str:
+    """When it was; of an alert the log says no time."""
+    return "" if event.kind == events.ALERT else time.strftime(events.TIME, time.gmtime(event.time))
 
 
 def _settings(runs: Sequence[Run]) -> str:

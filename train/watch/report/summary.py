@@ -12,7 +12,7 @@ from train.job.shelf import Shelf
 from train.settings.run import Config, batch_schedule
 from train.watch import goodput, metrics
 from train.watch.metrics import STEP_SECONDS, duration
-from train.watch.report.events import BAD_STEP, DAMAGE, HANG, START, Event
+from train.watch.report.events import ALERT, BAD_STEP, DAMAGE, HANG, START, Event
 from train.watch.report.series import Log
 from train.watch.status import complaints, last_logged, life
 
@@ -114,7 +114,7 @@ def _speed(log: Log) -> list[Number]:
 
 def _faults(events: list[Event]) -> list[Number]:
     count: Callable[[str], int] = [event.kind for event in events].count
-    wrong = {BAD_STEP: count(BAD_STEP), HANG: count(HANG), DAMAGE: count(DAMAGE)}
+    wrong = {ALERT: count(ALERT), BAD_STEP: count(BAD_STEP), HANG: count(HANG), DAMAGE: count(DAMAGE)}
     note = ", ".join(f"{number} {kind}{'s' * (number > 1)}" for kind, number in wrong.items() if number)
     return [Number("starts", str(count(START)), note or "nothing went wrong that left a trace")]
 
