@@ -32,15 +32,25 @@ pytestmark = [
 ]
 ROOT = Path(__file__).parents[2]
 MTP = MtpConfig(steps=2)
-SHAPE = ModelConfig(pattern="GEG-GE*E", dtype="bfloat16", hidden_size=256, linear_key_heads=4, linear_value_heads=8)
+# The widths of the recipe `small`, whose kernels the runs below have compiled then.
+SHAPE = ModelConfig(
+    pattern="GEG-GE*E",
+    dtype="bfloat16",
+    hidden_size=512,
+    head_dim=128,
+    linear_key_heads=4,
+    linear_value_heads=8,
+    linear_key_dim=128,
+    linear_value_dim=128,
+)
 BACKENDS = {"torch": ("torch", "off"), "te": ("te", "off"), **{fp8: ("te", fp8) for fp8 in FP8}}
 # The text that runs are compared on: three blocks of Gated DeltaNet and one of attention, of widths that FP8 takes.
 RUN = [
     "model=small",
     "model.repeats=1",
     "model.vocab_size=null",
-    "batch.global=32",
-    "batch.micro=32",
+    "batch.global=16",
+    "batch.micro=16",
     "run.log_every=1",
     "run.eval_samples=8",
     "run.eval_prompts=0",
