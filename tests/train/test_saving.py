@@ -25,7 +25,7 @@ from train.job.shelf import Shelf, why_broken
 from train.loop import train_step
 from train.settings.run import BatchConfig, RunConfig
 
-ROWS, SAVES = 4, 10
+ROWS, SAVES = 4, 6
 
 
 def _job(runs: Path) -> Job:
@@ -189,7 +189,7 @@ def test_a_save_that_one_process_cannot_write_is_told_on_all_and_leaves_nothing(
 def test_memory_comes_back_after_each_save(ranks):
     for rank in ranks:
         *memory, state = rank["memory"]
-        print(memory, state)
+        # Ten saves of 1.9 MB left 0.6 MB, which was Python's: a copy that stays would be a state for each save.
         assert memory[-1] - memory[1] < state, "a copy of the state, or as much else, stays after a save"
 
 
