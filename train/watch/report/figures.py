@@ -102,7 +102,7 @@ def _layers(panel: Panel, log: Log) -> Iterator[dict[str, Any]]:
                 "rows": [name.rpartition("/")[2] for name in names],
                 "columns": [min(coarser * (place + 1), len(log.steps)) - 1 for place in places],
                 "values": [
-                    [_rounded(own[place][0], 3) if place in own else None for place in places] for own in points
+                    [_rounded(own[place][0], 4) if place in own else None for place in places] for own in points
                 ],
             }
 

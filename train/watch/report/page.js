@@ -21,7 +21,17 @@
     return trim(value.toPrecision(digits));
   }
   // A number of a figure: shares as percentages.
-  const told = (figure, value) => (figure.unit === "share" && value !== null ? trim((100 * value).toPrecision(4)) + " %" : short(value));
+  const told = (figure, value, digits = 4) =>
+    figure.unit === "share" && value !== null ? trim((100 * value).toPrecision(digits)) + " %" : short(value, digits);
+  // Ticks with their labels, in as many digits as tell them apart.
+  function labelled(figure, ticks) {
+    let labels = [];
+    for (let digits = 4; digits < 10; digits++) {
+      labels = ticks.map((tick) => told(figure, tick, digits));
+      if (new Set(labels).size === ticks.length) break;
+    }
+    return ticks.map((tick, k) => [tick, labels[k]]);
+  }
   const trim = (text) => (text.includes(".") ? text.replace(/0+$/, "").replace(/\.$/, "") : text);
   const whole = (value) => Math.round(value).toLocaleString("en-US");
 
@@ -137,7 +147,8 @@
     const y = figure.log
       ? ((inner) => (value) => inner(Math.log10(Math.max(value, least / 10))))(scale(Math.log10(least), Math.log10(largest), height - BOTTOM, TOP))
       : scale(least, largest, height - BOTTOM, TOP);
-    const ticks = (figure.log ? logTicks(least, largest) : niceTicks(least, largest, 4)).map((tick) => [tick, told(figure, tick)]);
+    const powers = figure.log ? logTicks(least, largest) : [];
+    const ticks = labelled(figure, powers.length > 1 ? powers : niceTicks(least, largest, 4));
     frame(plot, height, stepTicks(low, high, width), ticks, x, y);
     const clip = draw(svg, "clipPath", { id: `${plot.id}-clip` });
     draw(clip, "rect", { x: LEFT - 3, y: 0, width: Math.max(0, width - LEFT - RIGHT + 6), height: height - BOTTOM + 3 });
@@ -274,10 +285,10 @@
     const box = document.createElement("div"), [low, high] = extent(figure.maps);
     box.className = "scale";
     home.insertBefore(box, home.querySelector(".gap"));
-    add(box, "span", "", figure.even ? "none" : short(low, 3));
+    add(box, "span", "", figure.even ? "none" : short(low));
     const canvas = add(box, "canvas");
     canvas.width = 100; canvas.height = 1;
-    add(box, "span", "", figure.even ? "8 × an even share" : short(high, 3));
+    add(box, "span", "", figure.even ? "8 × an even share" : short(high));
     return () => {
       const colours = ramp(figure.even ? "d" : "r"), context = canvas.getContext("2d"), image = context.createImageData(100, 1);
       for (let k = 0; k < 100; k++) image.data.set([...colours(k / 99), 255], 4 * k);
