@@ -26,7 +26,8 @@ def batch(seed: int, masked: bool = True) -> Batch:
 def test_the_mean_is_over_what_all_ranks_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = [[batch(2 * rank, masked=rank < 2), batch(2 * rank + 1)] for rank in range(RANKS)]
     total = sum(count_targets(own.documents, STEPS, own.learned) for batches in ranks for own in batches)
-    monkeypatch.setattr(loop, "sum_over", lambda counts, group: total)
+    given: list[torch.Tensor] = []  # what each rank brings to the sum
+    monkeypatch.setattr(loop, "sum_over", lambda counts, group: given.append(counts) or total)
     job = SimpleNamespace(
         config=SimpleNamespace(mtp=SimpleNamespace(steps=STEPS)),
         device=torch.device("cpu"),
@@ -46,6 +47,7 @@ def test_the_mean_is_over_what_all_ranks_learn(monkeypatch: pytest.MonkeyPatch) 
                     counted[:, : 16 - step] &= own.learned[:, step + 1 :]
                 targets[step] += counted.sum()
                 assert torch.equal(ready.weights_KT[step] > 0, counted.flatten())
+    assert torch.equal(sum(given), total) and len(given) == RANKS
     assert torch.equal(targets, total[1:]) and (targets > 0).all()
     # Of float32 summands of 1 / targets; a target more or less would change the sum by a hundredth.
     torch.testing.assert_close(weights, torch.ones(1 + STEPS), atol=1e-5, rtol=0)
