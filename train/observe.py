@@ -71,6 +71,7 @@ class Observer:
         job = training.job
         self._job, self._training, self._loader = job, training, loader
         self._speed, self._every = Speedometer(job), EveryStep(job.config.optim.clip)
+        training.engine.gather_weights()  # ZeRO 3 has only parts of them, which say nothing of their places
         self._gauges = Gauges(job, training.engine)
         self._profiler = Profiler(job)
         self.alerts = Alerts(job.config, tracker)
