@@ -175,8 +175,8 @@ def _refuse_other_settings(config: Config, checkpoint: Path) -> None:
     origin = read_config(path)
     before = dict(leaves(to_dict(origin)))
     # Where a pattern is cut into pipeline stages is a matter of the layout; a backend's weights are the same numbers.
-    same = ("model.pattern", "model.repeats") if origin.model.layers == config.model.layers else ()
-    same += ("model.backend", "model.fp8")
+    layers = ("model.pattern", "model.repeats") if origin.model.layers == config.model.layers else ()
+    same = ("model.backend", "model.fp8", *layers)
     changed = [
         f"{key}={value} (was {before.get(key)})"
         for key, value in leaves(to_dict(config))
