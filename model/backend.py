@@ -10,9 +10,9 @@ from model.config import Layout, ModelConfig, ModelError
 
 BACKENDS = ("torch", "te")
 # How Transformer Engine scales what it rounds to 8 bits, as megatron-core names it: format, recipe. Blocks have scales
-# of their own (1 x 128 numbers of activations and gradients, 128 x 128 of weights); else there is one for a tensor, of
-# its own largest number (current) or that of the step before (delayed).
-FP8 = {"block": ("e4m3", "blockwise"), "current": ("hybrid", "tensorwise"), "delayed": ("hybrid", "delayed")}
+# of their own (1 x 128 numbers of activations and gradients, 128 x 128 of weights); else a tensor has one, of its own
+# largest number. Scales of the step before (delayed) are not offered: on an H200 they gave this model wrong gradients.
+FP8 = {"block": ("e4m3", "blockwise"), "current": ("hybrid", "tensorwise")}
 FP8_CHOICES = ("off", *FP8)
 FP8_ALIGNED = 16  # rows and columns of whatever is multiplied in FP8
 # The linear layers that are Transformer Engine's, all of whose products, forwards and backwards, FP8 rounds to 8 bits.
@@ -37,12 +37,8 @@ def on_torch(model: ModelConfig) -> ModelConfig:
     return replace(model, backend="torch", fp8="off")
 
 
-def check_backend(model: ModelConfig, recompute: str = "none") -> None:
-    """Raises ModelError for a backend that cannot be built.
-
-    Args:
-        recompute: parallel.recompute.
-    """
+def check_backend(model: ModelConfig) -> None:
+    """Raises ModelError for a backend that cannot be built."""
     for name, value, known in (("backend", model.backend, BACKENDS), ("fp8", model.fp8, FP8_CHOICES)):
         if value not in known:
             raise ModelError(f"model.{name}={value!r} is not known: choose {', '.join(known[:-1])} or {known[-1]}")
@@ -54,11 +50,6 @@ def check_backend(model: ModelConfig, recompute: str = "none") -> None:
         raise ModelError(
             f"model.fp8={model.fp8} rounds products of bfloat16 and model.dtype={model.dtype}: set "
             f"model.dtype=bfloat16, or model.fp8=off"
-        )
-    if model.fp8 == "delayed" and recompute != "none":
-        raise ModelError(
-            f"model.fp8=delayed would count what parallel.recompute={recompute} computes twice as two steps: choose "
-            f"model.fp8=block or current, or parallel.recompute=none"
         )
 
 

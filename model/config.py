@@ -108,7 +108,9 @@ class ModelConfig:
     init_std: Annotated[float, "standard deviation of linear and embedding weights at the start"] = 0.02
     dtype: Annotated[str, "parameter and activation type: float32 or bfloat16"] = "float32"
     backend: Annotated[str, "what linear layers are made of: torch, or te (Transformer Engine, on GPUs)"] = "torch"
-    fp8: Annotated[str, "te: how projections round to 8 bits: off, block, current or delayed (scales)"] = "off"
+    fp8: Annotated[
+        str, "te: what has a scale where projections round to 8 bits: off, block or current (a whole tensor)"
+    ] = "off"
 
     @property
     def layers(self) -> str:

@@ -112,8 +112,6 @@ def test_in_bfloat16_it_is_the_model_of_torch(networks) -> None:
 
 @pytest.mark.parametrize("fp8", FP8)
 def test_in_fp8_it_is_nearly_the_model_of_torch(networks, fp8: str) -> None:
-    if fp8 == "delayed":  # its first scales are one, far too small for gradients
-        results(networks[fp8]), results(networks[fp8])
     (expected, gradients), (found, others) = (results(networks[name]) for name in ("torch", fp8))
     errors = {name: relative_error(others[name], gradients[name]) for name in gradients}
     median = statistics.median(errors.values())
@@ -195,7 +193,7 @@ def _train(directory: Path, backends: dict[str, str], steps: int) -> dict[str, d
     processes = {name: _start(directory, name, backend, steps) for name, backend in backends.items()}
     losses = {}
     for name, process in processes.items():
-        output, _ = process.communicate(timeout=200)
+        output, _ = process.communicate(timeout=500)
         assert process.returncode == 0, f"{name}: {output[-3000:]}"
         metrics = map(json.loads, (directory / name / "metrics.jsonl").read_text().splitlines())
         losses[name] = {one["step"]: one["lm_loss"] for one in metrics if "lm_loss" in one}
@@ -208,7 +206,7 @@ def text_runs(tmp_path_factory) -> tuple[Path, dict[str, dict[int, float]]]:
     return directory, _train(directory, {name: name for name in ("torch", "te", "block")}, STEPS)
 
 
-@pytest.mark.timeout(250)
+@pytest.mark.timeout(600)
 def test_two_hundred_steps_of_text_end_at_the_loss_of_torch(text_runs) -> None:
     ends = {name: statistics.mean(list(losses.values())[-LAST:]) for name, losses in text_runs[1].items()}
     print(f"mean loss of the last {LAST} of {STEPS} steps: {ends}")
@@ -217,7 +215,7 @@ def test_two_hundred_steps_of_text_end_at_the_loss_of_torch(text_runs) -> None:
         assert ends[name] == pytest.approx(ends["torch"], rel=5e-3), name
 
 
-@pytest.mark.timeout(250)
+@pytest.mark.timeout(600)
 def test_a_run_goes_on_with_another_backend(text_runs) -> None:
     directory, _ = text_runs
     found = _train(directory, {"torch": "block", "block": "torch", "te": "te"}, STEPS + 5)

@@ -31,18 +31,18 @@ BLOCK = replace(TE, fp8="block")
 
 
 @pytest.mark.parametrize(
-    ("model", "recompute", "says"),
+    ("model", "says"),
     [
-        (ModelConfig(backend="jax"), "none", "model.backend='jax' is not known: choose torch or te"),
-        (replace(TE, fp8="mxfp8"), "none", "model.fp8='mxfp8' is not known: choose off, block, current or delayed"),
-        (ModelConfig(dtype="bfloat16", fp8="block"), "none", "model.fp8=block is Transformer Engine's: set model.back"),
-        (replace(BLOCK, dtype="float32"), "none", "model.fp8=block rounds products of bfloat16 and model.dtype=float3"),
-        (replace(BLOCK, fp8="delayed"), "full", "model.fp8=delayed would count what parallel.recompute=full computes"),
+        (ModelConfig(backend="jax"), "model.backend='jax' is not known: choose torch or te"),
+        (replace(TE, fp8="mxfp8"), "model.fp8='mxfp8' is not known: choose off, block or current"),
+        (ModelConfig(dtype="bfloat16", fp8="block"), "model.fp8=block is Transformer Engine's: set model.back"),
+        (replace(BLOCK, dtype="float32"), "model.fp8=block rounds products of bfloat16 and model.dtype=float3"),
+        (replace(TE, fp8="delayed"), "model.fp8='delayed' is not known: choose off, block or current"),
     ],
 )
-def test_what_cannot_be_built_is_refused(model: ModelConfig, recompute: str, says: str) -> None:
+def test_what_cannot_be_built_is_refused(model: ModelConfig, says: str) -> None:
     with pytest.raises(ModelError) as refusal:
-        check_backend(model, recompute)
+        check_backend(model)
     assert str(refusal.value).startswith(says) and "\n" not in str(refusal.value)
 
 
@@ -50,7 +50,6 @@ def test_what_can_be_built_is_not_refused() -> None:
     for model in (ModelConfig(), TE, *(replace(TE, fp8=fp8) for fp8 in FP8)):
         check_backend(model)
         check_fp8_sizes(model, OneProcess(), 4096)
-    check_backend(BLOCK, "full")
 
 
 def test_sizes_that_fp8_does_not_take_are_refused() -> None:

@@ -41,7 +41,7 @@ def check_plan(config: Config, world: int) -> Topology:
     check_optim(config.optim)
     check_choice("wandb.mode", config.wandb.mode, ("offline", "online", "disabled"), ConfigError)
     check_model(config.model, config.mtp)
-    check_backend(config.model, config.parallel.recompute)
+    check_backend(config.model)
     check_balance(config.balance)
     topology = resolve(config.parallel, config.model, world)
     experts = config.model.layers.count("E") + config.mtp.steps
