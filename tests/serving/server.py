@@ -85,7 +85,7 @@ def serve(python: Path, model: Path, log: Path, length: int = 256, drafts: int =
         *("--max-model-len", str(length), "--max-num-seqs", "8", "--enforce-eager", "--no-enable-prefix-caching"),
     ]
     if drafts:
-        command += ["--speculative-config", json.dumps({"method": "qwen3_next_mtp", "num_speculative_tokens": drafts})]
+        command += ["--speculative-config", json.dumps({"method": "mtp", "num_speculative_tokens": drafts})]
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | ENVIRONMENT)
     server = Server(f"http://127.0.0.1:{port}")
