@@ -46,8 +46,7 @@ examples:
 
 The first use makes .venv with a Python from 3.12 to 3.14 (PYTHON=/path/to/python3.12 names one) and installs pinned
 packages there: about 5 GB, about 2 minutes. On x86 Linux more than half of it is CUDA, also without a GPU: torch as
-the package index has it does not load without those libraries. PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
-at the first use lets pip take the torch without them. Ctrl-C is safe; the next use starts the set-up again.
+the package index has it does not load without those libraries. Ctrl-C is safe; the next use starts the set-up again.
 EOT
 }
 
