@@ -25,11 +25,12 @@ def linear_errors(shape: ModelConfig, device: torch.device) -> dict[str, float]:
     for name, (rows_in, rows_out) in linear_sizes(shape).items():
         with torch.device(device):
             layer = builders.get(name, linears.row)(rows_in, rows_out, config, ALONE)
+        weight = layer.get_parameter("weight")
         with torch.no_grad():
-            layer.weight.copy_(torch.randn(rows_out, rows_in, generator=generator) * rows_in**-0.5)
+            weight.copy_(torch.randn(rows_out, rows_in, generator=generator) * rows_in**-0.5)
         drawn = (torch.randn(ROWS, 1, width, generator=generator) for width in (rows_in, rows_out))
-        x, upstream = (y.to(device, layer.weight.dtype) for y in drawn)
-        leaves = [x.requires_grad_(), layer.weight]
+        x, upstream = (y.to(device, weight.dtype) for y in drawn)
+        leaves = [x.requires_grad_(), weight]
         out = layer(x)[0]
         fast = [out.detach(), *torch.autograd.grad(out, leaves, upstream.clone())]
         wide = [y.detach().double().requires_grad_() for y in leaves]
