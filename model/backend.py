@@ -6,7 +6,7 @@ The modules, their order and the names in a checkpoint are the same with every b
 from dataclasses import replace
 from importlib.util import find_spec
 
-from model.config import Layout, ModelConfig, ModelError
+from model.config import FP8_ALIGNED, Layout, ModelConfig, ModelError
 
 BACKENDS = ("torch", "te")
 # How Transformer Engine scales what it rounds to 8 bits, as megatron-core names it: format, recipe. Blocks have scales
@@ -14,7 +14,6 @@ BACKENDS = ("torch", "te")
 # largest number. Scales of the step before (delayed) are not offered: on an H200 they gave this model wrong gradients.
 FP8 = {"block": ("e4m3", "blockwise"), "current": ("hybrid", "tensorwise")}
 FP8_CHOICES = ("off", *FP8)
-FP8_ALIGNED = 16  # rows and columns of whatever is multiplied in FP8
 # The linear layers that are Transformer Engine's, all of whose products, forwards and backwards, FP8 rounds to 8 bits.
 # Every other parameter stays as it is: routers, gates, norms, convolutions, decays, eh_proj of the MTP layer and the
 # head, whose logits the loss is taken of (DeepSeek-V3 report, 2024, section 3.3.1, keeps the same in high precision);

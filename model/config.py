@@ -37,6 +37,7 @@ SIZES = (
     "expert_size",
     "dense_size",
 )
+FP8_ALIGNED = 16  # rows and columns of whatever is multiplied in FP8
 
 
 class ModelError(ValueError):

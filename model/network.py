@@ -9,13 +9,14 @@ from torch import Tensor
 
 from model.batch import MicroBatch
 from model.documents import Documents
-from model.layers.attention import GatedAttention, rotary_table
+from model.layers.attention import GatedAttention
 from model.layers.balance import Balance, RoutedTokens
 from model.layers.context import LayerCache, LayerContext, run_stack
 from model.layers.deltanet import GatedDeltaNet
 from model.layers.experts import MixtureOfExperts
 from model.layers.gauges import Gauge
 from model.layers.head import Head
+from model.layers.rope import rotary_table
 from model.stack import HybridConfig, full_pattern, stack_spec
 from parallel.collectives import SumsTogether
 

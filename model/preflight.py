@@ -17,7 +17,7 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.documents import Documents
-from model.layers.attention import gate_heads, packed_attention, prepare_heads, rotary_table
+from model.layers.attention import gate_heads, packed_attention, prepare_heads
 from model.layers.chain import prefix_attention, prefix_gradients
 from model.layers.delta_rule import gated_delta_rule
 from model.layers.deltanet import prepare_delta
@@ -25,6 +25,7 @@ from model.layers.dense import swiglu_pairs
 from model.layers.experts import count_sorted, fused_moe, gate_rows, grouped_mlp, invert, permute, unpermute
 from model.layers.loss import add_product, scaled, softmax_gradient
 from model.layers.norm import gated_rms_norm, rms_norm_with_residual, zero_centred_rms_norm
+from model.layers.rope import rotary_table
 from model.layers.router import route, router_logits
 from model.reference.prefix import dense_prefix, dense_prefix_gradients
 from parallel.main_grads import add_weight_gradient

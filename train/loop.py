@@ -120,7 +120,7 @@ def fit(training: Training, loader: Loader, tracker: Tracker, stop: StopRequest)
     clock, watchdog, run, start = training.clock, training.watchdog, job.config.run, loader.step
     values: dict[str, Any] = {}
     schedule, seq_length = batch_schedule(job.config), job.config.data.seq_length
-    observer = Observer(training, loader, tracker)
+    observer = Observer(job, engine, progress, clock, watchdog, loader, tracker)
     clock.started()
     for step in range(start + 1, run.steps + 1):
         watchdog.beat(step, "reading")

@@ -10,14 +10,16 @@ from data.loader import Loader
 from data.order.batches import Batch
 from model.network import Losses
 from parallel.collectives import sum_over, sum_over_all
+from parallel.engine import Engine
 from train import routing
 from train.job.build import Job
-from train.training import Training
+from train.job.progress import Progress
 from train.watch import metrics
 from train.watch.alerts import Alerts
 from train.watch.every_step import EveryStep
 from train.watch.gauges import Gauges
-from train.watch.goodput import DATA, EVALUATING, SAVING
+from train.watch.goodput import DATA, EVALUATING, SAVING, Clock
+from train.watch.hang import Watchdog
 from train.watch.profile import Profiler
 from train.watch.resources import resource_metrics
 from train.watch.speed import Speedometer, slowest_process
@@ -67,16 +69,24 @@ class Observer:
         logged, sampled: whether the step under way is logged (run.log_every), and in detail (run.detail_every).
     """
 
-    def __init__(self, training: Training, loader: Loader, tracker: Tracker) -> None:
-        job = training.job
-        self._job, self._training, self._loader = job, training, loader
+    def __init__(
+        self,
+        job: Job,
+        engine: Engine,
+        progress: Progress,
+        clock: Clock,
+        watchdog: Watchdog,
+        loader: Loader,
+        tracker: Tracker,
+    ) -> None:
+        self._job, self._progress, self._clock, self._loader = job, progress, clock, loader
         self._speed, self._every = Speedometer(job), EveryStep(job.config.optim.clip)
-        training.engine.gather_weights()  # ZeRO 3 has only parts of them, which say nothing of their places
-        self._gauges = Gauges(job, training.engine)
+        engine.gather_weights()  # ZeRO 3 has only parts of them, which say nothing of their places
+        self._gauges = Gauges(job, engine)
         self._profiler = Profiler(job)
         self.alerts = Alerts(job.config, tracker)
         if job.is_first:
-            training.watchdog.on_idle = self.alerts.idle
+            watchdog.on_idle = self.alerts.idle
         self.logged = self.sampled = False
 
     @contextmanager
@@ -86,17 +96,17 @@ class Observer:
         self.sampled = step == 1 or due(step, run.detail_every, run.steps)
         self.logged = self.sampled or due(step, run.log_every, run.steps)
         self._gauges.begin_step(self.sampled)
-        judge = self._training.progress.judge
+        judge = self._progress.judge
         with self._profiler.step(step), self._speed.step(batches, lambda: judge.decided):
             yield
-        self._training.progress.read(batches)
+        self._progress.read(batches)
 
     def values(
         self, step: int, outputs: list[Losses], lr: float, grad_norm: float, tokens_before: int
     ) -> dict[str, metrics.Value]:
         """What is logged of a step that `step` was around; empty for most."""
-        job, training = self._job, self._training
-        judge, progress = training.progress.judge, training.progress
+        job, progress, clock = self._job, self._progress, self._clock
+        judge = progress.judge
         self._every.add(judge.lm_loss, grad_norm)
         if not self.logged and not judge.reason:
             return {}
@@ -105,10 +115,10 @@ class Observer:
         if not self.logged:
             return values
         values |= step_metrics(job, outputs, tokens_before, self.sampled)
-        values |= self._speed.take() | data_metrics(job, self._loader) | training.clock.metrics()
-        spent = training.clock.take()
+        values |= self._speed.take() | data_metrics(job, self._loader) | clock.metrics()
+        spent = clock.take()
         waited = {metrics.seconds("data"): spent[DATA] / max(1, len(self._every))}
-        values |= resource_metrics(job, waited) | self._every.take() | training.source_metrics(step)
+        values |= resource_metrics(job, waited) | self._every.take() | progress.source_metrics(step)
         for name, kind in (("save", SAVING), ("eval", EVALUATING)):
             values |= {metrics.seconds(name): spent[kind]} if spent[kind] else {}
         if self.sampled and not judge.reason:

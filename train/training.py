@@ -3,7 +3,6 @@
 import time
 from types import TracebackType
 
-from data.secrets import hide
 from parallel.checkpoint.saving import SaveError
 from parallel.collectives import from_first
 from parallel.engine import Engine
@@ -98,11 +97,6 @@ class Training:
         with self.clock.spent(EVALUATING), self.watchdog.patient(step, "evaluating"):
             self.engine.gather_weights()
             return evaluation(self.job)
-
-    def source_metrics(self, step: int) -> dict[str, float]:
-        """How far each source has been read after a step; names without what must not be shown."""
-        of_sources = self.job.dataset.progress(self.progress.place_after(step))
-        return {hide(name): value for name, value in of_sources.items()}
 
     def require_sound_replicas(self) -> None:
         """Compares the weights that several processes hold.

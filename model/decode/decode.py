@@ -21,9 +21,9 @@ from torch.nn import functional as F
 
 from model.config import DELTA_CHUNK
 from model.documents import Documents
-from model.layers.attention import rotary_table
 from model.layers.context import LayerContext
 from model.layers.delta_rule import prepare_chunks, scan_chunks
+from model.layers.rope import rotary_table
 from model.network import LanguageModel
 from parallel.collectives import gather_parts
 

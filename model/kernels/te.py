@@ -17,7 +17,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
-from model.backend import FP8_ALIGNED
+from model.config import FP8_ALIGNED
 from parallel.main_grads import add_weight_gradient
 
 CUT = {"column": 0, "row": 1}  # the dimension of the weight that tensor parallelism cuts

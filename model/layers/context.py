@@ -34,7 +34,7 @@ class LayerContext:
 
     Attributes:
         documents: boundaries of the packed documents; reaches token mixers as ``packed_seq_params``.
-        rotary: that of `model.layers.attention.rotary_table`; reaches attention as ``rotary_pos_emb``.
+        rotary: that of `model.layers.rope.rotary_table`; reaches attention as ``rotary_pos_emb``.
         routed: what routers count, see `model.layers.router.Router`; reaches feed-forward parts as ``padding_mask``.
         cache: what earlier calls left; reaches token mixers as ``inference_context``.
     """

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from model.config import INFERENCE, LAYER
 from model.documents import Documents
-from model.layers.attention import rotary_table
 from model.layers.balance import RoutedTokens
 from model.layers.chain import ChainCache
 from model.layers.context import LayerContext, run_stack
 from model.layers.recompute import recomputable
+from model.layers.rope import rotary_table
 
 
 class MtpLayer(MegatronModule):

@@ -8,15 +8,9 @@ import torch
 from model.config import ModelConfig, MtpConfig
 from model.documents import Documents
 from model.kernels.backends import column_linear, row_linear
-from model.layers.attention import (
-    GatedAttention,
-    GatedAttentionSubmodules,
-    apply_rotary,
-    packed_attention,
-    rotary_frequencies,
-    rotary_table,
-)
+from model.layers.attention import GatedAttention, GatedAttentionSubmodules, packed_attention
 from model.layers.norm import ZeroCentredRMSNorm
+from model.layers.rope import apply_rotary, rotary_frequencies, rotary_table
 from model.reference import layers as reference
 from model.stack import hybrid_config
 from tests.model.helpers import SMALL, assert_close, assert_module_twin, assert_twins, ids_from_starts, randomise

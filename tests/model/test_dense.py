@@ -7,8 +7,8 @@ import torch
 from model.batch import MicroBatch, count_targets
 from model.config import MtpConfig
 from model.kernels.backends import column_linear, row_linear
-from model.layers.attention import rotary_table
 from model.layers.dense import Dense, SwiGLUSubmodules
+from model.layers.rope import rotary_table
 from model.reference import layers as reference
 from model.reference import model as reference_model
 from model.stack import hybrid_config

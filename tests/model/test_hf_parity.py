@@ -12,11 +12,12 @@ from model.config import ModelConfig, MtpConfig
 from model.documents import Documents
 from model.hf.names import ATTENTION, DELTA_NET, MOE
 from model.kernels.backends import column_linear, row_linear
-from model.layers.attention import GatedAttention, GatedAttentionSubmodules, rotary_table
+from model.layers.attention import GatedAttention, GatedAttentionSubmodules
 from model.layers.deltanet import GatedDeltaNet, GatedDeltaNetSubmodules
 from model.layers.dense import SwiGLUSubmodules
 from model.layers.experts import MixtureOfExperts
 from model.layers.norm import GatedRMSNorm, ZeroCentredRMSNorm
+from model.layers.rope import rotary_table
 from model.stack import hybrid_config
 from tests.model import hf as as_theirs
 from tests.model.helpers import ids_from_starts, randomise

@@ -8,7 +8,7 @@ import torch
 
 from model.batch import MicroBatch, count_targets
 from model.config import BalanceConfig, MtpConfig
-from model.layers.attention import rotary_table
+from model.layers.rope import rotary_table
 from model.reference import layers as reference
 from model.reference import model as reference_model
 from tests.model.helpers import (

@@ -7,6 +7,7 @@ import torch
 from data.loader import Loader, Stream
 from data.order.batches import Batch
 from data.order.skips import Skips, Window
+from data.secrets import hide
 from parallel.collectives import sum_over
 from train.job.agree import require_alike
 from train.job.bad_steps import Judge
@@ -62,6 +63,11 @@ class Progress:
     def place_after(self, step: int) -> int:
         """How far into the order of training ``step`` steps have read."""
         return self.skips.place(self._schedule.samples(step).start)
+
+    def source_metrics(self, step: int) -> dict[str, float]:
+        """How far each source has been read after a step; names without what must not be shown."""
+        of_sources = self._job.dataset.progress(self.place_after(step))
+        return {hide(name): value for name, value in of_sources.items()}
 
     def require_alike(self) -> None:
         """Proves that all processes train the same.
