@@ -21,7 +21,6 @@ from statistics import fmean
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from data.dataset import Dataset
@@ -34,6 +33,8 @@ from parallel import compat
 from parallel import groups as process_groups
 from parallel.topology import resolve
 from tests.bench.mtp_acceptance import cell, command
+from tests.parallel.tiny import leave_layout
+from tests.train.logs import read_metrics
 from train import routing
 from train.job.build import Job, build_chunks, padded_vocab
 from train.job.checkpoint import load_model
@@ -112,10 +113,10 @@ def read_run(run: RunReference) -> dict[str, float]:
     for rows, suffix in ((tokens_KRS, ""), (dealt.view_as(tokens_KRS), BY_CHANCE)):
         found = specialisation(counts_by_kind(job, rows))
         values |= {name + suffix: value for name, value in zip((INFORMATION, VARIATION), found, strict=True)}
-    steps = metrics.read_metrics(run.path / metrics.METRICS_FILE)
+    steps = read_metrics(run.path / metrics.METRICS_FILE)
     for name in (metrics.MAX_VIOLATION, metrics.MAX_VIOLATION_MICRO):
         values[name] = fmean(step[name] for step in steps[-LAST_STEPS:])
-    parallel_state.destroy_model_parallel()
+    leave_layout()
     return values | {metrics.HELDOUT_LM_LOSS: steps[-1][metrics.HELDOUT_LM_LOSS]}
 
 

@@ -6,7 +6,6 @@ from types import FunctionType
 
 import pytest
 import torch
-from megatron.core import parallel_state
 
 from data.order.batches import Batch
 from model.config import BalanceConfig, ModelConfig, MtpConfig
@@ -14,7 +13,7 @@ from model.layers import attention, chain, delta_rule, deltanet, dense, experts,
 from parallel import groups as process_groups
 from parallel.topology import ParallelConfig, resolve
 from tests.dist import run_ranks
-from tests.parallel.tiny import LENGTH, VOCAB, fill, part_of, random_batch, start_engine, tiny_config
+from tests.parallel.tiny import LENGTH, VOCAB, fill, leave_layout, part_of, random_batch, start_engine, tiny_config
 from train.job.build import Job, build_chunks
 from train.loop import train_step
 from train.observe import step_metrics
@@ -159,7 +158,7 @@ def _train_all(cases: list[Case]) -> list[list[dict[str, float]]]:
     results = []
     for case in cases:
         results.append(_train(case))
-        parallel_state.destroy_model_parallel()
+        leave_layout()
         torch.cuda.empty_cache()
     return results
 

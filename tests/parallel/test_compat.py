@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from megatron.core import parallel_state
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
@@ -20,7 +19,7 @@ from parallel import compat
 from parallel import groups as process_groups
 from parallel.topology import ParallelConfig
 from tests.dist import run_ranks
-from tests.parallel.tiny import MODEL, build_tiny, random_batch, start_engine, tiny_config
+from tests.parallel.tiny import MODEL, build_tiny, leave_layout, random_batch, start_engine, tiny_config
 from train.job.build import Job
 from train.job.checkpoint import load, save
 from train.loop import train_step
@@ -60,8 +59,7 @@ def _without_name(name: str) -> Iterator[None]:
 
 
 def _job(runs: Path, parallel: ParallelConfig = ParallelConfig(tensor=2)) -> Job:  # noqa: B008
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    leave_layout()
     config = tiny_config(replace(MODEL, pattern="GE*E"), parallel, run=RunConfig("compat", str(runs)))
     return build_tiny(replace(config, batch=BatchConfig(ROWS, ROWS)))
 

@@ -4,12 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from megatron.core import parallel_state
 
 from parallel import groups as process_groups
 from parallel.topology import ParallelConfig
 from tests.dist import run_ranks
-from tests.parallel.tiny import MODEL, build_tiny, part_of, random_batch, start_engine, tiny_config
+from tests.parallel.tiny import MODEL, build_tiny, leave_layout, part_of, random_batch, start_engine, tiny_config
 from train.loop import train_step
 from train.observe import step_metrics
 from train.settings.run import BatchConfig
@@ -47,7 +46,7 @@ def trajectories(layouts: dict) -> dict[str, list[dict[str, float]]]:
         for step in range(STEPS):
             outputs, norm = train_step(job, engine, [part_of(random_batch(8, step), data.rank(), data.size())], 3e-3)
             found[name].append(step_metrics(job, outputs) | {metrics.GRAD_NORM: norm})
-        parallel_state.destroy_model_parallel()
+        leave_layout()
     return found
 
 

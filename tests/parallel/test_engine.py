@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from megatron.core import parallel_state
 
 from model.config import BalanceConfig, MtpConfig
 from parallel import groups as process_groups
@@ -13,7 +12,7 @@ from parallel.engine import AdamW
 from parallel.engine_megatron import MegatronEngine
 from parallel.topology import ParallelConfig
 from tests.dist import run_ranks
-from tests.parallel.tiny import MODEL, build_tiny, fill, parameters, part_of, random_batch, tiny_config
+from tests.parallel.tiny import MODEL, build_tiny, fill, leave_layout, parameters, part_of, random_batch, tiny_config
 from train.job.build import Job
 from train.job.optim import decays
 from train.loop import micro_batches, train_step
@@ -25,8 +24,7 @@ ISLANDS = ("router.weight", "A_log", "dt_bias", "norm.weight", "layernorm.weight
 
 
 def _start(adamw: AdamW, parallel: ParallelConfig = ParallelConfig(), **model) -> tuple[Job, MegatronEngine]:  # noqa: B008
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    leave_layout()
     job = build_tiny(tiny_config(replace(MODEL, **model), parallel))
     job = replace(job, config=replace(job.config, batch=replace(job.config.batch, micro=8 // job.topology.data)))
     fill(job)
@@ -108,8 +106,7 @@ def _sums(dtype: str) -> dict:
 
     Without a balance loss, whose estimate changes from step to step. In bfloat16 without MTP: the head's gradient is
     then that of one product, which no sum over steps could hide the rounding of."""
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    leave_layout()
     mtp, balance = MtpConfig(steps=2 if dtype == "float32" else 0), BalanceConfig(weight=0.0, micro_weight=0.0)
     job = build_tiny(tiny_config(replace(MODEL, dtype=dtype), balance=balance, mtp=mtp))
     (network,) = fill(job)

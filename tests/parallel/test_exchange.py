@@ -5,14 +5,13 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch.utils.checkpoint import checkpoint
 
 from model.layers.experts import MixtureOfExperts
 from parallel import groups as process_groups
 from parallel.topology import ParallelConfig
 from tests.dist import run_ranks
-from tests.parallel.tiny import build_tiny, fill, tiny_config
+from tests.parallel.tiny import build_tiny, fill, leave_layout, tiny_config
 
 TOKENS = 12
 LAYOUTS = {
@@ -90,7 +89,7 @@ def _all_events() -> dict[str, dict[str, list[str]]]:
     found = {}
     for name, parallel in LAYOUTS.items():
         found[name] = _events(parallel)
-        parallel_state.destroy_model_parallel()
+        leave_layout()
     return found
 
 

@@ -5,7 +5,6 @@ from itertools import product
 
 import pytest
 import torch
-from megatron.core import parallel_state
 
 from model.config import MtpConfig
 from model.cost.activations import stage_bytes
@@ -21,6 +20,7 @@ from tests.parallel.tiny import (
     PIPELINED,
     VOCAB,
     build_tiny,
+    leave_layout,
     part_of,
     random_batch,
     start_engine,
@@ -91,7 +91,7 @@ def measure() -> dict[str, dict]:
             "topology": job.topology,
             "tensors": sum(1 for chunk in job.chunks for _ in chunk.parameters()),
         }
-        parallel_state.destroy_model_parallel()
+        leave_layout()
     rank = torch.distributed.get_rank()
     torch.distributed.destroy_process_group()
     for name, (model, parallel) in CASES.items():
@@ -156,7 +156,7 @@ def measure_activations() -> dict[tuple[str, str], float]:
         parts = parallel.expert_tensor
         counted = stage_bytes(pattern, config.model, config.mtp, VOCAB, *sizes, frozenset(), True, parts, parts > 1)
         ratios[name, pattern] = kept / counted
-        parallel_state.destroy_model_parallel()
+        leave_layout()
     return ratios
 
 

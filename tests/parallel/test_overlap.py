@@ -14,7 +14,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.distributed import param_and_grad_buffer
 from megatron.core.distributed.param_and_grad_buffer import shard_buffer
 
@@ -22,7 +21,7 @@ from parallel import groups as process_groups
 from parallel.engine_megatron import MegatronEngine
 from parallel.topology import ParallelConfig
 from tests.dist import run_ranks
-from tests.parallel.tiny import build_tiny, fill, part_of, random_batch, start_engine, tiny_config
+from tests.parallel.tiny import build_tiny, fill, leave_layout, part_of, random_batch, start_engine, tiny_config
 from train.job.build import Job
 from train.loop import train_step
 from train.observe import step_metrics
@@ -86,8 +85,7 @@ def _poison(engine: MegatronEngine) -> int:
 
 
 def _job(layout: str) -> Job:
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    leave_layout()
     job = build_tiny(tiny_config(parallel=replace(LAYOUTS[layout], **OWN_BUCKETS), batch=BatchConfig(ROWS, ROWS // 2)))
     fill(job)
     return job

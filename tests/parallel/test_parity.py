@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
@@ -31,6 +30,7 @@ from tests.parallel.tiny import (
     PIPELINED,
     build_tiny,
     fill,
+    leave_layout,
     part_of,
     random_batch,
     start_engine,
@@ -217,7 +217,7 @@ def _compute(plan: list[tuple[Case, str]]) -> dict:
     results = {}
     for case, kind in plan:
         results[case, kind] = COMPUTE[kind](case)
-        parallel_state.destroy_model_parallel()
+        leave_layout()
     return results
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from megatron.core import parallel_state
 from transformers import Qwen3_5ForCausalLM, Qwen3_5MoeForCausalLM
 
 from model.hf.families import QWEN3_5, QWEN3_5_MOE
@@ -14,6 +13,7 @@ from parallel.engine_megatron import MegatronEngine
 from parallel.topology import ParallelConfig
 from tests.dist import run_ranks
 from tests.model.test_hf_families import their_config
+from tests.parallel.tiny import leave_layout
 from tests.train.hf_runs import SHAPE, VOCAB, import_as
 from tests.train.test_hf_layouts import LOSS, TOKENS, job_on, micro_batch, tokens
 from train.job.optim import adamw, decays
@@ -53,7 +53,7 @@ def losses_of(checkpoints: dict[str, Path]) -> dict[str, list[float]]:
         engine = MegatronEngine(job.chunks, job.groups, adamw(OptimConfig()), job.device, decays)
         steps = [engine.train_step([micro_batch(0)], TOKENS, 1e-3)[0] for _ in range(2)]
         found[name] = [float(losses.by_step[0]) for outputs in steps for losses in outputs]
-    parallel_state.destroy_model_parallel()
+    leave_layout()
     return found
 
 

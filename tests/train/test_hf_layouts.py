@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 from transformers import Qwen3NextForCausalLM
 
@@ -24,7 +23,7 @@ from parallel.stages import sharded_weights
 from parallel.topology import ParallelConfig, resolve
 from tests.dist import run_ranks
 from tests.model import hf as as_theirs
-from tests.parallel.tiny import tiny_config
+from tests.parallel.tiny import leave_layout, tiny_config
 from tests.train.hf_runs import (
     SHAPE,
     VOCAB,
@@ -65,8 +64,7 @@ def micro_batch(mtp: int) -> MicroBatch:
 
 def job_on(parallel: ParallelConfig, shape: ModelConfig, checkpoint: Path, mtp: int) -> Job:
     """A job on a layout with the weights of a checkpoint."""
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
+    leave_layout()
     config = tiny_config(shape, parallel, mtp=MtpConfig(steps=mtp))
     topology = resolve(parallel, shape, dist.get_world_size())
     groups = process_groups.lay_out(topology)
