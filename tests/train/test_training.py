@@ -183,6 +183,7 @@ def test_a_run_resumes_exactly_and_a_finished_one_says_so(commands: Commands):
     assert commands.metrics("parts")[-1]["step"] == 5 and "starting after step 4" in output
 
 
+@pytest.mark.timeout(1200)  # a dozen commands, each of which starts processes
 def test_a_run_is_used_on_other_processes_than_it_was_trained_on(commands: Commands, tmp_path: Path, corpus: Path):
     long = ("run.steps=30", "run.log_every=30", "optim.warmup_steps=2")
     commands.train("run", *long, "parallel.expert=4", processes=4)
