@@ -126,7 +126,7 @@ def assert_traces(logs: Path, output: str) -> None:
         with gzip.open(logs / f"profile_3_4_process_{rank}.json.gz", "rt") as file:
             names = [event["name"] for event in json.load(file)["traceEvents"] if event.get("cat") == "user_annotation"]
         for layer in ("step 3", "Gated DeltaNet, layer 1", "experts, layer 2", "attention, layer 3"):
-            assert names.count(layer) == (1 if layer.startswith("step") else 4), layer  # two micro-batches a step; evaluations lie outside
+            assert names.count(layer) == (1 if layer.startswith("step") else 4), layer  # two micro-batches a step
         assert "step 2" not in names
 
 
