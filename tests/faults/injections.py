@@ -18,7 +18,7 @@ from data.errors import CorpusError, StorageError
 from data.loader import Loader
 from train import loop
 from train.job.shelf import Shelf
-from train.use import evaluate
+from train.use import in_training
 
 
 def hit() -> None:
@@ -209,7 +209,7 @@ class HeldoutAway:
         def broken(*args: Any) -> Any:
             raise CorpusError("a shard is gone")
 
-        evaluate.read_heldout = broken
+        in_training.read_heldout = broken
 
 
 @dataclass(frozen=True)
