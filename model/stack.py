@@ -121,7 +121,7 @@ def hybrid_config(
             the backward pass.
     """
     dtype = PARAMS_DTYPES[shape.dtype]
-    fp8, fp8_recipe = FP8.get(shape.fp8, (None, "delayed"))
+    fp8, fp8_recipe = FP8.get(shape.fp8, (None, "delayed"))  # megatron-core's default, which nothing asks without FP8
     return HybridConfig(
         shape=shape,
         mtp=mtp,

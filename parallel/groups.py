@@ -21,7 +21,7 @@ CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 BLACKWELL = 10  # compute capability
 
 
-def set_variables(parallel: ParallelConfig) -> None:
+def set_cuda_variables(parallel: ParallelConfig) -> None:
     """Sets what CUDA and torch's allocator read once, when they start. To be called before either has.
 
     Whoever starts the job may choose otherwise.
@@ -40,7 +40,7 @@ def set_variables(parallel: ParallelConfig) -> None:
         os.environ.setdefault(CONNECTIONS, "1")
 
 
-def variables_said() -> str:
+def cuda_variables() -> str:
     """A line for the start of a run on GPUs: those variables, as they are."""
     names = (*ALLOCATOR, CONNECTIONS)
     return "on GPUs: " + ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)

@@ -156,7 +156,7 @@ def train(arguments: list[str]) -> int:
 
         print(dry_run(config, topology, part.rank))
         return 0
-    front.set_variables(config.run.environment)
+    front.set_environment(config.run.environment)
     processes = front.world_size() or front.num_processes()
     more_nodes = 0 if front.world_size() else slurm.nodes_wanted(place.here(), processes, config.parallel.world)
     check(config, processes * max(1, more_nodes))
@@ -224,7 +224,7 @@ def bench(arguments: list[str]) -> int:
     configs = {"the recipe": compose(rest, planned=True)}
     configs |= {variant: compose([*rest, *variant.split()], planned=True) for variant in settings.also}
     parallel = configs["the recipe"].parallel
-    front.set_variables(configs["the recipe"].run.environment)
+    front.set_environment(configs["the recipe"].run.environment)
     processes = front.world_size() or front.num_processes(parallel.world or front.layout_size(parallel))
     check_variants(configs, processes)
     if front.world_size():
@@ -304,7 +304,7 @@ def run(arguments: list[str]) -> int:
 
 def main() -> int:
     """The exit code of ``sys.argv``'s command."""
-    place.adopt_slurm_task()
+    slurm.adopt_slurm_task()
     arguments = sys.argv[1:]
     sys.argv[1:] = hidden(arguments)  # of which W&B, for one, takes a note
     if front.world_size():

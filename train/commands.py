@@ -91,7 +91,7 @@ def evaluate(arguments: list[str]) -> int:
     check_draft(evaluation.draft, config)
     prepare = partial(front.ensure_corpus, config.data)
     if front.world_size():
-        from train.use.evaluation import run_evaluation
+        from train.use.evaluate import run_evaluation
 
         with front.prepare_among_workers(prepare):
             return run_evaluation(evaluation, config)

@@ -72,7 +72,7 @@ def load_environment(folders: list[Path]) -> None:
             print(f"{file} sets {', '.join(name for name, _, _ in pairs)}", file=sys.stderr)
 
 
-def set_variables(given: tuple[str, ...]) -> None:
+def set_environment(given: tuple[str, ...]) -> None:
     """Sets a recipe's variables, `run.environment`; they go before those of `launch.env`.
 
     Raises:

@@ -30,7 +30,7 @@ from train.measure.doctor import refuse_wrong_kernels
 from train.observe import Observer, due
 from train.settings.run import CONFIG_FILE, Config, RunReference, batch_schedule, describe, load_config, save_config
 from train.training import Training
-from train.use.evaluate import heldout_line
+from train.use.heldout import heldout_line
 from train.watch import metrics
 from train.watch.goodput import DATA, REDONE, TRAINING
 from train.watch.trackers import Tracker, build_trackers

@@ -27,9 +27,9 @@ def test_variables_are_set_where_they_are_right_and_said(
 ) -> None:
     monkeypatch.setattr(os, "environ", dict(given))
     monkeypatch.setattr(groups, "_architecture", lambda: architecture)
-    groups.set_variables(ParallelConfig(tensor=tensor))
+    groups.set_cuda_variables(ParallelConfig(tensor=tensor))
     assert {name: os.environ[name] for name in NAMES if name in os.environ} == expected
-    assert groups.variables_said() == "on GPUs: " + ", ".join(f"{name}={value}" for name, value in expected.items())
+    assert groups.cuda_variables() == "on GPUs: " + ", ".join(f"{name}={value}" for name, value in expected.items())
 
 
 def test_a_machine_without_nvml_has_no_architecture(monkeypatch) -> None:

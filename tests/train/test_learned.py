@@ -10,7 +10,7 @@ from data.order.batches import Batch
 from model.batch import count_targets
 from train import loop
 from train.job.build import Job
-from train.use import evaluate
+from train.use import heldout
 
 STEPS, RANKS = 2, 3
 
@@ -54,5 +54,5 @@ def test_the_mean_is_over_what_all_ranks_learn(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_pipeline_is_filled_up_with_rows_that_count_nothing() -> None:
-    (group,) = evaluate.in_groups([batch(0)], 2)
+    (group,) = heldout.in_groups([batch(0)], 2)
     assert count_targets(group[1].documents, STEPS, group[1].learned).tolist() == [0] * (2 + STEPS)

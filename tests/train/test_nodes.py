@@ -75,14 +75,14 @@ def test_a_task_of_srun_is_a_worker(monkeypatch) -> None:
     step = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "2", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NODELIST": "localhost"}
     given(monkeypatch, **step, SLURM_PROCID="3", SLURM_LOCALID="1", SLURM_STEP_TASKS_PER_NODE="2(x2)")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "mine")
-    place.adopt_slurm_task()
+    slurm.adopt_slurm_task()
     assert front.world_size() == 4
     names = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "GLOO_SOCKET_IFNAME")
     assert [os.environ.pop(name) for name in names] == ["3", "1", "2", "localhost", "mine"]
     assert int(os.environ.pop("MASTER_PORT")) == place.job_port() + 3
     del os.environ["WORLD_SIZE"]
     monkeypatch.setenv("NNODES", "2")
-    place.adopt_slurm_task()
+    slurm.adopt_slurm_task()
     assert front.world_size() is None, "that is a front, which starts workers"
 
 
@@ -134,12 +134,12 @@ def test_launch_env_sets_variables_and_says_so(monkeypatch, tmp_path: Path, caps
 
 def test_a_recipe_s_variables_go_before_those_of_launch_env(monkeypatch) -> None:
     monkeypatch.setenv("NCCL_DEBUG", "WARN")
-    front.set_variables(("NCCL_DEBUG=INFO,COLL", "NCCL_IB_HCA=mlx5_0=1"))
+    front.set_environment(("NCCL_DEBUG=INFO,COLL", "NCCL_IB_HCA=mlx5_0=1"))
     assert (os.environ["NCCL_DEBUG"], os.environ.pop("NCCL_IB_HCA")) == ("INFO,COLL", "mlx5_0=1")
     with pytest.raises(ConfigError, match=r"run\.environment has 'NCCL_DEBUG', which sets nothing: write NAME=VALUE"):
-        front.set_variables(("NCCL_DEBUG",))
+        front.set_environment(("NCCL_DEBUG",))
     with pytest.raises(ConfigError, match=r"run\.environment sets HF_TOKEN, and settings are written down: export it"):
-        front.set_variables(("HF_TOKEN=hf_1234",))
+        front.set_environment(("HF_TOKEN=hf_1234",))
 
 
 @pytest.fixture

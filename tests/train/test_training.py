@@ -17,8 +17,8 @@ from data.order.batches import Batch
 from tests.faults.runs import make_corpus
 from tests.train.wandb_files import history
 from train.observe import due
-from train.use.evaluate import in_groups, unigram_entropy
 from train.use.generate import choose
+from train.use.heldout import in_groups, unigram_entropy
 from train.watch import catalog
 from train.watch.dashboard import SECTIONS, View
 from train.watch.speed import matmul_rate

@@ -75,7 +75,7 @@ class Job:
         samples = batch_schedule(self.config).samples(self.config.run.steps).start
         return [
             f"model: {self.vocab_size} token vocabulary, {held:,} parameters in this process on {self.device}",
-            *([process_groups.variables_said()] if self.device.type == "cuda" else []),
+            *([process_groups.cuda_variables()] if self.device.type == "cuda" else []),
             *([exact] if exact and self.config.balance.mode == "exact" else []),
             *map(hide, self.dataset.describe(samples)),
         ]
@@ -137,7 +137,7 @@ def build_job(config: Config, tokenizer: Tokenizer | None = None) -> Job:
     Args:
         tokenizer: takes the place of the corpus where none is read.
     """
-    process_groups.set_variables(config.parallel)
+    process_groups.set_cuda_variables(config.parallel)
     device = process_groups.local_device()
     process_groups.start(device, config.run.start_timeout)
     topology = resolve(config.parallel, config.model, torch.distributed.get_world_size())

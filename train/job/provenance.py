@@ -22,8 +22,8 @@ import yaml
 
 from data.secrets import hidden, one_line
 from data.text.tokenizer import TOKENIZER_FILE, Tokenizer
-from train.settings.run import CONFIG_FILE, Config
-from train.settings.tree import ConfigError, leaves, to_dict
+from train.settings.run import CONFIG_FILE, Config, shown_settings
+from train.settings.tree import ConfigError, to_dict
 
 PROVENANCE_FILE, HISTORY_FILE = "provenance.json", "history.jsonl"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
@@ -96,8 +96,8 @@ def note_start(config: Config, before: Config | None, step: int, world: int) -> 
     Args:
         before: its settings at the last start; None for a new run.
     """
-    old = {} if before is None else dict(leaves(hidden(to_dict(before))))
-    new = dict(leaves(hidden(to_dict(config))))
+    old = {} if before is None else shown_settings(before)
+    new = shown_settings(config)
     changed = {key: [old.get(key), new[key]] for key in new if old and old.get(key) != new[key]}
     line = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "step": step, "changed": changed}
     line |= {name: value for name, value in provenance(world).items() if name != "packages"}

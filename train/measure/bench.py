@@ -250,7 +250,7 @@ def run_bench(configs: Mapping[str, Config], settings: BenchSettings) -> int:
     code. What is measured so far is on disk after each.
     """
     first, *_ = configs.values()
-    process_groups.set_variables(first.parallel)
+    process_groups.set_cuda_variables(first.parallel)
     process_groups.start(process_groups.local_device())
     topology = resolve(first.parallel, first.model, torch.distributed.get_world_size())
     groups = process_groups.lay_out(topology)

@@ -104,33 +104,12 @@ def own_address(towards: str) -> tuple[str, str]:
     return address, names[0] if names else ""
 
 
-def adopt_slurm_task() -> None:
-    """Makes a task of `srun -n` the worker of the same number, as torchrun would have."""
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
-    if not in_step() or tasks == 1 or os.environ.keys() & {"NNODES", "RANK"}:
-        return
-    from train.nodes.slurm import address_of_first
-
-    per_node = re.match(r"\d+", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))
-    os.environ |= {
-        "RANK": os.environ["SLURM_PROCID"],
-        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
-        "WORLD_SIZE": str(tasks),
-        "LOCAL_WORLD_SIZE": per_node[0] if per_node else "1",
-    }
-    address, _, port = os.environ.get("MASTER_ADDR", "").partition(":")
-    os.environ["MASTER_ADDR"] = address or address_of_first(os.environ["SLURM_STEP_NODELIST"])
-    port = port or os.environ.get("MASTER_PORT", "") or str(job_port() + 1 + int(os.environ["SLURM_STEP_ID"]) % 100)
-    os.environ["MASTER_PORT"] = port
-    _use_interface(os.environ["MASTER_ADDR"])
-
-
 def job_port() -> int:
     """The first of the ports of a job of Slurm."""
     return JOB_PORTS + int(os.environ["SLURM_JOB_ID"]) % 200 * 200
 
 
-def _use_interface(master: str) -> str:
+def use_interface_to(master: str) -> str:
     """Lets gloo listen where node 0 is reached from, unless told otherwise; a host's name often is its loopback."""
     address, interface = own_address(master)
     if interface:
@@ -140,4 +119,4 @@ def _use_interface(master: str) -> str:
 
 def use_interface(nodes: Nodes) -> str:
     """Lets gloo listen where node 0 is reached from, unless told otherwise; returns this machine's address there."""
-    return _use_interface(nodes.address)
+    return use_interface_to(nodes.address)

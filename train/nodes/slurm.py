@@ -11,7 +11,7 @@ from pathlib import Path
 
 from train.job.starter import RESUMABLE
 from train.nodes import failed
-from train.nodes.place import Nodes, job_port
+from train.nodes.place import Nodes, in_step, job_port, use_interface_to
 from train.settings.tree import ConfigError
 
 FRUITLESS = "fruitless_starts.txt"  # how often in a row a job was stopped before it had a newer checkpoint
@@ -43,6 +43,25 @@ def address_of_first(node_list: str) -> str:
     first = names[0] if names else node_list.partition(",")[0]
     found = re.search(r"\bNodeAddr=(\S+)", _ask("scontrol", "show", "node", first))
     return found[1] if found and found[1] != "(null)" else first
+
+
+def adopt_slurm_task() -> None:
+    """Makes a task of `srun -n` the worker of the same number, as torchrun would have."""
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    if not in_step() or tasks == 1 or os.environ.keys() & {"NNODES", "RANK"}:
+        return
+    per_node = re.match(r"\d+", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+    os.environ |= {
+        "RANK": os.environ["SLURM_PROCID"],
+        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+        "WORLD_SIZE": str(tasks),
+        "LOCAL_WORLD_SIZE": per_node[0] if per_node else "1",
+    }
+    address, _, port = os.environ.get("MASTER_ADDR", "").partition(":")
+    os.environ["MASTER_ADDR"] = address or address_of_first(os.environ["SLURM_STEP_NODELIST"])
+    port = port or os.environ.get("MASTER_PORT", "") or str(job_port() + 1 + int(os.environ["SLURM_STEP_ID"]) % 100)
+    os.environ["MASTER_PORT"] = port
+    use_interface_to(os.environ["MASTER_ADDR"])
 
 
 def command_line(nodes: Nodes, command: list[str], per_node: int) -> tuple[list[str], dict[str, str]]:

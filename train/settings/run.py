@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import yaml
 
@@ -173,10 +173,14 @@ def run_tokens(config: Config) -> int:
     return batch_schedule(config).samples(config.run.steps).start * config.data.seq_length
 
 
+def shown_settings(config: Config) -> dict[str, Any]:
+    """Every setting by its path, without secrets."""
+    return dict(leaves(hidden(to_dict(config))))
+
+
 def describe(config: Config, topology: Topology) -> list[str]:
     """Lines for the start of a run: the settings that differ from their defaults, and what follows."""
-    chosen = dict(leaves(hidden(to_dict(config))))
-    defaults = dict(leaves(to_dict(Config())))
+    chosen, defaults = shown_settings(config), shown_settings(Config())
     lines = [f"{path} = {value}" for path, value in chosen.items() if value != defaults[path]]
     batches, length = batch_schedule(config), config.data.seq_length
     lines.append(f"processes: {topology}")

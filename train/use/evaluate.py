@@ -1,106 +1,55 @@
-"""Held-out loss: nats a token for each prediction step, bits a byte, beside the entropy of guessing blindly; and how
-many drafted tokens are accepted."""
+"""The evaluate command: everything that is measured of a checkpoint on held-out text."""
 
-import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
-from dataclasses import replace
-from itertools import batched
+import json
+from pathlib import Path
 
-import torch
-
-from data.dataset import Source
-from data.loader import heldout_batches
-from data.order.batches import Batch
-from model.batch import MicroBatch, count_targets
-from parallel.collectives import from_last, sum_over
-from parallel.stages import run_schedule
-from train.job.build import Job, build_chunks
-from train.watch import metrics
+from train.job.build import build_job
+from train.job.checkpoint import load_model, require_whole
+from train.job.directory import require_checkpoint
+from train.job.shelf import read_state
+from train.settings.commands import EvaluateConfig
+from train.settings.run import Config
+from train.use.acceptance import Acceptance, heldout_prompts, measure_acceptance
+from train.use.heldout import heldout_line, heldout_metrics, read_heldout, rounded
+from train.use.needle import needle_lines, needle_metrics
+from train.use.parts import TextParts, part_lines, source_metrics
 
 
-def in_groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
-    """Lists of ``size`` micro-batches, the last filled up with padding: what a pipeline runs at once."""
-    for group in batched(batches, size):
-        padding = replace(group[0], documents=torch.full_like(group[0].documents, -1))
-        yield [*group, *[padding] * (size - len(group))]
+def run_evaluation(asked: EvaluateConfig, config: Config) -> int:
+    """The evaluate command, in each of its processes."""
+    path = require_checkpoint(config.run, asked.step)
+    job = build_job(config)
+    require_whole(job, path)
+    load_model(job, path)
+    if asked.dtype:
+        job = rounded(job, asked.dtype)
+    samples = asked.samples or config.run.eval_samples
+    by_part = TextParts(config.data.seq_length) if job.topology.context == 1 else None  # else rows are in parts
+    values = heldout_metrics(job, read_heldout(job, samples), by_part.add if by_part else None)
+    parts = (by_part.values(job) if by_part else {}) | source_metrics(job, samples)
+    needles = needle_metrics(job, asked.needles) if asked.needles else {}
+    draft = asked.draft
+    if draft is None:
+        draft = config.mtp.steps if job.topology.pipeline == 1 else 0
+    found = None
+    prompts = heldout_prompts(job, asked.prompts, asked.prompt_tokens) if draft else []
+    if prompts:
+        found = measure_acceptance(job, job.chunks[0], prompts, draft, asked.tokens, show=True)
+        values |= found.values()
+    if job.is_first:
+        print(f"{config.run.name} after {read_state(path)['step']} steps: {heldout_line(values)}", flush=True)
+        print("\n".join([*part_lines(parts), *needle_lines(needles)]), flush=True)
+    if job.is_first and found:
+        print(f"{found.tally.describe()}, on {len(prompts)} held-out prompts", flush=True)
+    if job.is_first and draft and not found:
+        print("no drafts are measured: no held-out sequence begins a document that goes on after a prompt", flush=True)
+    if job.is_first and asked.output:
+        _write_output(Path(asked.output), values | parts | needles, found)
+    job.close()
+    return 0
 
 
-def unigram_entropy(histogram: torch.Tensor) -> float:
-    """Entropy in nats of tokens counted by id: the loss of a model that knows only how frequent each token is."""
-    share = histogram[histogram > 0].double() / histogram.sum()
-    return float(-(share * share.log()).sum())
-
-
-def read_heldout(job: Job, max_samples: int, only: Source | None = None) -> Iterator[Batch]:
-    """This process's share of the held-out sequences, or of so many of them spread evenly; of one source or all."""
-    data = job.groups.dp
-    with closing(job.dataset.heldout_stream(only)) as stream:
-        yield from heldout_batches(stream, job.config.batch.micro, data.rank(), data.size(), max_samples)
-
-
-Observer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
-
-
-@torch.no_grad()
-def heldout_metrics(job: Job, batches: Iterable[Batch], observe: Observer | None = None) -> dict[str, float]:
-    """Losses over what all processes' `read_heldout` has read, the same on every process.
-
-    Args:
-        observe: is shown each micro-batch: documents [R, S + 1], losses of the next token [T], which are valid [T].
-    """
-    steps = job.config.mtp.steps
-    token_bytes = torch.from_numpy(job.dataset.token_bytes).long()
-    histogram = torch.zeros(job.dataset.vocab_size, dtype=torch.int64)
-    sums = torch.zeros(1 + steps, dtype=torch.float64)
-    counts = torch.zeros(1 + steps, dtype=torch.int64)
-    for group in in_groups(batches, job.topology.pipeline):
-        targets = [count_targets(batch.documents, steps, batch.learned).clamp(min=1) for batch in group]
-        ready = [
-            MicroBatch.build(batch.tokens, batch.documents, counted, job.sequence_part, learned_RS=batch.learned).to(
-                job.device
-            )
-            for batch, counted in zip(group, targets, strict=True)
-        ]
-        outputs = run_schedule(job.chunks, ready, job.microbatch_tokens, forward_only=True)
-        for losses, batch, read in zip(outputs, ready, group, strict=bool(outputs)):
-            sums += (losses.tokens_KT.double() * (batch.weights_KT > 0)).sum(dim=1).cpu()
-            if observe:
-                observe(read.documents, losses.tokens_KT[0], batch.weights_KT[0] > 0)
-        for batch in ready:
-            valid = batch.weights_KT > 0
-            counts += valid.sum(dim=1).cpu()
-            histogram += torch.bincount(batch.targets_KT[0][valid[0]], minlength=len(histogram)).cpu()
-    # Every pipeline stage has read the same batches; only the last has losses.
-    total = torch.cat([sums, counts.double(), histogram.double()]).to(job.device)
-    total = from_last(sum_over(total, job.groups.dp_cp), job.groups.pp)
-    sums, counts, histogram = total.cpu().split([1 + steps, 1 + steps, len(histogram)])
-    losses = (sums / counts.clamp(min=1)).tolist()
-    num_bytes = float((histogram * token_bytes).sum())
-    values = {metrics.HELDOUT_LM_LOSS: losses[0], metrics.HELDOUT_UNIGRAM_ENTROPY: unigram_entropy(histogram)}
-    if num_bytes:  # else every target ends a document
-        values[metrics.HELDOUT_BITS_PER_BYTE] = float(sums[0]) / math.log(2) / num_bytes
-    return values | {metrics.heldout_mtp_loss(step): losses[step] for step in range(1, 1 + steps)}
-
-
-def rounded(job: Job, dtype: str) -> Job:
-    """The job with its model's weights and computation in another type."""
-    config = replace(job.config, model=replace(job.config.model, dtype=dtype))
-    with torch.device(job.device):
-        chunks = build_chunks(config, job.topology, job.groups, job.vocab_size)
-    for chunk, own in zip(chunks, job.chunks, strict=True):
-        chunk.load_state_dict(own.state_dict())
-    return replace(job, config=config, chunks=chunks)
-
-
-def heldout_line(values: dict[str, float]) -> str:
-    """What an evaluation found, in a line or two for a person."""
-    loss, entropy = values[metrics.HELDOUT_LM_LOSS], values[metrics.HELDOUT_UNIGRAM_ENTROPY]
-    text = (
-        f"held-out lm_loss {loss:.4f} nats a token, {abs(entropy - loss):.4f} {'under' if loss < entropy else 'above'} "
-        f"the unigram entropy {entropy:.4f}"
-    )
-    if metrics.HELDOUT_BITS_PER_BYTE in values:
-        text += f"; {values[metrics.HELDOUT_BITS_PER_BYTE]:.4f} bits a byte"
-    deeper = (metrics.HELDOUT_MTP_LOSS, metrics.HELDOUT_ACCEPTANCE, metrics.HELDOUT_ACCEPTED_LENGTH)
-    return "; ".join([text, *(f"{name} {value:.4f}" for name, value in values.items() if name.startswith(deeper))])
+def _write_output(path: Path, values: dict[str, float], found: Acceptance | None) -> None:
+    """Metrics, and prompts, texts and rounds by accepted tokens if drafts were measured, as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"metrics": values, "drafts": found and found.content()}) + "\n", encoding="utf-8")

@@ -8,7 +8,7 @@ from data.order.batches import Batch
 from parallel.collectives import max_over_all
 from train.job.build import Job
 from train.use.acceptance import heldout_prompts, measure_acceptance
-from train.use.evaluate import heldout_metrics, read_heldout
+from train.use.heldout import heldout_metrics, read_heldout
 
 PROMPT_TOKENS = 32  # of a prompt, and of its continuation
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from data.order.batches import Batch
 from parallel.collectives import from_last, sum_over
 from train.job.build import Job
-from train.use.evaluate import heldout_metrics, read_heldout
+from train.use.heldout import heldout_metrics, read_heldout
 from train.watch import metrics
 
 DEPTHS = (0, 25, 50, 75)  # percent of the way from the start to the needle's second place

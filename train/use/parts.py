@@ -10,7 +10,7 @@ from torch import Tensor
 from data.secrets import hide
 from parallel.collectives import from_last, sum_over
 from train.job.build import Job
-from train.use.evaluate import heldout_metrics, read_heldout
+from train.use.heldout import heldout_metrics, read_heldout
 from train.watch import metrics
 
 PARTED = (metrics.HELDOUT_LM_LOSS, metrics.HELDOUT_BITS_PER_BYTE)

@@ -1,6 +1,7 @@
-"""Every metric of a run, declared once: name, unit, meaning, section, how often, and which names follow from its own.
+"""Every metric of a run, declared once: name, unit, meaning, how often, and which names follow from its own.
 
-Dashboards and reports are made of this table; what logs a metric takes its name from `train.watch.metrics`.
+Dashboards and reports are made of this table, by the sections of `train.watch.dashboard`; what logs a metric takes its
+name from `train.watch.metrics`.
 """
 
 from dataclasses import dataclass
@@ -45,7 +46,6 @@ class Metric:
     name: str
     unit: str
     sentence: str
-    section: str
     cadence: Cadence = Cadence.LOGGED
     kind: Kind = Kind.SCALAR
     parts: tuple[str, ...] = ()
@@ -53,20 +53,6 @@ class Metric:
     rarely: bool = False
 
 
-LOSS, OPTIMIZER, ROUTING, ATTENTION, DELTANET, ACTIVATIONS, WEIGHTS, SPEED, TIME, MEMORY, DATA, HELDOUT = SECTIONS = (
-    "loss",
-    "optimizer",
-    "routing",
-    "attention",
-    "Gated DeltaNet",
-    "activations",
-    "weights",
-    "speed",
-    "time",
-    "memory",
-    "data",
-    "held-out",
-)
 # What norms are called by their place in the model.
 NORMS = (
     *("input_layernorm", "pre_mlp_layernorm", "q_layernorm", "k_layernorm", "out_norm", "final_norm"),
@@ -81,11 +67,11 @@ NATS, SHARE, NORM, EVEN, SECONDS, GB = "nats", "share", "norm", "even shares", "
 def _of_loss() -> tuple[Metric, ...]:
     losses = "its least, mean and largest value over the steps since the last logged one"
     return (
-        Metric(metrics.LOSS, NATS, "what is minimised: lm_loss and the weighted MTP and balance losses", LOSS),
-        Metric(metrics.LM_LOSS, NATS, "a token, next-token prediction", LOSS),
-        Metric(metrics.LM_LOSS, NATS, losses, LOSS, kind=Kind.BY_PART, parts=EXTREMES),
-        Metric(metrics.EVERY_LM_LOSS, NATS, "lm_loss of each step", LOSS, kind=Kind.EACH_STEP),
-        Metric(metrics.MTP_LOSS, NATS, "of each step of multi-token prediction", LOSS, kind=Kind.BY_PART, when=MTP),
+        Metric(metrics.LOSS, NATS, "what is minimised: lm_loss and the weighted MTP and balance losses"),
+        Metric(metrics.LM_LOSS, NATS, "a token, next-token prediction"),
+        Metric(metrics.LM_LOSS, NATS, losses, kind=Kind.BY_PART, parts=EXTREMES),
+        Metric(metrics.EVERY_LM_LOSS, NATS, "lm_loss of each step", kind=Kind.EACH_STEP),
+        Metric(metrics.MTP_LOSS, NATS, "of each step of multi-token prediction", kind=Kind.BY_PART, when=MTP),
     )
 
 
@@ -93,20 +79,20 @@ def _of_optimizer() -> tuple[Metric, ...]:
     steps = "its least, mean and largest value over the steps since the last logged one"
     parts: dict[str, Any] = {"cadence": Cadence.DETAIL, "kind": Kind.BY_PART_AND_LAYER}
     return (
-        Metric(metrics.GRAD_NORM, NORM, "of the whole gradient, before clipping", OPTIMIZER),
-        Metric(metrics.GRAD_NORM, NORM, steps, OPTIMIZER, kind=Kind.BY_PART, parts=EXTREMES),
-        Metric(metrics.EVERY_GRAD_NORM, NORM, "grad_norm of each step", OPTIMIZER, kind=Kind.EACH_STEP),
-        Metric(metrics.CLIPPED_STEPS, "steps", "clipped since the last logged step", OPTIMIZER, rarely=True),
-        Metric(metrics.LR, "", "learning rate", OPTIMIZER),
-        Metric(metrics.SKIPPED_STEPS, "steps", "bad ones since the start of the run", OPTIMIZER, rarely=True),
-        Metric(metrics.GROUP_GRAD_NORM, NORM, "of a group of parameters, before clipping", OPTIMIZER, **parts),
-        Metric(metrics.UPDATE_TO_WEIGHT, "ratio", "norm of a step's update over that of the weights", WEIGHTS, **parts),
+        Metric(metrics.GRAD_NORM, NORM, "of the whole gradient, before clipping"),
+        Metric(metrics.GRAD_NORM, NORM, steps, kind=Kind.BY_PART, parts=EXTREMES),
+        Metric(metrics.EVERY_GRAD_NORM, NORM, "grad_norm of each step", kind=Kind.EACH_STEP),
+        Metric(metrics.CLIPPED_STEPS, "steps", "clipped since the last logged step", rarely=True),
+        Metric(metrics.LR, "", "learning rate"),
+        Metric(metrics.SKIPPED_STEPS, "steps", "bad ones since the start of the run", rarely=True),
+        Metric(metrics.GROUP_GRAD_NORM, NORM, "of a group of parameters, before clipping", **parts),
+        Metric(metrics.UPDATE_TO_WEIGHT, "ratio", "norm of a step's update over that of the weights", **parts),
     )
 
 
 def _of_routers() -> tuple[Metric, ...]:
     def metric(name: str, unit: str, sentence: str, **others: Any) -> Metric:
-        return Metric(name, unit, sentence, ROUTING, **({"kind": Kind.BY_LAYER, "when": EXPERTS} | others))
+        return Metric(name, unit, sentence, **({"kind": Kind.BY_LAYER, "when": EXPERTS} | others))
 
     start: dict[str, Any] = {"cadence": Cadence.START}
     return (
@@ -131,27 +117,25 @@ def _of_routers() -> tuple[Metric, ...]:
 
 
 def _of_layers() -> tuple[Metric, ...]:
-    def metric(name: str, unit: str, sentence: str, section: str, **others: Any) -> Metric:
-        return Metric(name, unit, sentence, section, **({"cadence": Cadence.DETAIL, "kind": Kind.BY_LAYER} | others))
+    def metric(name: str, unit: str, sentence: str, **others: Any) -> Metric:
+        return Metric(name, unit, sentence, **({"cadence": Cadence.DETAIL, "kind": Kind.BY_LAYER} | others))
 
-    gains: dict[str, Any] = {"kind": Kind.BY_PART, "unit": "gain", "section": WEIGHTS}
-    deltas: dict[str, Any] = {"section": DELTANET, "when": HYBRID, "unit": ""}
+    gains: dict[str, Any] = {"kind": Kind.BY_PART, "unit": "gain"}
+    deltas: dict[str, Any] = {"when": HYBRID, "unit": ""}
     return (
         metric(
             metrics.ATTENTION_SINK,
             SHARE,
             "attention on a document's first token by those at least 16 places on",
-            ATTENTION,
         ),
-        metric(metrics.GATE_MEAN, SHARE, "mean of the output gates", ATTENTION, when=GATED),
-        metric(metrics.GATE_LOW, SHARE, "of the output gates below 0.1", ATTENTION, when=GATED, rarely=True),
-        metric(metrics.ACTIVATION_MAX, "", "largest number of the residual stream behind a layer", ACTIVATIONS),
-        metric(metrics.ACTIVATION_PEAK, "", "largest of all layers", ACTIVATIONS, kind=Kind.SCALAR),
+        metric(metrics.GATE_MEAN, SHARE, "mean of the output gates", when=GATED),
+        metric(metrics.GATE_LOW, SHARE, "of the output gates below 0.1", when=GATED, rarely=True),
+        metric(metrics.ACTIVATION_MAX, "", "largest number of the residual stream behind a layer"),
+        metric(metrics.ACTIVATION_PEAK, "", "largest of all layers", kind=Kind.SCALAR),
         metric(
             metrics.MASSIVE_ACTIVATIONS,
             "numbers",
             "of the residual stream above 100 and above 1000 times their token's median",
-            ACTIVATIONS,
             rarely=True,
         ),
         metric(metrics.DECAY_MIN, sentence="strongest decay of the state by a token", **deltas, rarely=True),
@@ -171,20 +155,20 @@ def _of_layers() -> tuple[Metric, ...]:
 
 def _of_machines() -> tuple[Metric, ...]:
     def part(name: str, sentence: str, **others: Any) -> Metric:
-        return Metric(metrics.seconds(name), SECONDS, sentence, TIME, **others)
+        return Metric(metrics.seconds(name), SECONDS, sentence, **others)
 
     spent = "since the last logged step"
     wall = "of all starts of the run: trained, and waited for instead"
     return (
-        Metric(metrics.TOKENS, "tokens", "trained on since the start of the run, without padding", SPEED),
-        Metric(metrics.TOKENS_PER_SECOND, "tokens/s", "over all processes, without padding", SPEED),
-        Metric(metrics.TFLOPS, "TFLOP/s", "that the model needs on these documents, a process", SPEED),
-        Metric(metrics.MFU, SHARE, "tflops as a share of peak_tflops", SPEED),
-        Metric(metrics.PEAK_TFLOPS, "TFLOP/s", "of the GPU's data sheet; elsewhere the measured rate", SPEED),
-        Metric(metrics.MATMUL_SHARE, SHARE, "tflops as a share of the rate of a large matrix product", SPEED),
-        Metric(metrics.SLOWEST_RATE, SHARE, "of the median process's rate of matrix products, the slowest", SPEED,
+        Metric(metrics.TOKENS, "tokens", "trained on since the start of the run, without padding"),
+        Metric(metrics.TOKENS_PER_SECOND, "tokens/s", "over all processes, without padding"),
+        Metric(metrics.TFLOPS, "TFLOP/s", "that the model needs on these documents, a process"),
+        Metric(metrics.MFU, SHARE, "tflops as a share of peak_tflops"),
+        Metric(metrics.PEAK_TFLOPS, "TFLOP/s", "of the GPU's data sheet; elsewhere the measured rate"),
+        Metric(metrics.MATMUL_SHARE, SHARE, "tflops as a share of the rate of a large matrix product"),
+        Metric(metrics.SLOWEST_RATE, SHARE, "of the median process's rate of matrix products, the slowest",
                Cadence.DETAIL, when="several processes"),
-        Metric(metrics.SLOWEST_PROCESS, "number", "of the process with that rate", SPEED, Cadence.DETAIL,
+        Metric(metrics.SLOWEST_PROCESS, "number", "of the process with that rate", Cadence.DETAIL,
                when="several processes", rarely=True),
         part("step", "a step, from its batches to its updated weights"),
         part("data", "waiting for a step's samples, the process that waited longest"),
@@ -192,22 +176,22 @@ def _of_machines() -> tuple[Metric, ...]:
         part("optimizer", "a step, clipping and the update"),
         part("save", f"blocked by checkpoints {spent}", when="a save", rarely=True),
         part("eval", f"of evaluations {spent}", when="an evaluation", rarely=True),
-        Metric(goodput.GOODPUT, SHARE, "of the wall time of all starts that trained", TIME),
-        Metric(goodput.WALL_SECONDS, SECONDS, wall, TIME, kind=Kind.BY_PART, parts=goodput.KINDS, rarely=True),
-        Metric(metrics.EXPERT_ROWS_MAX, EVEN, "most rows that a process received", ROUTING, when=SPREAD),
-        Metric(metrics.MEMORY_PEAK, GB, "of the fullest GPU since the last logged step", MEMORY, when=GPU),
-        Metric(metrics.MEMORY_RESERVED, GB, "that its allocator holds", MEMORY, when=GPU),
-        Metric(metrics.MEMORY_RETRIES, "times", "it had to free what it held", MEMORY, when=GPU, rarely=True),
-        Metric(metrics.DISK_FREE, GB, "that are free on the run's disk", MEMORY),
-        Metric(metrics.DISK_SIZE, GB, "of that disk", MEMORY),
+        Metric(goodput.GOODPUT, SHARE, "of the wall time of all starts that trained"),
+        Metric(goodput.WALL_SECONDS, SECONDS, wall, kind=Kind.BY_PART, parts=goodput.KINDS, rarely=True),
+        Metric(metrics.EXPERT_ROWS_MAX, EVEN, "most rows that a process received", when=SPREAD),
+        Metric(metrics.MEMORY_PEAK, GB, "of the fullest GPU since the last logged step", when=GPU),
+        Metric(metrics.MEMORY_RESERVED, GB, "that its allocator holds", when=GPU),
+        Metric(metrics.MEMORY_RETRIES, "times", "it had to free what it held", when=GPU, rarely=True),
+        Metric(metrics.DISK_FREE, GB, "that are free on the run's disk"),
+        Metric(metrics.DISK_SIZE, GB, "of that disk"),
     )  # fmt: skip
 
 
 def _of_data() -> tuple[Metric, ...]:
-    faults: dict[str, Any] = {"section": DATA, "rarely": True}
+    faults: dict[str, Any] = {"rarely": True}
     return (
-        Metric(metrics.EPOCH, "times", "that a source was read", DATA, kind=Kind.BY_PART),
-        Metric(metrics.TOKENS, "tokens", "of a source", DATA, kind=Kind.BY_PART),
+        Metric(metrics.EPOCH, "times", "that a source was read", kind=Kind.BY_PART),
+        Metric(metrics.TOKENS, "tokens", "of a source", kind=Kind.BY_PART),
         Metric(metrics.DATA_RETRIES, "reads", "that failed and were tried again in this start", **faults),
         Metric(metrics.DATA_RESTARTS, "times", "that killed reading processes were started again", **faults),
         Metric(metrics.DATA_SKIPPED_TOKENS, "tokens", "that damaged parts of the corpus left out", **faults),
@@ -216,7 +200,7 @@ def _of_data() -> tuple[Metric, ...]:
 
 def _of_heldout() -> tuple[Metric, ...]:
     def metric(name: str, unit: str, sentence: str, **others: Any) -> Metric:
-        return Metric(name, unit, sentence, HELDOUT, Cadence.EVALUATED, **others)
+        return Metric(name, unit, sentence, Cadence.EVALUATED, **others)
 
     drafts: dict[str, Any] = {"when": MTP}
     return (

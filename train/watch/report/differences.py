@@ -3,22 +3,15 @@
 from collections.abc import Sequence
 from typing import Any
 
-from data.secrets import hidden
-from train.settings.run import Config
-from train.settings.tree import leaves, to_dict
+from train.settings.run import Config, shown_settings
 
 ITS_OWN = ("run.name", "run.dir")  # of each run another
 
 
-def flat(config: Config) -> dict[str, Any]:
-    """Every setting by its path, without secrets."""
-    return dict(leaves(hidden(to_dict(config))))
-
-
 def against_recipe(config: Config, recipe: Config | None) -> list[tuple[str, str, str, str]]:
     """(setting, default, recipe's, run's) where they are not all the same; the recipe's is "" where it is not known."""
-    own, default = flat(config), flat(Config())
-    of_recipe = flat(recipe) if recipe else {}
+    own, default = shown_settings(config), shown_settings(Config())
+    of_recipe = shown_settings(recipe) if recipe else {}
     return [
         (path, shown(default[path]), shown(of_recipe[path]) if recipe else "", shown(value))
         for path, value in own.items()
@@ -38,7 +31,7 @@ def across_starts(starts: Sequence[dict[str, Any]]) -> list[tuple[str, str, str,
 
 def between(configs: Sequence[Config]) -> list[tuple[str, ...]]:
     """(setting, each run's) of the settings in which runs differ."""
-    every = [flat(config) for config in configs]
+    every = [shown_settings(config) for config in configs]
     return [
         (path, *(shown(own[path]) for own in every))
         for path in every[0]
