@@ -259,7 +259,7 @@ if [[ $command == test ]]; then
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # the tests start several processes on few cores
   # Without arguments two files at once, each file's tests in one process, which share what they start: tests wait as
   # often as they compute.
-  (($#)) || set -- -n 2 --dist loadfile
+  (($#)) || set -- -n 2 --dist loadfile --no-loadscope-reorder
   exec "$VENV/bin/python" -m pytest "$@"
 fi
 # Paths on the line are the caller's; a checkout that cannot be written leaves runs and caches to the caller's folder.

@@ -44,6 +44,15 @@ LONG = (
     "train/test_watch.py",
 )
 
+# The longest files, which come first, so that two processes that take a file each end at the same time.
+LONGEST = (
+    "train/test_training.py",
+    "parallel/test_deepspeed.py",
+    "parallel/test_parity.py",
+    "faults/",
+    "train/test_checkpoint.py",
+)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """What the tests of serving need that no test can make for itself."""
@@ -72,6 +81,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         place = item.path.relative_to(Path(__file__).parent).as_posix()
         if not place.startswith(LONG) and not item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.quick)
+    items.sort(key=_rank)
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not on_gpu:
         return
@@ -80,3 +90,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in on_gpu:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+def _rank(item: pytest.Item) -> int:
+    """The longest files first, in their order, then the other long ones; the quick ones fill up the end."""
+    if item.get_closest_marker("quick"):
+        return len(LONGEST) + 1
+    place = item.path.relative_to(Path(__file__).parent).as_posix()
+    return next((number for number, own in enumerate(LONGEST) if place.startswith(own)), len(LONGEST))

@@ -105,7 +105,16 @@ def test_test_hands_its_arguments_to_pytest(clone: Sandbox) -> None:
     assert clone.run("test", "tests/data", "-k", "a or b").returncode == 0
     assert clone.command() == [str(clone.root), "-m", "pytest", "tests/data", "-k", "a or b"]
     assert clone.run("test").returncode == 0
-    assert clone.command() == [str(clone.root), "-m", "pytest", "-n", "2", "--dist", "loadfile"]
+    assert clone.command() == [
+        str(clone.root),
+        "-m",
+        "pytest",
+        "-n",
+        "2",
+        "--dist",
+        "loadfile",
+        "--no-loadscope-reorder",
+    ]
 
 
 def test_works_from_another_folder_and_through_a_link(clone: Sandbox, tmp_path: Path) -> None:
