@@ -28,6 +28,7 @@ NEEDS = {
     "qwen3_5_122b_a10b": (CORPUS, 128, 64),
     "qwen3_coder_next": (CORPUS, 64, 64),
     "small_1gpu": ([], 1, 1),
+    "lab/hybrid": ([], 1, 1),
     "medium_8gpu": ([], 8, 8),
     "large_64gpu": ([], 64, 64),
     "qwen3_next_80b_a3b_512gpu": ([], 512, 64),
@@ -43,7 +44,7 @@ def composed(recipe: str) -> tuple[Config, int, int]:
 @pytest.mark.parametrize("recipe", usage.recipes())
 def test_a_recipe_composes_and_fits_its_processes(recipe):
     config, processes, expert = composed(recipe)
-    assert config.run.name == recipe
+    assert config.run.name == Path(recipe).name
     check_model(config.model, config.mtp)
     topology = resolve(config.parallel, config.model, processes)
     assert topology.expert == expert
