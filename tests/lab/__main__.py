@@ -21,7 +21,7 @@ from tests.lab.arms import ARMS, COMPARISONS, MINIATURE
 from tests.lab.lease import RESERVE_S, Lease, order, pace, steps_for
 from tests.lab.page import PAGE, write_page
 
-MINIATURE_STEPS = 3
+MINIATURE_STEPS, CHECKED_STEPS = 3, 30  # the first evaluations and packed batches compile kernels too
 
 
 def list_all() -> None:
@@ -42,7 +42,8 @@ def run(asked: argparse.Namespace) -> int:
     lease = Lease(asked.kept, asked.scratch, asked.slots, deadline, overrides, asked.bundle)
     if asked.check:
         checked = Lease(asked.scratch / "check", asked.scratch / "check" / "runs", 1, deadline, overrides)
-        failed = checked.train([("1 step", 99)], "run.steps=3", "optim.warmup_steps=1", check=True)
+        steps = MINIATURE_STEPS if asked.miniature else CHECKED_STEPS
+        failed = checked.train([("1 step", 99)], f"run.steps={steps}", "optim.warmup_steps=1", check=True)
         if failed:
             print("\n".join(failed), file=sys.stderr)
             return 1

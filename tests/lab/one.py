@@ -37,7 +37,7 @@ from train.use.parts import TextParts, source_metrics
 from train.watch import metrics
 
 SOURCE_ROWS, NEEDLE_ROWS, KIND_ROWS = 32, 64, 16  # held-out sequences of each source, probe, kind
-DRAFT, PROMPTS, PROMPT_TOKENS, TEXT_TOKENS = 3, 128, 32, 48
+DRAFT, PROMPTS, PROMPT_TOKENS, TEXT_TOKENS = 3, 128, 32, 32
 PACKAGES = ("torch", "triton", "megatron-core", "flash-linear-attention", "flash-qla", "tilelang")
 
 
@@ -46,11 +46,11 @@ def information(job: Job) -> dict[str, float]:
 
     0 where every kind uses all experts alike, log(kinds) where no two share one.
     """
-    by_kind = []
+    by_kind, steps = [], job.config.mtp.steps
     for source in job.dataset.sources:
         batches = list(read_heldout(job, KIND_ROWS, source))
         ready = [
-            MicroBatch.build(batch.tokens, batch.documents, count_targets(batch.documents, 0)).to(job.device)
+            MicroBatch.build(batch.tokens, batch.documents, count_targets(batch.documents, steps)).to(job.device)
             for batch in batches
         ]
         routing.count_ahead(job, ready)

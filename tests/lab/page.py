@@ -32,8 +32,7 @@ run directories of them for `./launch.sh report`). Again: `python -m tests.lab.c
 Each arm is one change of the recipe `lab/hybrid`; all else is equal, the samples of each step and the tokens read too.
 Cells are means over seeds, with the standard deviation over seeds in parentheses. A difference is the mean over seeds
 of an arm minus what it is compared with, seed by seed; it counts as settled where it is beyond two standard deviations
-of these differences, with {seeds} seeds at least. Otherwise two standard deviations are what could have been missed.
-"""
+of these differences, with {seeds} seeds at least. Otherwise two standard deviations are what could have been missed."""
 
 
 def at(line: Mapping[str, Any], name: str) -> float | None:
