@@ -137,5 +137,6 @@ def steps_for(rate: float, seconds: float, slots: int) -> int:
 
 
 def order(groups: tuple[tuple[str, ...], ...] = ORDER) -> list[tuple[str, int]]:
-    """All runs in the order of a lease: group by group, seed by seed."""
-    return [(arm, seed) for group in groups for seed, arm in product(SEEDS, group)]
+    """All runs in the order of a lease: group by group, seed by seed, the longest first so that few end alone."""
+    longest = [sorted(group, key=lambda arm: -ARMS[arm].cost) for group in groups]
+    return [(arm, seed) for group in longest for seed, arm in product(SEEDS, group)]

@@ -36,7 +36,7 @@ def test_every_arm_is_a_model_that_can_be_trained() -> None:
 def test_every_arm_is_compared_and_has_its_place() -> None:
     used = {arm for comparison in COMPARISONS.values() for arm in comparison.arms}
     assert used == set(ARMS) == set(itertools.chain(*ORDER))
-    assert len(order()) == 3 * len(ARMS)
+    assert len(order()) == 3 * len(ARMS) and order()[0] == ("3 steps", 1) and (BASE, 3) in order()[:30]
 
 
 def test_what_is_read_is_measured() -> None:
