@@ -3,6 +3,7 @@
 import ctypes
 import datetime
 import os
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ RECORDER, RECORDED = "TORCH_FR_BUFFER_SIZE", "2000"
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # two names of one setting
 CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 BLACKWELL = 10  # compute capability
+KERNEL_CACHES = {"TRITON_CACHE_DIR": "triton", "TILELANG_CACHE_DIR": "tilelang"}
 
 
 def set_cuda_variables(parallel: ParallelConfig) -> None:
@@ -38,6 +40,15 @@ def set_cuda_variables(parallel: ParallelConfig) -> None:
     # queues are better: experts' exchanges overlap what is launched before them.
     if parallel.tensor > 1 and architecture < BLACKWELL:
         os.environ.setdefault(CONNECTIONS, "1")
+
+
+def set_kernel_caches(directory: str) -> None:
+    """Where libraries keep the GPU kernels that they compile, each in a folder of its own.
+
+    Whoever starts the job may choose otherwise.
+    """
+    for name, folder in KERNEL_CACHES.items():
+        os.environ.setdefault(name, str(Path(directory).absolute() / folder))
 
 
 def cuda_variables() -> str:

@@ -225,8 +225,9 @@ def bench(arguments: list[str]) -> int:
     configs |= {variant: compose([*rest, *variant.split()], planned=True) for variant in settings.also}
     parallel = configs["the recipe"].parallel
     front.set_environment(configs["the recipe"].run.environment)
-    processes = front.world_size() or front.num_processes(parallel.world or front.layout_size(parallel))
-    check_variants(configs, processes)
+    alone = 1 if settings.as_first_of else 0
+    processes = front.world_size() or alone or front.num_processes(parallel.world or front.layout_size(parallel))
+    check_variants(configs, settings.as_first_of or processes)
     if front.world_size():
         from train.measure.bench import run_bench
 

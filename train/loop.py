@@ -17,7 +17,7 @@ from train import routing
 from train.job import checkpoint
 from train.job.agree import require_repeated
 from train.job.bad_steps import Judge
-from train.job.build import Job, build_engine, build_job, draw_weights
+from train.job.build import Job, build_engine, build_job, draw_weights, gpu_or_cpu
 from train.job.directory import finished_line, require_checkpoint
 from train.job.heartbeat import write_beat
 from train.job.lock import RunLock
@@ -26,7 +26,7 @@ from train.job.schedule import learning_rate
 from train.job.start import Start, agreed_start
 from train.job.starter import starter_began
 from train.job.stop import DATA_BROKEN, REWIND, STORAGE_AWAY, Agreement, StopRequest, exit_code
-from train.measure.doctor import refuse_wrong_kernels
+from train.measure.verdict import Kernels
 from train.observe import Observer, due
 from train.settings.run import CONFIG_FILE, Config, RunReference, batch_schedule, describe, load_config, save_config
 from train.training import Training
@@ -173,13 +173,18 @@ def fit(training: Training, loader: Loader, tracker: Tracker, stop: StopRequest)
 
 def run_training(config: Config) -> int:
     """The train command, in each of its processes; returns the exit code."""
-    job = build_job(config)
+    with Kernels(config, gpu_or_cpu(config)) as kernels:
+        return _run(build_job(config), kernels)
+
+
+def _run(job: Job, kernels: Kernels) -> int:
+    config = job.config
     lock = RunLock(config.run)
     from_first(lock.take)
     try:
         start = agreed_start(job)
         if start.step < config.run.steps:
-            return exit_code(train_from(job, start))
+            return exit_code(train_from(job, start, kernels))
         if job.is_first:
             print(finished_line(config, start.step), flush=True)
         return 0
@@ -188,10 +193,10 @@ def run_training(config: Config) -> int:
         job.close()
 
 
-def train_from(job: Job, start: Start) -> int:
+def train_from(job: Job, start: Start, kernels: Kernels) -> int:
     """Trains a run from where it stands; returns why it has stopped (0: it is finished)."""
     config, began = job.config, starter_began()
-    refuse_wrong_kernels(config.model, job.device, job.is_first)
+    kernels.require_right(job.is_first)
     checkpoint.require_room(job)
     if config.run.init and not start.checkpoint:
         origin = require_checkpoint(load_config(config.run.origin).run)

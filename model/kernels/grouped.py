@@ -10,15 +10,40 @@ one writing while others multiply; and a product reads rows that several experts
 Shape suffixes: N rows sorted by expert, E experts, I columns in, O columns out.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-ROWS = 128  # of a tile
-# Columns and inner columns of a tile, warps, stages: the fastest on an H200 at 160 to 640 rows an expert.
-PRODUCT, GRADIENT = (256, 64, 8, 4), (128, 32, 4, 3)
+GRADIENT = (128, 32, 4, 3)  # rows and columns, inner rows of a tile, warps, stages: the fastest on an H200 as well
+
+
+class Tile(NamedTuple):
+    """A tile of a product: rows, some more (a second product with the same columns), columns, inner columns."""
+
+    rows: int
+    more: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+
+    @property
+    def height(self) -> int:
+        """All its rows."""
+        return self.rows + self.more
+
+
+# The fastest on an H200 at 160 to 640 rows an expert.
+TILE = Tile(128, 0, 256, 64, 8, 4)
+
+
+def product_tile(rows: int, experts: int) -> Tile:
+    """The tile of the products of so many rows with so many experts' matrices."""
+    return TILE
 
 
 @triton.jit
@@ -40,44 +65,77 @@ def _tile_rows(ends, tiles, EXPERTS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: 
 def tile_rows(ends_E: Tensor, rows: int) -> Tensor:
     """int32 [tiles, 3]: the expert of each tile of rows, its first row, and the end of its expert's; -1 past the last.
 
+    Tiles are as high as those of `product_tile`.
+
     Args:
         ends_E: int32, the end of each expert's rows; the last is ``rows``.
     """
     experts = ends_E.numel()
-    tiles = torch.full((rows // ROWS + experts, 3), -1, dtype=torch.int32, device=ends_E.device)
-    _tile_rows[(experts,)](ends_E, tiles, experts, triton.next_power_of_2(experts), ROWS)
+    height = product_tile(rows, experts).height
+    tiles = torch.full((rows // height + experts, 3), -1, dtype=torch.int32, device=ends_E.device)
+    _tile_rows[(experts,)](ends_E, tiles, experts, triton.next_power_of_2(experts), height)
     return tiles
 
 
 @triton.jit
-def _product(x, source, weight, out, tiles, IN: tl.constexpr, OUT: tl.constexpr, TURNED: tl.constexpr,
-             GATHERED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr):  # fmt: skip
+def _places(source, first, last, IN: tl.constexpr, GATHERED: tl.constexpr, ROWS: tl.constexpr):
+    """Where the rows of a tile lie that are gathered."""
+    places = first
+    if GATHERED:
+        row = first + tl.arange(0, ROWS)
+        places = tl.load(source + row, row < last, 0).to(tl.int64)[:, None] * IN
+    return places
+
+
+@triton.jit
+def _left(x, places, first, last, inner, IN: tl.constexpr, GATHERED: tl.constexpr, ROWS: tl.constexpr,
+          INNER: tl.constexpr):  # fmt: skip
+    """Some columns of the rows of a tile."""
+    if GATHERED:
+        row, column = first + tl.arange(0, ROWS), inner + tl.arange(0, INNER)[None, :]
+        part = tl.load(x + places + column, (row < last)[:, None] & (column < IN), 0.0)
+    else:
+        part = x.load([first, inner])
+    return part
+
+
+@triton.jit
+def _store(out, total, first, last, column, OUT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    row = first + tl.arange(0, ROWS)
+    place = column + tl.arange(0, COLUMNS)[None, :]
+    out += row.to(tl.int64)[:, None] * OUT + place
+    tl.store(out, total.to(out.dtype.element_ty), (row < last)[:, None] & (place < OUT))
+
+
+@triton.jit
+def _product(x, x_more, source, weight, out, tiles, IN: tl.constexpr, OUT: tl.constexpr, TURNED: tl.constexpr,
+             GATHERED: tl.constexpr, ROWS: tl.constexpr, MORE: tl.constexpr, COLUMNS: tl.constexpr,
+             INNER: tl.constexpr):  # fmt: skip
     PARTS: tl.constexpr = (OUT + COLUMNS - 1) // COLUMNS
     tile, column = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS * COLUMNS
     expert = tl.load(tiles + 3 * tile)
     if expert < 0:
         return
     first, last = tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
-    row = first + tl.arange(0, ROWS)
-    if GATHERED:
-        from_row = tl.load(source + row, row < last, 0).to(tl.int64)[:, None] * IN
+    places = _places(source, first, last, IN, GATHERED, ROWS)
+    places_more = _places(source, first + ROWS, last, IN, GATHERED, MORE if MORE else 16)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    # Triton's tiles are powers of two: three quarters of the next one are two products with the same columns.
+    rest = tl.zeros([MORE if MORE else 16, COLUMNS], tl.float32)
     for inner in range(0, IN, INNER):
         # Rows of the next expert, where a tile is not full, give results that are not stored. Columns past the end are
         # zero on the left, so that the next matrix, which stands there on the right, adds nothing.
-        if GATHERED:
-            place = inner + tl.arange(0, INNER)[None, :]
-            left = tl.load(x + from_row + place, (row < last)[:, None] & (place < IN), 0.0)
-        else:
-            left = x.load([first, inner])
         if TURNED:
             right = weight.load([expert * OUT + column, inner]).T
         else:
             right = weight.load([expert * IN + inner, column])
-        total = tl.dot(left, right, total)
-    place = column + tl.arange(0, COLUMNS)[None, :]
-    out += row.to(tl.int64)[:, None] * OUT + place
-    tl.store(out, total.to(out.dtype.element_ty), (row < last)[:, None] & (place < OUT))
+        total = tl.dot(_left(x, places, first, last, inner, IN, GATHERED, ROWS, INNER), right, total)
+        if MORE:
+            left = _left(x_more, places_more, first + ROWS, last, inner, IN, GATHERED, MORE, INNER)
+            rest = tl.dot(left, right, rest)
+    _store(out, total, first, last, column, OUT, ROWS, COLUMNS)
+    if MORE:
+        _store(out, rest, first + ROWS, last, column, OUT, MORE, COLUMNS)
 
 
 def grouped_product(
@@ -93,12 +151,15 @@ def grouped_product(
     out_NO = x.new_empty(rows, columns)
     if not rows:
         return out_NO
-    width, step, warps, stages = PRODUCT
-    left = x if source_N is not None else TensorDescriptor.from_tensor(x, [ROWS, step])
-    right = TensorDescriptor.from_tensor(weight.view(-1, weight.shape[2]), [width, step] if turned else [step, width])
-    _product[(tiles.shape[0] * triton.cdiv(columns, width),)](
-        left, source_N, right, out_NO, tiles, inner, columns, turned, source_N is not None, ROWS, width, step,
-        num_warps=warps, num_stages=stages,
+    tile = product_tile(rows, weight.shape[0])
+    lefts = [x, x]
+    if source_N is None:
+        lefts = [TensorDescriptor.from_tensor(x, [size or tile.rows, tile.inner]) for size in (tile.rows, tile.more)]
+    block = [tile.columns, tile.inner] if turned else [tile.inner, tile.columns]
+    right = TensorDescriptor.from_tensor(weight.view(-1, weight.shape[2]), block)
+    _product[(tiles.shape[0] * triton.cdiv(columns, tile.columns),)](
+        *lefts, source_N, right, out_NO, tiles, inner, columns, turned, source_N is not None, tile.rows, tile.more,
+        tile.columns, tile.inner, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out_NO
 

@@ -164,14 +164,17 @@ class Balance(nn.Module):
         if self.ahead is not None:
             self.ahead[tokens.use].append(self.count(experts_TK, tokens)[0])
             return weights_TK
+        counts = None
         if first_time() and self.counted_UME is None:
-            counts_E = self.count(experts_TK, tokens)[0]
-            self.online[tokens.use].forward_sums.append(self.sums.add(counts_E))
+            counts = self.count(experts_TK, tokens)
+            self.online[tokens.use].forward_sums.append(self.sums.add(counts[0]))
         if not torch.is_grad_enabled() or not (self.global_weight or self.local_weight or self.recording):
             return weights_TK
         local = None
         if self.local_weight or self.recording:
-            local = start_sum(self.count(experts_TK, tokens, self.by_row), self.local_group)
+            if self.by_row or counts is None:
+                counts = self.count(experts_TK, tokens, self.by_row)
+            local = start_sum(counts, self.local_group)
         if self.recording and local is not None:
             self.note(logits_TE, scores_TE, experts_TK, tokens, local)
         gradient = partial(self.score_gradient, tokens, local)

@@ -1,24 +1,24 @@
 """The bench and doctor commands on a CPU, and what they must not call well."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from model import preflight
 from model.config import BalanceConfig, MtpConfig
+from model.layers.experts import Experts
 from model.layers.norm import ResidualRMSNorm, ZeroCentredRMSNorm
 from model.stack import hybrid_config
 from tests.model.helpers import SMALL
-from train.__main__ import run
+from train.__main__ import compose, run
 from train.measure import doctor
-from train.measure.bench import Result, Timing, random_batches, results_page
+from train.measure.bench import Result, Timing, random_batches, results_page, run_bench
 from train.measure.breakdown import Stopwatch
 from train.measure.peers import missing
 from train.measure.timing import WARM_UP, run_steps
+from train.settings.commands import BenchSettings
 from train.settings.run import Config
 from train.settings.tree import ConfigError
 
@@ -39,18 +39,22 @@ def test_bench_times_ours_and_the_peers(tmp_path, capfd: pytest.CaptureFixture) 
     written, forced = json.loads(output.read_text()).values()
     assert "GEGEGE*E x 2" in forced["about"]["model"] and "forced" in forced["about"]["data"]
     assert [(timing["name"], timing["sequences"]) for timing in forced["timings"]] == [
-        (name, sequences) for name in ("tessera", "tessera, whole step") for sequences in (1, 2)
+        (name, sequences) for name in ("tessera", "48 layers, projected", "tessera, whole step") for sequences in (1, 2)
     ]
     page = output.with_suffix(".md").read_text()
     assert "## the recipe" in page and "## model.repeats=2 balance.forced=true" in page and "| routed experts |" in page
     found = [(timing["name"], timing["sequences"]) for timing in written["timings"]]
-    contestants = ("tessera", "tessera, whole step", "transformers")
+    contestants = ("tessera", "48 layers, projected", "tessera, whole step", "transformers")
     assert found == [(name, sequences) for name in contestants for sequences in (1, 2)]
     assert forced["left_out"]["transformers"] == "it has no forced routing"
     assert written["left_out"] == {"megatron-core with Transformer Engine": "transformer_engine is not installed"}
     for timing in written["timings"]:
         assert timing["tokens_per_second"] == pytest.approx(32e3 * timing["sequences"] / timing["milliseconds"])
-    names = {part["name"] for part in written["parts"]["2"]}
+    (one, row), parts = written["timings"][1:4:2], written["parts"]["2"]
+    head = next(part["milliseconds"] for part in parts if part["name"] == "head and loss")
+    assert row["milliseconds"] == pytest.approx(12 * (one["milliseconds"] - head) + head)
+    assert row["tflops"] * row["milliseconds"] > 5 * one["tflops"] * one["milliseconds"]  # of twelve times the layers
+    names = {part["name"] for part in parts}
     assert names > {"Gated DeltaNet", "attention", "router", "routed experts", "shared expert", "norms"}
     assert "CPU" in written["about"]["device"] and "CPU" in capfd.readouterr().out
 
@@ -59,14 +63,41 @@ def test_bench_times_a_layout_of_several_processes(tmp_path: Path, capfd: pytest
     output = tmp_path / "bench.json"
     sizes = ["data.seq_length=32", "model.vocab_size=128", "model.hidden_size=32", "mtp.steps=0"]
     own = [f"bench.output={output}", "bench.sequences=[1]", "bench.repeats=1", "bench.optimizer=true"]
+    own += ["bench.project=0"]
     assert run(["bench", *own, *sizes, "parallel.expert=2", "batch.global=8"]) == 0
     (written,) = json.loads(output.read_text()).values()
     assert written["about"]["processes"].startswith("2 = ") and "experts over 2" in written["about"]["processes"]
-    assert [timing["name"] for timing in written["timings"]] == ["tessera", "tessera, whole step"]
+    assert [timing["name"] for timing in written["timings"]] == ["tessera", "tessera, whole step"]  # bench.project=0
     assert set(written["left_out"].values()) == {"it is timed in one process only"}
     for timing in written["timings"]:  # of each process, which has a sequence of its own
         assert timing["tokens_per_second"] == pytest.approx(32e3 / timing["milliseconds"])
     assert capfd.readouterr().out.count("| tessera | 1 |") == 2  # as it goes, and in the report: by one process
+
+
+def test_bench_times_one_process_of_a_layout_without_the_others(tmp_path: Path, monkeypatch, capfd) -> None:
+    """An eighth of the experts on this process alone, which gets as many rows as it sends."""
+    received: list[float] = []
+    forward = Experts.forward
+
+    def counted(self: Experts, x: torch.Tensor, *rest: object) -> torch.Tensor:
+        received.append(x.shape[0] / (2 * 32 * self.config.shape.experts_per_token))
+        assert self.local == self.config.shape.experts // 8 and x.isfinite().all()
+        return forward(self, x, *rest)
+
+    monkeypatch.setattr(Experts, "forward", counted)
+    configs = {"the recipe": compose(["model.vocab_size=128", "model.hidden_size=32", "data.seq_length=32"], True)}
+    output = tmp_path / "bench.json"
+    settings = BenchSettings(sequences=(2,), repeats=1, optimizer=True, as_first_of=8, output=str(output))
+    assert run_bench(configs, settings) == 0
+    (written,) = json.loads(output.read_text()).values()
+    assert "ONE OF THEM" in written["about"]["processes"] and written["about"]["processes"].startswith("8 = ")
+    ours, projected, step = written["timings"]
+    assert projected["name"] == "48 layers, projected" and step["name"] == "tessera, whole step"
+    assert ours["tokens_per_second"] == pytest.approx(64e3 / ours["milliseconds"])  # of this process
+    # Others are made up to send as many rows as this one sends to its own part of the experts.
+    assert 0.5 < sum(received) / len(received) < 2.0
+    assert not torch.distributed.is_initialized()
+    assert torch.distributed.all_to_all_single.__module__.startswith("torch")
 
 
 def test_data_parallel_ranks_are_timed_over_tokens_of_their_own() -> None:
@@ -161,13 +192,3 @@ def test_doctor_fails_on_a_wrong_optimizer_of_an_engine(monkeypatch: pytest.Monk
     for error, wrong in ((1e-7, []), (1e-2, ["AdamW on the CPU"]), (float("nan"), ["AdamW on the CPU"])):
         monkeypatch.setattr(doctor, "optimizer_error", lambda config, error=error: error)
         assert doctor.check_optimizer(Config()) == wrong
-
-
-def test_training_on_a_gpu_refuses_wrong_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "check_kernels", lambda *_: ["delta rule, packed documents"])
-    narrow = replace(SMALL, dtype="bfloat16")
-    with pytest.raises(RuntimeError, match="delta rule, packed documents wrongly"):
-        doctor.refuse_wrong_kernels(narrow, torch.device("cuda"), True)
-    doctor.refuse_wrong_kernels(SMALL, torch.device("cuda"), True)
-    doctor.refuse_wrong_kernels(narrow, torch.device("cpu"), True)
-    assert preflight.TOLERANCE < 0.1

@@ -79,7 +79,8 @@ def test_sources_are_read_as_they_were_meant(tmp_path: Path) -> None:
 def test_a_checkout_that_cannot_be_written_writes_where_the_caller_is(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: path != paths.ROOT)
     arguments = ["--from", str(tmp_path), "run.dir=out"]
-    assert paths.anchored(arguments, KNOWN) == [f"run.dir={tmp_path}/out", f"data.cache={tmp_path}/.cache/corpus"]
+    caches = [f"run.kernel_cache={tmp_path}/.cache/kernels", f"data.cache={tmp_path}/.cache/corpus"]
+    assert paths.anchored(arguments, KNOWN) == [f"run.dir={tmp_path}/out", *caches]
     assert paths.anchored(["--from", str(tmp_path)], {"run.dir"}) == [f"run.dir={tmp_path}/runs"]
     assert paths.anchored(["--from", str(tmp_path)], {"input"}) == []
 
@@ -101,4 +102,5 @@ def test_a_run_is_the_callers_where_the_checkout_cannot_be_written(tmp_path: Pat
     monkeypatch.setitem(COMMANDS, "train", lambda arguments: given.append(arguments) or 0)
     monkeypatch.setattr(os, "access", lambda path, mode: path != paths.ROOT)
     assert run(["train", "--from", str(tmp_path), "seed=1"]) == 0
-    assert given == [["seed=1", f"run.dir={tmp_path}/runs", f"data.cache={tmp_path}/.cache/corpus"]]
+    caches = [f"run.kernel_cache={tmp_path}/.cache/kernels", f"data.cache={tmp_path}/.cache/corpus"]
+    assert given == [["seed=1", f"run.dir={tmp_path}/runs", *caches]]

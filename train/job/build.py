@@ -128,6 +128,13 @@ def build_chunks(
     ]
 
 
+def gpu_or_cpu(config: Config) -> torch.device:
+    """This process's device, once what CUDA and the compilers of its kernels read from the environment is set."""
+    process_groups.set_cuda_variables(config.parallel)
+    process_groups.set_kernel_caches(config.run.kernel_cache)
+    return process_groups.local_device()
+
+
 def build_job(config: Config, tokenizer: Tokenizer | None = None) -> Job:
     """Joins the process group, lays it out, opens the corpus and builds this process's part of the model.
 
@@ -137,8 +144,7 @@ def build_job(config: Config, tokenizer: Tokenizer | None = None) -> Job:
     Args:
         tokenizer: takes the place of the corpus where none is read.
     """
-    process_groups.set_cuda_variables(config.parallel)
-    device = process_groups.local_device()
+    device = gpu_or_cpu(config)
     process_groups.start(device, config.run.start_timeout)
     topology = resolve(config.parallel, config.model, torch.distributed.get_world_size())
     if device.type == "cuda":

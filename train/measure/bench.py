@@ -11,8 +11,8 @@ import json
 import platform
 import statistics
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,22 +21,27 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
 from model.batch import MicroBatch, count_targets
+from model.config import ModelConfig
 from model.cost.cost import training_flops
 from model.init import initialise
 from model.network import LanguageModel
 from parallel import groups as process_groups
+from parallel.alone import as_first_of
 from parallel.collectives import max_over_all
 from parallel.engine import Engine
 from parallel.topology import Topology, resolve
-from train.job.build import build_chunks, engine_of
+from train.job.build import build_chunks, engine_of, gpu_or_cpu
 from train.job.footprint import planned_vocab
-from train.measure.breakdown import ModuleTime, parts_of
+from train.measure.breakdown import HEAD, ModuleTime, parts_of
 from train.measure.peers import PEERS, missing
 from train.measure.timing import WARM_UP, host_milliseconds, run_steps
+from train.measure.verdict import Kernels
 from train.settings.commands import BenchSettings
 from train.settings.run import Config
 from train.watch.speed import matmul_rate
 
+MIXERS = "G*"  # the symbols of layers that mix tokens: as many as a model is said to have
+SENT = "whose sending takes no time here"
 LEARNING_RATE = 1e-5  # of whole steps; too small to change routing within a few
 
 
@@ -100,13 +105,17 @@ def engine_step(engine: Engine, tokens_RS: Tensor) -> None:
         engine.train_step([batch], batch.tokens_KRL[0].numel(), LEARNING_RATE)
 
 
-def about(config: Config, topology: Topology, device: torch.device) -> dict[str, str]:
-    """Hardware, versions and sizes, as they stand beside every number."""
+def about(config: Config, topology: Topology, device: torch.device, alone: bool = False) -> dict[str, str]:
+    """Hardware, versions and sizes, as they stand beside every number.
+
+    Args:
+        alone: whether one process of the layout was timed, without the others.
+    """
     gpu = device.type == "cuda"
     return {
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name(device) if gpu else f"CPU, {torch.get_num_threads()} threads",
-        "processes": str(topology),
+        "processes": f"{topology}" + (f"; ONE OF THEM, with made-up rows from the others, {SENT}" if alone else ""),
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
         "model": f"{config.model.pattern} x {config.model.repeats}, width {config.model.hidden_size}, "
         f"{config.model.experts} experts, top-{config.model.experts_per_token}, {config.model.dtype}",
@@ -124,7 +133,7 @@ class _Bench:
         self.speaks = torch.distributed.get_rank() == 0
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.model.dtype]
         self.rate = matmul_rate(self.device, dtype)
-        self.result = Result(about(config, topology, self.device), self.rate / 1e12)
+        self.result = Result(about(config, topology, self.device, settings.as_first_of > 0), self.rate / 1e12)
 
     def batches(self, sequences: int, number: int) -> list[Tensor]:
         """Tokens of this process's data-parallel rank, for each of a number of steps."""
@@ -141,25 +150,48 @@ class _Bench:
         peak = torch.cuda.max_memory_allocated() / 1e9 if gpu else 0.0
         slowest = max_over_all(torch.tensor([statistics.median(each), host, peak], device=self.device))
         milliseconds, host, peak = slowest.tolist()
-        tokens = sequences * self.config.data.seq_length * self.topology.data / self.topology.world
-        per_second = 1e3 * tokens / milliseconds
-        flops = per_second * training_flops(
-            self.config.model, self.config.mtp, self.vocab_size, self.config.data.seq_length
-        )
-        memory = peak if gpu else None
-        timing = Timing(name, sequences, milliseconds, host, per_second, flops / 1e12, flops / self.rate, memory)
+        timing = self.row(name, sequences, milliseconds, host, peak if gpu else None, self.config.model)
         self.result.timings.append(timing)
         if self.speaks:
             print(line(timing), flush=True)
         return timing
 
+    def row(
+        self, name: str, sequences: int, milliseconds: float, host: float, memory: float | None, model: ModelConfig
+    ) -> Timing:
+        """A timing with the speeds that follow from it, of a process."""
+        length = self.config.data.seq_length
+        per_second = 1e3 * sequences * length * self.topology.data / self.topology.world / milliseconds
+        flops = per_second * training_flops(model, self.config.mtp, self.vocab_size, length)
+        return Timing(name, sequences, milliseconds, host, per_second, flops / 1e12, flops / self.rate, memory)
+
     def ours(self, network: LanguageModel) -> None:
         """Times our network at every size that it has memory for, with the table of its parts."""
         step, parameters = partial(network_step, network, self.groups), list(network.parameters())
         self.sizes("tessera", step, parameters)
-        for sequences, total in [(timing.sequences, timing.milliseconds) for timing in self.result.timings]:
-            (tokens_RS,) = self.batches(sequences, 1)
-            self.result.parts[sequences] = parts_of(network, step, tokens_RS, total, self.rate, self.config)
+        for timing in list(self.result.timings):
+            (tokens_RS,) = self.batches(timing.sequences, 1)
+            parts = parts_of(network, step, tokens_RS, timing.milliseconds, self.rate, self.config)
+            self.result.parts[timing.sequences] = parts
+            if self.settings.project > self.config.model.repeats:
+                self.project(timing, next(part.milliseconds for part in parts if part.name == HEAD))
+
+    def project(self, timing: Timing, head: float) -> None:
+        """Adds what a model of more repeats would take: its layers as often as they were timed, one head."""
+        model = replace(self.config.model, repeats=self.settings.project)
+        times = model.repeats / self.config.model.repeats
+        layers = sum(model.layers.count(symbol) for symbol in MIXERS)
+        row = self.row(
+            f"{layers} layers, projected",
+            timing.sequences,
+            max(timing.milliseconds - head, 0.0) * times + head,
+            timing.host_milliseconds * times,
+            None,
+            model,
+        )
+        self.result.timings.append(row)
+        if self.speaks:
+            print(line(row), flush=True)
 
     def sizes(self, name: str, step: Callable[[Tensor], None], parameters: list[nn.Parameter]) -> None:
         """Times a contestant at every size that it has memory for; several processes must have it for all."""
@@ -250,8 +282,20 @@ def run_bench(configs: Mapping[str, Config], settings: BenchSettings) -> int:
     code. What is measured so far is on disk after each.
     """
     first, *_ = configs.values()
-    process_groups.set_cuda_variables(first.parallel)
-    process_groups.start(process_groups.local_device())
+    device = gpu_or_cpu(first)
+    with ExitStack() as stack:
+        kernels = stack.enter_context(Kernels(first, device))
+        if settings.as_first_of:
+            stack.enter_context(as_first_of(settings.as_first_of, device))
+        else:
+            process_groups.start(device)
+        kernels.require_right(torch.distributed.get_rank() == 0)
+        _bench_all(configs, settings)
+    return 0
+
+
+def _bench_all(configs: Mapping[str, Config], settings: BenchSettings) -> None:
+    first, *_ = configs.values()
     topology = resolve(first.parallel, first.model, torch.distributed.get_world_size())
     groups = process_groups.lay_out(topology)
     path, results = Path(settings.output), {}
@@ -263,4 +307,3 @@ def run_bench(configs: Mapping[str, Config], settings: BenchSettings) -> int:
             write_results(results, path)
             print(f"\n{results_page(results[name])}\n\nwritten: {path} and {path.with_suffix('.md')}", flush=True)
     process_groups.stop()
-    return 0

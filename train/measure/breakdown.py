@@ -32,6 +32,9 @@ PARTS: dict[type, tuple[str, tuple[str, ...]]] = {
 }
 
 
+HEAD = "head and loss"
+
+
 @dataclass(frozen=True)
 class ModuleTime:
     """One kind of module in a step, all its layers together: time, and the time its operations need at least."""
@@ -108,6 +111,6 @@ def parts_of(
         return 1e3 * TRAINING_FACTOR * tokens * sum(flops.get(name, 0.0) for name in names) / rate
 
     rows = [ModuleTime(name, found[kind], floor(names)) for kind, (name, names) in PARTS.items() if kind in found]
-    rows.append(ModuleTime("head and loss", head_milliseconds(network, tokens, device), floor(["head"])))
+    rows.append(ModuleTime(HEAD, head_milliseconds(network, tokens, device), floor(["head"])))
     rest = total - sum(row.milliseconds for row in rows)
     return [*rows, ModuleTime("rows to and from experts, residuals, embedding", rest, 0.0)]

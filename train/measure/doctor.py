@@ -12,8 +12,8 @@ import torch.distributed as dist
 from model.config import ModelConfig
 from model.preflight import TOLERANCE, cases, error
 from model.rounding import linear_errors
-from parallel.groups import local_device
-from train.job.build import optimizer_error
+from train.job.build import gpu_or_cpu, optimizer_error
+from train.measure.compiling import compile_kernels
 from train.settings.run import Config
 
 PACKAGES = (
@@ -26,14 +26,20 @@ PACKAGES = (
 FP8_TOLERANCE = 0.1
 ADAM_TOLERANCE = 1e-5  # float32, a few operations
 LITTLE_DISK = 50  # gigabytes
-FIRST_TIME = "(the first time on a machine some are compiled, which takes minutes)"
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str:
+    """The installed version of a package, in words where there is none."""
     try:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
+
+
+def driver_version() -> str:
+    """The version of the GPU's driver."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
 
 
 def _cudnn() -> str:
@@ -50,13 +56,11 @@ def facts(device: torch.device) -> list[str]:
         name for name, there in (("NCCL", dist.is_nccl_available()), ("gloo", dist.is_gloo_available())) if there
     ]
     lines = [f"Python {platform.python_version()}, {platform.platform()}"]
-    lines += [f"{package} {_version(package)}" for package in PACKAGES]
+    lines += [f"{package} {package_version(package)}" for package in PACKAGES]
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0]
         number = torch.cuda.device_count()
-        lines.append(f"{number} x {properties.name}, {properties.total_memory / 1e9:.0f} GB, driver {driver}")
+        lines.append(f"{number} x {properties.name}, {properties.total_memory / 1e9:.0f} GB, driver {driver_version()}")
         lines.append(f"CUDA {torch.version.cuda}, cuDNN {_cudnn()}")
     else:
         lines.append(f"no GPU; {torch.get_num_threads()} CPU threads")
@@ -68,11 +72,11 @@ def facts(device: torch.device) -> list[str]:
 def check_kernels(shape: ModelConfig, device: torch.device, show: bool = True) -> list[str]:
     """Compares every kernel of a model with its twin, on the screen a line each; the names of the wrong ones.
 
-    On a CPU what is checked is plain torch in float32. The first time on a machine libraries compile their kernels.
+    On a CPU what is checked is plain torch in float32.
     """
     wrong = []
     if show:
-        print(f"kernels against their twins in float64, forwards and backwards {FIRST_TIME}:", flush=True)
+        print("kernels against their twins in float64, forwards and backwards:", flush=True)
     for case in cases(shape, device, torch.bfloat16 if device.type == "cuda" else torch.float32):
         found = error(case)
         if show:
@@ -81,22 +85,6 @@ def check_kernels(shape: ModelConfig, device: torch.device, show: bool = True) -
         if found > TOLERANCE:
             wrong.append(case.name)
     return wrong
-
-
-def refuse_wrong_kernels(shape: ModelConfig, device: torch.device, show: bool) -> None:
-    """The check at the start of training on GPU kernels.
-
-    Raises:
-        RuntimeError: kernels of this machine are wrong.
-    """
-    if device.type != "cuda" or shape.dtype != "bfloat16":
-        return
-    wrong = check_kernels(shape, device, show) + check_fp8(shape, device, show)
-    if wrong:
-        raise RuntimeError(
-            f"this machine computes {', '.join(wrong)} wrongly: another version of torch, Triton or fla may mend it "
-            f"(./launch.sh doctor shows them); model.dtype=float32 needs none of these kernels"
-        )
 
 
 def check_fp8(shape: ModelConfig, device: torch.device, show: bool = True) -> list[str]:
@@ -125,8 +113,10 @@ def check_optimizer(config: Config) -> list[str]:
 
 def run_doctor(config: Config) -> int:
     """The doctor command; 1 if anything is wrong."""
-    device = local_device()
+    device = gpu_or_cpu(config)
     print("\n".join(facts(device)))
+    if device.type == "cuda":
+        compile_kernels(config.model, device)
     wrong = check_kernels(config.model, device) + check_fp8(config.model, device) + check_optimizer(config)
     if wrong:
         print(f"WRONG on this machine: {', '.join(wrong)}", file=sys.stderr)

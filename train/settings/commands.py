@@ -41,6 +41,16 @@ class BenchSettings:
         bool,
         "also times transformers' and megatron-core's Qwen3-Next in one process; patterns of GE and *E only",
     ] = True
+    as_first_of: Annotated[
+        int,
+        "processes of a job whose first one is timed alone, with made-up rows from the others and no time for sending "
+        "them; 0: all processes are started",
+    ] = 0
+    project: Annotated[
+        int,
+        "repeats of the pattern for which a row is projected from what was measured: its layers as often, one head; 0: "
+        "none",
+    ] = 12
     also: Annotated[
         tuple[str, ...],
         'variants timed after the recipe, as in ["model.repeats=3","balance.forced=true"]',
@@ -227,6 +237,8 @@ def check_bench(bench: BenchSettings) -> None:
     """Raises ConfigError for the first setting that cannot be used."""
     check_least("bench.repeats", bench.repeats, 1)
     check_least("the shortest of bench.sequences", min(bench.sequences, default=0), 1)
+    check_least("bench.as_first_of", bench.as_first_of, 0)
+    check_least("bench.project", bench.project, 0)
 
 
 def check_variants(configs: Mapping[str, Config], world: int) -> None:

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 PATHS = (
     "run.dir",
     "run.mirror",
+    "run.kernel_cache",
     "data.corpus",
     "data.sources",
     "data.sources_file",
@@ -36,7 +37,7 @@ WORDS = ("", "null", "embedded", "train")
 SWEEP = ("-m", "--multirun")
 OPTIONS = ("-cd", "--config-dir", "-cn", "--config-name", "--check", "--repair", "--join", "--index")
 # Where a checkout that cannot be written keeps what it would write into itself.
-WRITTEN = {"run.dir": "runs", "data.cache": ".cache/corpus"}
+WRITTEN = {"run.dir": "runs", "run.kernel_cache": ".cache/kernels", "data.cache": ".cache/corpus"}
 
 
 def anchored(arguments: list[str], known: set[str]) -> list[str]:

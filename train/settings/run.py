@@ -61,6 +61,9 @@ class RunConfig:
     alert_webhook: Annotated[
         str | None, "environment variable whose URL gets each alert as JSON, its text under text; null: none"
     ] = None
+    kernel_cache: Annotated[
+        str, "directory of compiled GPU kernels and of the verdicts on them, which machines can share"
+    ] = ".cache/kernels"
     start_timeout: Annotated[
         float,
         "minutes after which processes that wait for another give up, until the first step and in saves",

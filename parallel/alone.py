@@ -1,0 +1,51 @@
+"""One process of a job on a device that computes, while the others are not there.
+
+Its collectives end at once: sums are its own addend, what is gathered is its own part, and the rows that others would
+send are made up of those that it sends to them, as many as its own counts say. So it computes what a process of the
+layout computes, over numbers as they come, and waits for nobody.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel import compat
+from parallel.groups import start_fake
+
+
+class _Done:
+    """An exchange that is over."""
+
+    def wait(self) -> bool:
+        """At once."""
+        return True
+
+
+def _exchange(out: Tensor, x: Tensor, *_: object, **__: object) -> _Done:
+    """In place of `torch.distributed.all_to_all_single`: received rows are the sent ones, from the first on again."""
+    rows = x.shape[0]
+    if rows == out.shape[0]:
+        out.copy_(x)
+    elif rows:
+        torch.index_select(x, 0, torch.arange(out.shape[0], device=x.device) % rows, out=out)
+    else:
+        out.zero_()
+    return _Done()
+
+
+@contextmanager
+def as_first_of(world: int, device: torch.device) -> Iterator[None]:
+    """Inside, this process is the first of ``world``; `parallel.groups.lay_out` and `stop` are the caller's."""
+    compat.apply(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    start_fake(0, world)
+    exchange = dist.all_to_all_single
+    dist.all_to_all_single = _exchange
+    try:
+        yield
+    finally:
+        dist.all_to_all_single = exchange
