@@ -18,8 +18,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-GRADIENT = (128, 32, 4, 3)  # rows and columns, inner rows of a tile, warps, stages: the fastest on an H200 as well
-
 
 class Tile(NamedTuple):
     """A tile of a product: rows, some more (a second product with the same columns), columns, inner columns."""
@@ -37,13 +35,28 @@ class Tile(NamedTuple):
         return self.rows + self.more
 
 
+class GradientTile(NamedTuple):
+    """A tile of a gradient: rows and columns of the matrix, rows of an expert at once."""
+
+    height: int
+    width: int
+    inner: int
+    warps: int
+    stages: int
+
+
 # The fastest on an H200 at 160 to 640 rows an expert.
-TILE = Tile(128, 0, 256, 64, 8, 4)
+TILE, GRADIENT_TILE = Tile(128, 0, 256, 64, 8, 4), GradientTile(128, 128, 32, 4, 3)
 
 
 def product_tile(rows: int, experts: int) -> Tile:
     """The tile of the products of so many rows with so many experts' matrices."""
     return TILE
+
+
+def gradient_tile(rows: int, experts: int) -> GradientTile:
+    """The tile of the gradients of those matrices."""
+    return GRADIENT_TILE
 
 
 @triton.jit
@@ -165,26 +178,26 @@ def grouped_product(
 
 
 @triton.jit
-def _gradient(left, right, ends, out, OUT: tl.constexpr, IN: tl.constexpr, ADD: tl.constexpr, TILE: tl.constexpr,
-              INNER: tl.constexpr):  # fmt: skip
-    ACROSS: tl.constexpr = (IN + TILE - 1) // TILE
-    DOWN: tl.constexpr = (OUT + TILE - 1) // TILE
+def _gradient(left, right, ends, out, OUT: tl.constexpr, IN: tl.constexpr, ADD: tl.constexpr, HEIGHT: tl.constexpr,
+              WIDTH: tl.constexpr, INNER: tl.constexpr):  # fmt: skip
+    ACROSS: tl.constexpr = (IN + WIDTH - 1) // WIDTH
+    DOWN: tl.constexpr = (OUT + HEIGHT - 1) // HEIGHT
     tile = tl.program_id(0)
     expert = tile // (DOWN * ACROSS)
-    top, side = tile // ACROSS % DOWN * TILE, tile % ACROSS * TILE
-    o = top + tl.arange(0, TILE)[None, :]
+    top, side = tile // ACROSS % DOWN * HEIGHT, tile % ACROSS * WIDTH
+    o = top + tl.arange(0, HEIGHT)[None, :]
     first, last = tl.load(ends + expert - 1, expert > 0, 0), tl.load(ends + expert)
     if ADD and first == last:
         return
-    total = tl.zeros([TILE, TILE], tl.float32)
+    total = tl.zeros([HEIGHT, WIDTH], tl.float32)
     for start in range(first, last, INNER):
         row = start + tl.arange(0, INNER)[:, None]
         # Rows of the next expert are zero on the left, so that they add nothing.
-        inside = row < last if OUT % TILE == 0 else (row < last) & (o < OUT)
+        inside = row < last if OUT % HEIGHT == 0 else (row < last) & (o < OUT)
         a = tl.load(left + row.to(tl.int64) * OUT + o, inside, 0.0)
         total = tl.dot(a.T, right.load([start, side]), total)
     if ADD:
-        row, column = top + tl.arange(0, TILE)[:, None], side + tl.arange(0, TILE)[None, :]
+        row, column = top + tl.arange(0, HEIGHT)[:, None], side + tl.arange(0, WIDTH)[None, :]
         place = out + (expert * OUT + row).to(tl.int64) * IN + column
         inside = (row < OUT) & (column < IN)
         tl.store(place, tl.load(place, inside) + total, inside)
@@ -202,11 +215,11 @@ def grouped_gradient(left_NO: Tensor, right_NI: Tensor, ends_E: Tensor, total_EO
     if not left_NO.shape[0]:
         return left_NO.new_zeros(experts, height, width) if total_EOI is None else total_EOI
     out_EOI = left_NO.new_empty(experts, height, width) if total_EOI is None else total_EOI
-    tile, inner, warps, stages = GRADIENT
-    right = TensorDescriptor.from_tensor(right_NI, [inner, tile])
-    target = TensorDescriptor.from_tensor(out_EOI, [1, tile, tile]) if total_EOI is None else out_EOI
-    _gradient[(experts * triton.cdiv(height, tile) * triton.cdiv(width, tile),)](
-        left_NO, right, ends_E, target, height, width, total_EOI is not None, tile, inner,
-        num_warps=warps, num_stages=stages,
+    tile = gradient_tile(left_NO.shape[0], experts)
+    right = TensorDescriptor.from_tensor(right_NI, [tile.inner, tile.width])
+    target = TensorDescriptor.from_tensor(out_EOI, [1, tile.height, tile.width]) if total_EOI is None else out_EOI
+    _gradient[(experts * triton.cdiv(height, tile.height) * triton.cdiv(width, tile.width),)](
+        left_NO, right, ends_E, target, height, width, total_EOI is not None, tile.height, tile.width, tile.inner,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out_EOI

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from model.kernels import grouped
-from model.kernels.grouped import Tile
+from model.kernels.grouped import GRADIENT_TILE, TILE, GradientTile, Tile
 from model.layers.experts import count_sorted, fused_moe, invert, reorder
 from model.layers.router import route
 from train.measure.timing import Clock
@@ -32,12 +32,14 @@ EXPERTS, K, HIDDEN, WIDTH = 512, 10, 2048, 512
 FLOPS = 18 * HIDDEN * WIDTH  # of a row: three matrices, two operations a number, forwards and twice that backwards
 STEPS = 4  # of a contestant's turn
 TILES = {
-    "192 rows, 128 columns": Tile(128, 64, 128, 64, 8, 4),
-    "192 rows, 256 columns": Tile(128, 64, 256, 32, 8, 4),
-    "64 rows, 256 columns": Tile(64, 0, 256, 64, 4, 4),
-    "64 rows, 128 columns": Tile(64, 0, 128, 64, 4, 4),
-    "128 rows, 128 columns": Tile(128, 0, 128, 64, 4, 4),
+    "products in 192 x 128": (Tile(128, 64, 128, 64, 8, 4), GRADIENT_TILE),
+    "products in 64 x 256": (Tile(64, 0, 256, 64, 4, 4), GRADIENT_TILE),
+    "gradients in 256 x 128": (TILE, GradientTile(256, 128, 32, 8, 3)),
+    "gradients in 128 x 256": (TILE, GradientTile(128, 256, 32, 8, 3)),
+    "gradients in 128 x 128 by 64": (TILE, GradientTile(128, 128, 64, 4, 3)),
 }
+
+OWN = (grouped.product_tile, grouped.gradient_tile)
 
 type Layer = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # tokens, logits and both weights to tokens
 
@@ -51,9 +53,11 @@ def ours(x_TH: Tensor, logits_TE: Tensor, weight1_E2FH: Tensor, weight2_EHF: Ten
     return fused_moe(x_TH, weight1_E2FH, weight2_EHF, probs, counts, order, inverse.view(experts_TK.shape))
 
 
-def in_tiles(tile: Tile, *arguments: Tensor) -> Tensor:
-    """The same in other tiles; for the backward pass they stay until another contestant's turn."""
-    grouped.product_tile = lambda rows, experts: tile
+def in_tiles(tiles: tuple[Tile, GradientTile] | None, *arguments: Tensor) -> Tensor:
+    """The same in other tiles (None: our own); for the backward pass they stay until another contestant's turn."""
+    own = tiles is None
+    grouped.product_tile = OWN[0] if own else lambda rows, experts: tiles[0]
+    grouped.gradient_tile = OWN[1] if own else lambda rows, experts: tiles[1]
     return ours(*arguments)
 
 
@@ -167,10 +171,9 @@ def main() -> None:
     asked = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("no GPU here: the kernels run on one only")
-    own = grouped.product_tile
-    contestants: dict[str, Layer] = {"tessera": partial(in_tiles, own(8192 * K, EXPERTS))}
+    contestants: dict[str, Layer] = {"tessera": partial(in_tiles, None)}
     if asked.tiles:
-        contestants |= {f"tessera, {name}": partial(in_tiles, tile) for name, tile in TILES.items()}
+        contestants |= {f"tessera, {name}": partial(in_tiles, tiles) for name, tiles in TILES.items()}
     try:
         contestants["sonic-moe, our router"] = sonic_layer(asked.tuned, own_router=False)
         contestants["sonic-moe"] = sonic_layer(asked.tuned, own_router=True)

@@ -31,7 +31,7 @@ from data.dataset import Dataset
 from model.init import initialise
 from model.layers.router import Router
 from parallel import groups as process_groups
-from parallel.collectives import max_over_all, start_all_to_all
+from parallel.collectives import from_first, max_over_all, start_all_to_all
 from parallel.topology import TopologyError, resolve
 from tests.dist import run_ranks
 from tests.parallel.tiny import leave_layout
@@ -205,8 +205,8 @@ class Node:
                 continue
             try:
                 found = cell.measure(self, cell)
-            except (TopologyError, ConfigError) as refused:
-                self.results.left_out[cell.name] = str(refused)
+            except (TopologyError, ConfigError, torch.OutOfMemoryError) as refused:
+                self.results.left_out[cell.name] = str(refused).split("\n")[0]
                 continue
             self.results.cells[cell.name] = found | {"seconds": round(self.seconds() - before, 1)}
             gc.collect()
@@ -251,7 +251,8 @@ def losses(node: Node, cell: Cell) -> dict[str, Any]:
     cards, steps = node.asked.cards, 6 if node.asked.miniature else LOSS_STEPS
     own = (f"run.steps={steps}", f"batch.global={2 * cards}", "batch.micro=2", "mtp.steps=1", "balance.mode=exact")
     config = node.config(cell, *own, "optim.warmup_steps=5", "optim.lr=3e-4", "data.corpus=embedded")
-    job = node.job(config, Dataset(config.data))
+    listings = from_first(lambda: Dataset(config.data).listings)
+    job = node.job(config, Dataset(config.data, shared=True, listings=listings))
     engine = engine_of(job.chunks, job.config, job.groups, job.device)
     progress, found, times = Progress(job, 0, {}, []), [], []
     with progress.loader() as loader:
@@ -264,7 +265,8 @@ def losses(node: Node, cell: Cell) -> dict[str, Any]:
             if node.device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - begin)
-            found.append([step_metrics(job, outputs)[name] for name in (metrics.LM_LOSS, metrics.mtp_loss(1))] + [norm])
+            values = step_metrics(job, outputs, detailed=False)
+            found.append([values[metrics.LM_LOSS], values[metrics.mtp_loss(1)], norm])
     job.dataset.close()
     tokens = 2 * cards * config.data.seq_length / cards
     return {

@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from model import preflight
 from model.batch import MicroBatch, count_targets
 from model.config import MtpConfig
+from model.kernels import grouped
+from model.kernels.grouped import GradientTile, Tile
 from model.layers import attention, deltanet, dense, experts, norm, router
 from model.layers.norm import rms_norm_with_residual
 from model.network import LanguageModel
@@ -62,6 +64,24 @@ def test_triton_kernels_equal_their_twins(shape) -> None:
     }
     assert len(errors) == 18
     assert {name: error for name, error in errors.items() if error > TOLERANCE} == {}
+
+
+@pytest.mark.parametrize(
+    ("tile", "gradient"),
+    [
+        (Tile(32, 16, 16, 16, 4, 2), GradientTile(32, 16, 16, 4, 2)),
+        (Tile(16, 0, 32, 16, 4, 2), GradientTile(16, 32, 32, 4, 2)),
+    ],
+    ids=["48 rows", "16 rows"],
+)
+def test_products_of_experts_are_the_same_in_every_tile(tile, gradient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a tile's rows are two products, and experts end in the first or the second of them."""
+    monkeypatch.setattr(grouped, "product_tile", lambda rows, experts: tile)
+    monkeypatch.setattr(grouped, "gradient_tile", lambda rows, experts: gradient)
+    cases = preflight.expert_cases(SHAPES["grouped"], torch.device("cpu"), torch.float32, preflight.Sizes(length=40))
+    for case in cases:
+        if case.name in ("grouped products", "gradients into sums", "mixture"):
+            assert preflight.error(case, case.function.kernel()) <= TOLERANCE
 
 
 def test_a_wrong_kernel_is_found() -> None:
