@@ -46,14 +46,13 @@ def overlaps(ends: np.ndarray, start: int, stop: int) -> Iterator[tuple[int, int
 
     `ends` int64 [items]: where each item ends when all are laid end to end. An item may hold nothing.
     """
-    item = int(np.searchsorted(ends, start, side="right"))
-    while item < len(ends) and start < stop:
-        begin = int(ends[item - 1]) if item else 0
-        after = min(stop, int(ends[item]))
+    first, last = ends.searchsorted((start, stop - 1), side="right").tolist()
+    begin = int(ends[first - 1]) if first else 0
+    for item, end in enumerate(ends[first : last + 1].tolist(), first):
+        after = min(stop, end)
         if start < after:
             yield item, start - begin, after - begin
-        start = after
-        item += 1
+        start, begin = after, end
 
 
 def pack(pieces: Sequence[Piece]) -> Sample:

@@ -160,8 +160,10 @@ class TokenStream:
         unit = self._unit(unit_index)
         if unit is None:
             return None
-        documents, ends = self._document_layout(epoch, unit_index)
-        return [unit.piece(documents[item], lo, hi) for item, lo, hi in overlaps(ends, start, stop)]
+        starts, ends = self._document_layout(epoch, unit_index)
+        found = list(overlaps(ends, start, stop))  # neighbours, since no document is empty
+        begins = starts[found[0][0] : found[-1][0] + 1].tolist()
+        return [unit.piece(begin + lo, begin + hi) for begin, (_, lo, hi) in zip(begins, found, strict=True)]
 
     def _packed(self, epoch: int, unit_index: int, number: int) -> Sample:
         """A sample of best-fit packing."""
@@ -170,7 +172,8 @@ class TokenStream:
             return self._without(pack([Piece(np.zeros(self.seq_length + 1, dtype=np.int64))]), np.array([0]))
         if self.shuffle:
             number = int(self._bin_order(epoch, unit_index)[number])
-        pieces = [unit.piece(item, lo, hi) for item, lo, hi in self._bins(unit_index).pieces(number)]
+        cut = [(int(unit.starts[item]), lo, hi) for item, lo, hi in self._bins(unit_index).pieces(number)]
+        pieces = [unit.piece(begin + lo, begin + hi) for begin, lo, hi in cut]
         return pad(pack(pieces), self.seq_length + 1, token=int(unit.document(0)[-1]))
 
     def _without(self, sample: Sample, broken: np.ndarray) -> Sample:
@@ -206,12 +209,12 @@ class TokenStream:
         return order, np.cumsum(self._unit_sizes[order])
 
     def _lay_out_documents(self, epoch: int, unit_index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Documents of a unit in the order of an epoch, and where each ends when they are laid end to end."""
-        lengths = self._whole_unit(unit_index).lengths
-        order = np.arange(len(lengths))
-        if self.shuffle:
-            order = permutation(len(lengths), self.seed, epoch, 1 + unit_index)
-        return order.astype(np.int32), np.cumsum(lengths[order])
+        """Where each document begins in a unit, in the order of an epoch, and where it ends when all lie end to end."""
+        unit = self._whole_unit(unit_index)
+        if not self.shuffle:
+            return unit.starts, np.cumsum(unit.lengths)
+        order = permutation(unit.num_documents, self.seed, epoch, 1 + unit_index)
+        return unit.starts[order], np.cumsum(unit.lengths[order])
 
     def _pack_unit(self, unit_index: int) -> Bins:
         return best_fit(self._whole_unit(unit_index).lengths, self.seq_length)

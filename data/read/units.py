@@ -52,11 +52,9 @@ class Unit:
         start = self.starts[index]
         return None if self.learned is None else self.learned[start : start + self.lengths[index]]
 
-    def piece(self, index: int, first: int, last: int) -> Piece:
-        """Tokens [first, last) of a document."""
-        start = self.starts[index]
-        here = slice(start + first, start + last)
-        return Piece(self.tokens[here], None if self.learned is None else self.learned[here])
+    def piece(self, first: int, last: int) -> Piece:
+        """Tokens [first, last) of the unit, which are a document's."""
+        return Piece(self.tokens[first:last], None if self.learned is None else self.learned[first:last])
 
     def keep(self, kept: np.ndarray) -> "Unit":
         """The documents where `kept` (bool [documents]) is true; no token is copied."""
