@@ -22,11 +22,12 @@ from model.layers.chain import prefix_attention, prefix_gradients
 from model.layers.delta_rule import gated_delta_rule
 from model.layers.deltanet import prepare_delta
 from model.layers.dense import swiglu_pairs
-from model.layers.experts import count_sorted, fused_moe, gate_rows, grouped_mlp, invert, permute, unpermute
+from model.layers.experts import fused_moe, gate_rows
 from model.layers.loss import add_product, scaled, softmax_gradient
 from model.layers.norm import gated_rms_norm, rms_norm_with_residual, zero_centred_rms_norm
 from model.layers.rope import rotary_table
 from model.layers.router import route, router_logits
+from model.layers.rows import count_sorted, invert, permute, unpermute
 from model.reference.prefix import dense_prefix, dense_prefix_gradients
 from parallel.main_grads import add_weight_gradient
 
@@ -188,11 +189,11 @@ def mixing_cases(shape: ModelConfig, device: torch.device, dtype: torch.dtype, s
     return cases
 
 
-def _call_main_grads(counts_E: Tensor, function: Callable, leaves: list[Tensor]) -> tuple:
-    """What the weights' gradients are added to; the gradient of the rows is the rows themselves."""
+def _call_main_grads(rest: tuple, function: Callable, leaves: list[Tensor]) -> tuple:
+    """What the weights' gradients are added to; the gradient of the result is the result itself, doubled."""
     types = [torch.promote_types(weight.dtype, torch.float32) for weight in leaves[1:3]]
     main_grads = tuple(torch.ones_like(weight, dtype=dtype) for weight, dtype in zip(leaves[1:3], types, strict=True))
-    function(*leaves, counts_E, main_grads).square().sum().backward()
+    function(*leaves, *rest, main_grads).square().sum().backward()
     return main_grads
 
 
@@ -220,29 +221,31 @@ def _weight_gradient(x_NI: Tensor, grad_NO: Tensor, total_OI: Tensor) -> None:
 
 
 def _narrow_experts(shape: ModelConfig, draw: "_Draw", sizes: Sizes) -> Case:
-    """The grouped products of as many experts as the model has, with few columns."""
+    """The grouped products of as many experts as the model has, with few columns; each row is a token of its own."""
     experts, rows = shape.experts, sizes.tokens * shape.experts_per_token
     counts_E = torch.randint(experts, (rows,), generator=draw.generator).bincount(minlength=experts)
     weights = (draw.narrow(experts, 2, 16, 32, scale=0.1), draw.narrow(experts, 32, 16, scale=0.1))
     leaves = [draw.narrow(rows, 32), *weights, draw.wide(rows).sigmoid()]
-    return Case("all experts, narrow", grouped_mlp, leaves, _plain(counts_E.to(draw.device)))
+    source_N = torch.arange(rows, device=draw.device)
+    return Case("all experts, narrow", fused_moe, leaves, _plain(counts_E.to(draw.device), source_N, source_N[:, None]))
 
 
 def expert_cases(shape: ModelConfig, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> list[Case]:
-    """What a mixture of experts is made of; one expert goes without a row."""
+    """What a mixture of experts is made of; one expert goes without a row, and tokens have unequal numbers of them."""
     draw, tokens, hidden, width = _Draw(device, dtype), sizes.tokens, shape.hidden_size, shape.expert_size
     chosen_TK = torch.rand(tokens, sizes.experts - 1, generator=draw.generator).topk(sizes.routed).indices
-    ordered_N, order_N = chosen_TK.flatten().sort(stable=True)
-    inverse_TK, counts_E = (
-        invert(order_N).view(tokens, sizes.routed).to(device),
-        count_sorted(ordered_N, sizes.experts).to(device),
-    )
-    order_N = order_N.to(device)
-    rows = tokens * sizes.routed
+    elsewhere_TK = torch.rand(tokens, sizes.routed, generator=draw.generator) < 0.3
+    ordered, order = chosen_TK.masked_fill(elsewhere_TK, sizes.experts).flatten().sort(stable=True)
+    counts_E = count_sorted(ordered, sizes.experts)
+    order_N = order[: int(counts_E.sum())]
+    rows, inverse_TK = len(order_N), invert(order_N, len(order)).view(tokens, sizes.routed)
+    moved = (order_N.to(device) // sizes.routed, inverse_TK.to(device))
     weights = (
         draw.narrow(sizes.experts, 2, width, hidden, scale=0.02),
         draw.narrow(sizes.experts, hidden, width, scale=0.02),
     )
+    mixture = [draw.narrow(tokens, hidden), *weights, draw.wide(rows).sigmoid()]
+    rest = (counts_E.to(device), *moved)
     return [
         Case("router", router_logits, [draw.narrow(tokens, hidden), draw.wide(shape.experts, hidden, scale=0.02)],
              _plain()),
@@ -250,14 +253,10 @@ def expert_cases(shape: ModelConfig, device: torch.device, dtype: torch.dtype, s
         Case("top-k of what is no number", route, [draw.wide(tokens, shape.experts)], _call_broken),
         _narrow_experts(shape, draw, sizes),
         Case("shared expert's gate", gate_rows, [draw.narrow(tokens, hidden), draw.narrow(tokens, 1)], _plain()),
-        Case("rows to experts", permute, [draw.narrow(tokens, hidden)], _plain(order_N, inverse_TK)),
-        Case("rows from experts", unpermute, [draw.narrow(rows, hidden)], _plain(order_N, inverse_TK)),
-        Case("grouped products", grouped_mlp, [draw.narrow(rows, hidden), *weights, draw.wide(rows).sigmoid()],
-             _plain(counts_E)),
-        Case("gradients into sums", grouped_mlp, [draw.narrow(rows, hidden), *weights, draw.wide(rows).sigmoid()],
-             partial(_call_main_grads, counts_E)),
-        Case("mixture", fused_moe, [draw.narrow(tokens, hidden), *weights, draw.wide(rows).sigmoid()],
-             _plain(counts_E, order_N, inverse_TK)),
+        Case("rows to experts", permute, [draw.narrow(tokens, hidden)], _plain(*moved)),
+        Case("rows from experts", unpermute, [draw.narrow(rows, hidden)], _plain(*moved)),
+        Case("gradients into sums", fused_moe, mixture, partial(_call_main_grads, rest)),
+        Case("mixture", fused_moe, mixture, _plain(*rest)),
     ]  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from parallel.topology import Topology
 
 FLOAT32_BYTES = 4
 NUM_MOMENTS = 2
+ROUTE_BYTES = 8  # of a probability and a place, in float32
 
 
 class WeightSize(Protocol):
@@ -100,12 +101,16 @@ def gradient_traffic(weights: Iterable[WeightSize], topology: Topology, element:
     return total
 
 
-def expert_traffic(rows: float, row_bytes: float, topology: Topology, recomputed: bool) -> float:
+def expert_traffic(rows: float, row_bytes: float, choices: float, topology: Topology, recomputed: bool) -> float:
     """Bytes that a process sends in a mixture's exchanges: rows there and back, forwards, again if the layer is
-    computed again, and backwards. ``rows`` are its tokens times the experts of each; every holder of a part of an
-    expert gets them."""
-    sent = rows * row_bytes * topology.expert_tensor
-    return (6 if recomputed else 4) * ring_bytes(sent, topology.expert_owners)
+    computed again, and backwards; and as often, for each choice of an expert, where it belongs, or its gradient.
+
+    Args:
+        rows: of its tokens, one for each part of the experts that a token uses; every holder of a part of an expert
+            gets them. choices: its tokens times the experts of each.
+    """
+    once = (2 * rows * row_bytes + choices * ROUTE_BYTES) * topology.expert_tensor
+    return (3 if recomputed else 2) * ring_bytes(once, topology.expert_owners)
 
 
 def tensor_traffic(states: float, topology: Topology, recomputed: bool) -> float:

@@ -7,12 +7,19 @@ The formulas sum the tensors that the torch backend's modules save; `tests/model
 with what autograd really holds. They leave out what does not grow with a width (indices, masks of tokens).
 """
 
+import math
 from functools import partial
 
 from model.config import DELTA_CHUNK, INFERENCE, KERNEL_HEAD_CHUNK, LAYER, ModelConfig, MtpConfig
 
 FLOAT32_BYTES = 4
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+def used_parts(shape: ModelConfig, parts: int) -> float:
+    """Of so many equal parts of a layer's experts, in how many a token has an expert, if it uses all alike."""
+    none = math.comb(shape.experts - shape.experts // parts, shape.experts_per_token)
+    return parts * (1 - none / math.comb(shape.experts, shape.experts_per_token))
 
 
 def _norm(width: int, element: int, recompute: frozenset[str]) -> float:
@@ -45,19 +52,17 @@ def _attention(shape: ModelConfig, seq_length: int, element: int, recompute: fro
     return kept, 0 if "attention" in recompute else element * seq_length
 
 
-def _moe(shape: ModelConfig, element: int, recompute: frozenset[str], expert_tensor: int, sent: bool) -> float:
-    shared, again = shape.shared_expert_size, "experts" in recompute
-    # A token's rows as experts read them: all holders of an expert's parts do. What came from elsewhere is kept.
-    routed = expert_tensor * element * shape.hidden_size if sent or not again else 0
-    if not again:
-        routed += 5 * element * shape.expert_size
+def _moe(shape: ModelConfig, element: int, recompute: frozenset[str], expert_tensor: int, arriving: float) -> float:
+    shared = shape.shared_expert_size
+    if "experts" in recompute:
+        routed = element * arriving * shape.hidden_size
+    else:  # a token's rows as experts read them: all holders of an expert's parts do
+        routed = element * shape.experts_per_token * (expert_tensor * shape.hidden_size + 5 * shape.expert_size)
     scores = 2 * FLOAT32_BYTES * shape.experts + FLOAT32_BYTES * shape.hidden_size
-    return (
-        scores + routed * shape.experts_per_token + (element * shape.hidden_size + 4 * element * shared) * (shared > 0)
-    )
+    return scores + routed + (element * shape.hidden_size + 4 * element * shared) * (shared > 0)
 
 
-def _kernel_layer(symbol: str, shape: ModelConfig, recompute: frozenset[str], expert_tensor: int, sent: bool) -> float:
+def _kernel_layer(symbol: str, shape: ModelConfig, recompute: frozenset[str], arriving: float) -> float:
     """Of the kernels: the norm's input, the normed states that projections read, and what each kernel keeps."""
     element, hidden = ELEMENT_BYTES[shape.dtype], shape.hidden_size
     kept: float = 2 * hidden
@@ -77,22 +82,24 @@ def _kernel_layer(symbol: str, shape: ModelConfig, recompute: frozenset[str], ex
     else:
         rows = shape.experts_per_token
         kept += 3 * shape.shared_expert_size + hidden * (shape.shared_expert_size > 0)
-        kept += rows * hidden * expert_tensor * sent  # what came from other ranks
+        kept += hidden * arriving
         kept += 0 if "experts" in recompute else rows * 2 * shape.expert_size
         return element * kept + FLOAT32_BYTES * shape.experts
     return element * kept
 
 
-def working_bytes(shape: ModelConfig, vocab_size: int, tokens: float, tensor: int, expert_tensor: int, sent: bool,
-                  last: bool) -> float:  # fmt: skip
+def working_bytes(shape: ModelConfig, vocab_size: int, tokens: float, tensor: int, expert_tensor: int,
+                  arriving: float, last: bool) -> float:  # fmt: skip
     """Most bytes that kernels work with beside what is kept: in the head, or in the backward pass of a mixture.
 
     The head: its float32 gradient and a chunk's logits, which become their gradient in place. A mixture: for each row
-    the gradient of its result, and four widths of an expert; rows that travel also as they arrive and as they leave.
+    the gradient of its result, and four widths of an expert; of rows that travel also gradients as they arrive and as
+    they leave.
     """
-    element, rows = ELEMENT_BYTES[shape.dtype], tokens / tensor * shape.experts_per_token * expert_tensor
-    width = shape.hidden_size * (3 if sent else 1) + 4 * shape.expert_size / expert_tensor
-    mixture = element * rows * width if "E" in shape.layers else 0.0
+    element = ELEMENT_BYTES[shape.dtype]
+    width = shape.experts_per_token * (expert_tensor * shape.hidden_size + 4 * shape.expert_size)
+    width += 2 * arriving * shape.hidden_size
+    mixture = element * tokens / tensor * width if "E" in shape.layers else 0.0
     head = vocab_size / tensor * (FLOAT32_BYTES * shape.hidden_size + element * min(tokens, KERNEL_HEAD_CHUNK))
     return max(mixture, head if last else 0.0)
 
@@ -104,7 +111,7 @@ def layer_bytes(
     tensor: int,
     recompute: frozenset[str],
     expert_tensor: int = 1,
-    sent: bool = False,
+    arriving: float = 0,
     kernels: bool = False,
 ) -> float:
     """Bytes that one layer keeps for each token of this process's part of the sequence.
@@ -112,13 +119,14 @@ def layer_bytes(
     Args:
         seq_length: tokens of a whole sequence. tensor: tensor-parallel processes.
         recompute: parts that are computed again, or {LAYER}. expert_tensor: processes that share an expert's width.
-        sent: whether other processes hold experts too, so that rows travel. kernels: whether GPU kernels compute.
+        arriving: rows that arrive for each token where other processes hold experts too (`used_parts`, for each that
+            shares an expert's width). kernels: whether GPU kernels compute.
     """
     element, hidden = ELEMENT_BYTES[shape.dtype], shape.hidden_size
     if LAYER in recompute:
         return element * hidden / tensor
     if kernels:
-        return _kernel_layer(symbol, shape, recompute, expert_tensor, sent) / tensor
+        return _kernel_layer(symbol, shape, recompute, arriving) / tensor
     kept, whole = _norm(hidden, element, recompute), 0.0
     if symbol == "G":
         kept += element * hidden + _delta_net(shape, element, recompute)
@@ -130,7 +138,7 @@ def layer_bytes(
     else:
         # The router reads a float32 copy; only a shared expert reads the normed input itself.
         reads = element * hidden if shape.shared_expert_size and element < FLOAT32_BYTES else 0
-        kept += reads + _moe(shape, element, recompute, expert_tensor, sent)
+        kept += reads + _moe(shape, element, recompute, expert_tensor, arriving)
     return kept / tensor + whole
 
 
@@ -141,7 +149,7 @@ def mtp_bytes(
     tensor: int,
     recompute: frozenset[str],
     expert_tensor: int = 1,
-    sent: bool = False,
+    arriving: float = 0,
     kernels: bool = False,
 ) -> float:
     """Bytes that all multi-token-prediction steps keep for each token; arguments as of `layer_bytes`.
@@ -153,7 +161,7 @@ def mtp_bytes(
     if chained and LAYER in recompute:
         return mtp.steps * element * hidden / tensor
     each = (
-        layer_bytes(symbol, shape, seq_length, tensor, recompute, expert_tensor, sent, kernels)
+        layer_bytes(symbol, shape, seq_length, tensor, recompute, expert_tensor, arriving, kernels)
         for symbol in shape.mtp_layers
     )
     step = sum(each)
@@ -177,7 +185,7 @@ def stage_bytes(
     recompute: frozenset[str],
     last: bool,
     expert_tensor: int = 1,
-    sent: bool = False,
+    arriving: float = 0,
     kernels: bool = False,
 ) -> float:
     """Bytes that a pipeline stage keeps for one micro-batch of ``tokens`` tokens on this process.
@@ -192,13 +200,13 @@ def stage_bytes(
         tensor=tensor,
         recompute=recompute,
         expert_tensor=expert_tensor,
-        sent=sent,
+        arriving=arriving,
         kernels=kernels,
     )
     kept = sum(each(symbol) for symbol in symbols)
     if not last:
         return kept * tokens
     kept += _norm(hidden, element, recompute) / tensor
-    kept += mtp_bytes(shape, mtp, seq_length, tensor, recompute, expert_tensor, sent, kernels)
+    kept += mtp_bytes(shape, mtp, seq_length, tensor, recompute, expert_tensor, arriving, kernels)
     kept += (1 + mtp.steps) * element * hidden
     return kept * tokens + FLOAT32_BYTES * vocab_size * hidden / tensor

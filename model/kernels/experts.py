@@ -24,12 +24,12 @@ def _sum_rows(x, index, out, WIDTH: tl.constexpr, COPIES: tl.constexpr, COLUMNS:
     total = tl.zeros([COLUMNS], tl.float32)
     for copy in tl.static_range(COPIES):
         row = tl.load(index + token * COPIES + copy).to(tl.int64)
-        total += tl.load(x + row * WIDTH + column, column < WIDTH, 0.0).to(tl.float32)
+        total += tl.load(x + row * WIDTH + column, (column < WIDTH) & (row >= 0), 0.0).to(tl.float32)
     tl.store(out + token * WIDTH + column, total, column < WIDTH)
 
 
 def sum_rows(x_NH: Tensor, index_TK: Tensor) -> Tensor:
-    """out[t] = sum_k x[index[t, k]], summed in float32."""
+    """out[t] = sum_k x[index[t, k]], summed in float32; an index of -1 adds nothing."""
     x_NH = x_NH.contiguous()
     (tokens, copies), width = index_TK.shape, x_NH.shape[1]
     out_TH = x_NH.new_empty(tokens, width)
@@ -41,36 +41,34 @@ def sum_rows(x_NH: Tensor, index_TK: Tensor) -> Tensor:
 
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TH: Tensor, order_N: Tensor, inverse_TK: Tensor) -> Tensor:
+    def forward(ctx, x_TH: Tensor, source_N: Tensor, inverse_TK: Tensor) -> Tensor:
         ctx.save_for_backward(inverse_TK)
-        return x_TH.index_select(0, order_N // inverse_TK.shape[1])
+        return x_TH.index_select(0, source_N)
 
     @staticmethod
     def backward(ctx, grad_NH: Tensor):
         return sum_rows(grad_NH, *ctx.saved_tensors), None, None
 
 
-def permute(x_TH: Tensor, order_N: Tensor, inverse_TK: Tensor) -> Tensor:
-    """See `model.layers.experts.permute`."""
-    return _Permute.apply(x_TH, order_N, inverse_TK)
+def permute(x_TH: Tensor, source_N: Tensor, inverse_TK: Tensor) -> Tensor:
+    """See `model.layers.rows.permute`."""
+    return _Permute.apply(x_TH, source_N, inverse_TK)
 
 
 class _Unpermute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y_NH: Tensor, order_N: Tensor, inverse_TK: Tensor) -> Tensor:
-        ctx.save_for_backward(order_N)
-        ctx.copies = inverse_TK.shape[1]
+    def forward(ctx, y_NH: Tensor, source_N: Tensor, inverse_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(source_N)
         return sum_rows(y_NH, inverse_TK)
 
     @staticmethod
     def backward(ctx, grad_TH: Tensor):
-        (order_N,) = ctx.saved_tensors
-        return grad_TH.index_select(0, order_N // ctx.copies), None, None
+        return grad_TH.index_select(0, *ctx.saved_tensors), None, None
 
 
-def unpermute(y_NH: Tensor, order_N: Tensor, inverse_TK: Tensor) -> Tensor:
-    """See `model.layers.experts.unpermute`."""
-    return _Unpermute.apply(y_NH, order_N, inverse_TK)
+def unpermute(y_NH: Tensor, source_N: Tensor, inverse_TK: Tensor) -> Tensor:
+    """See `model.layers.rows.unpermute`."""
+    return _Unpermute.apply(y_NH, source_N, inverse_TK)
 
 
 @triton.jit
@@ -159,10 +157,10 @@ def swiglu_pairs(mixed: Tensor) -> Tensor:
     return _SwiGLUPairs.apply(mixed.contiguous())
 
 
-def _forward(x, source_N, weight1_E2FH, weight2_EHF, probs_N, tiles):
+def _forward(x_TH, source_N, weight1_E2FH, weight2_EHF, probs_N, tiles):
     """Both products and SwiGLU between them: the first product, and the rows [N, H] of the second."""
     rows = probs_N.numel()
-    inner_NG = grouped_product(x, weight1_E2FH.flatten(1, 2), tiles, rows, True, source_N)
+    inner_NG = grouped_product(x_TH, weight1_E2FH.flatten(1, 2), tiles, rows, True, source_N)
     active_NF = _swiglu_forward(inner_NG, probs_N, interleaved=False)
     return inner_NG, grouped_product(active_NF, weight2_EHF, tiles, rows, True)
 
@@ -175,57 +173,29 @@ def _weight_gradient(left_NO, right_NI, ends_E, weight, total):
     return dummy_gradient(weight)
 
 
-def _backward(grad, main_grads, x, inner_NG, source_N, weight1_E2FH, weight2_EHF, probs_N, ends_E, tiles):
+def _backward(grad_TH, main_grads, x_TH, inner_NG, source_N, weight1_E2FH, weight2_EHF, probs_N, ends_E, tiles):
     """Gradients of the rows [N, H] that were read, of both weights and of the probabilities."""
     rows = probs_N.numel()
     # A gradient's product reads its rows once for every tile: there gathering on the way costs more than a copy.
-    grad_NH = grad if source_N is None else grad.index_select(0, source_N)
+    grad_NH = grad_TH.index_select(0, source_N)
     grad_active_NF = grouped_product(grad_NH, weight2_EHF, tiles, rows, False)
     grad_inner_NG, grad_probs_N, active_NF = swiglu_backward(inner_NG, probs_N, grad_active_NF, interleaved=False)
     grad_weight2 = _weight_gradient(grad_NH, active_NF, ends_E, weight2_EHF, main_grads[1])
     del grad_NH, grad_active_NF, active_NF
-    x_NH = x if source_N is None else x.index_select(0, source_N)
+    x_NH = x_TH.index_select(0, source_N)
     grad_weight1 = _weight_gradient(grad_inner_NG, x_NH, ends_E, weight1_E2FH, main_grads[0])
     del x_NH
     grad_x_NH = grouped_product(grad_inner_NG, weight1_E2FH.flatten(1, 2), tiles, rows, False)
     return grad_x_NH, grad_weight1, grad_weight2, grad_probs_N
 
 
-class _GroupedMLP(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_NH, weight1_E2FH, weight2_EHF, probs_N, counts_E, main_grads):
-        ends_E = counts_E.cumsum(0).int()
-        tiles = tile_rows(ends_E, x_NH.shape[0])
-        inner_NG, out_NH = _forward(x_NH, None, weight1_E2FH, weight2_EHF, probs_N, tiles)
-        ctx.save_for_backward(x_NH, inner_NG, weight1_E2FH, weight2_EHF, probs_N, ends_E, tiles)
-        ctx.main_grads = main_grads
-        return out_NH
-
-    @staticmethod
-    def backward(ctx, grad_NH: Tensor):
-        x_NH, inner_NG, *rest = ctx.saved_tensors
-        return *_backward(grad_NH.contiguous(), ctx.main_grads, x_NH, inner_NG, None, *rest), None, None
-
-
-def grouped_mlp(
-    x_NH: Tensor,
-    weight1_E2FH: Tensor,
-    weight2_EHF: Tensor,
-    probs_N: Tensor,
-    counts_E: Tensor,
-    main_grads: tuple[Tensor | None, Tensor | None] = (None, None),
-) -> Tensor:
-    """See `model.layers.experts.grouped_mlp`."""
-    return _GroupedMLP.apply(x_NH.contiguous(), weight1_E2FH, weight2_EHF, probs_N.float(), counts_E, main_grads)
-
-
 class _FusedMoE(torch.autograd.Function):
     """Nothing is kept for the backward pass of the rows but what the first product made of them."""
 
     @staticmethod
-    def forward(ctx, x_TH, weight1_E2FH, weight2_EHF, probs_N, counts_E, order_N, inverse_TK, main_grads):
-        ends_E, source_N = counts_E.cumsum(0).int(), order_N // inverse_TK.shape[1]
-        tiles = tile_rows(ends_E, order_N.numel())
+    def forward(ctx, x_TH, weight1_E2FH, weight2_EHF, probs_N, counts_E, source_N, inverse_TK, main_grads):
+        ends_E = counts_E.cumsum(0).int()
+        tiles = tile_rows(ends_E, source_N.numel())
         inner_NG, out_NH = _forward(x_TH, source_N, weight1_E2FH, weight2_EHF, probs_N, tiles)
         ctx.save_for_backward(inverse_TK, x_TH, inner_NG, source_N, weight1_E2FH, weight2_EHF, probs_N, ends_E, tiles)
         ctx.main_grads = main_grads
@@ -244,13 +214,13 @@ def fused_moe(
     weight2_EHF: Tensor,
     probs_N: Tensor,
     counts_E: Tensor,
-    order_N: Tensor,
+    source_N: Tensor,
     inverse_TK: Tensor,
     main_grads: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor:
     """See `model.layers.experts.fused_moe`."""
     weights = (weight1_E2FH, weight2_EHF)
-    return _FusedMoE.apply(x_TH.contiguous(), *weights, probs_N.float(), counts_E, order_N, inverse_TK, main_grads)
+    return _FusedMoE.apply(x_TH.contiguous(), *weights, probs_N.float(), counts_E, source_N, inverse_TK, main_grads)
 
 
 @triton.jit

@@ -1,8 +1,8 @@
-"""The mixture of experts: route, send rows to their experts, two grouped matrix products, send back, add up.
+"""The mixture of experts: route, send tokens to their experts, two grouped matrix products, send back, add up.
 
-Rows are moved by gathers only, forwards and backwards (a scatter-add would be slower and, on a GPU, not
-reproducible): sorting T*K assignments by expert is a permutation, and the inverse of a permutation is a gather. Each
-row is multiplied by its probability (the router's weight) between the two products, where it is narrowest.
+Rows are moved by gathers only (`model.layers.rows`): sorting T*K assignments by expert is a permutation, and the
+inverse of a permutation is a gather. Each row is multiplied by its probability (the router's weight) between the two
+products, where it is narrowest.
 
 Shape suffixes: T tokens, K experts per token, N = T*K rows, E local experts, H hidden, F local width of an expert.
 """
@@ -24,6 +24,7 @@ from model.layers.dispatch import DispatchPlan, add_parts, repeat_parts
 from model.layers.norm import at_least_float32
 from model.layers.recompute import recomputable
 from model.layers.router import Router
+from model.layers.rows import count_sorted, invert, permute, reorder, unpermute
 from parallel.collectives import start_all_to_all
 from parallel.main_grads import add_weight_gradient, dummy_gradient, with_main_grad
 
@@ -69,51 +70,6 @@ def grouped_linear(x_NI: Tensor, weight: Tensor, counts_E: Tensor, total: Tensor
     return _LoopedLinear.apply(x_NI, weight, counts_E.tolist(), total)
 
 
-def count_sorted(ordered_N: Tensor, values: int) -> Tensor:
-    """How often each of 0 to values - 1 stands in a sorted list; on a GPU nothing waits for the answer."""
-    borders = torch.arange(values + 1, dtype=ordered_N.dtype, device=ordered_N.device)
-    return torch.searchsorted(ordered_N, borders).diff()
-
-
-class _Permute(torch.autograd.Function):
-    """x[index] where index repeats every row of x exactly K times; inverse [T, K] says where each row's copies went."""
-
-    @staticmethod
-    def forward(ctx, x_TH: Tensor, index_N: Tensor, inverse_TK: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse_TK)
-        return x_TH.index_select(0, index_N)
-
-    @staticmethod
-    def backward(ctx, grad_NH: Tensor):
-        (inverse_TK,) = ctx.saved_tensors
-        return grad_NH[inverse_TK].sum(dim=1), None, None
-
-
-def reorder(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-    """Reorders rows by a permutation, with its inverse for the gradient."""
-    return _Permute.apply(x, order, inverse[:, None])
-
-
-def invert(order: Tensor) -> Tensor:
-    """The inverse of a permutation."""
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.numel(), device=order.device)
-    return inverse
-
-
-@accelerated("model.kernels.experts")
-def permute(x_TH: Tensor, order_N: Tensor, inverse_TK: Tensor) -> Tensor:
-    """K copies of each token's row, sorted: out[n] = x[order[n] // K]; ``inverse`` is that of the permutation order."""
-    return _Permute.apply(x_TH, order_N // inverse_TK.shape[1], inverse_TK)
-
-
-@accelerated("model.kernels.experts")
-def unpermute(y_NH: Tensor, order_N: Tensor, inverse_TK: Tensor) -> Tensor:
-    """The sum of each token's K rows, the way back of `permute`: out[t] = sum_k y[inverse[t, k]]."""
-    return reorder(y_NH, inverse_TK.flatten(), order_N).view(*inverse_TK.shape, -1).sum(dim=1)
-
-
-@accelerated("model.kernels.experts")
 def grouped_mlp(
     x_NH: Tensor,
     weight1_E2FH: Tensor,
@@ -138,30 +94,40 @@ def fused_moe(
     weight2_EHF: Tensor,
     probs_N: Tensor,
     counts_E: Tensor,
-    order_N: Tensor,
+    source_N: Tensor,
     inverse_TK: Tensor,
     main_grads: MainGrads = NO_MAIN_GRADS,
 ) -> Tensor:
-    """`grouped_mlp` of each token's K rows, added up: [T, H]. Arguments as of `permute` and `grouped_mlp`."""
-    rows = permute(x_TH, order_N, inverse_TK)
-    return unpermute(grouped_mlp(rows, weight1_E2FH, weight2_EHF, probs_N, counts_E, main_grads), order_N, inverse_TK)
+    """`grouped_mlp` of the rows that each token has, added up: [T, H]. Arguments as of `permute` and `grouped_mlp`."""
+    rows = permute(x_TH, source_N, inverse_TK)
+    return unpermute(grouped_mlp(rows, weight1_E2FH, weight2_EHF, probs_N, counts_E, main_grads), source_N, inverse_TK)
 
 
-def in_chunks(function: Callable, x_NH: Tensor, probs_N: Tensor, counts_E: Tensor, chunk: int) -> Tensor:
-    """``function(rows, probs, counts)`` of rows sorted by expert; of more than ``chunk`` rows so many at a time.
+def in_chunks(
+    function: Callable,
+    x_TH: Tensor,
+    probs_N: Tensor,
+    counts_E: Tensor,
+    source_N: Tensor,
+    inverse_TK: Tensor,
+    chunk: int | None,
+) -> Tensor:
+    """``function(x, probs, counts, source, inverse)``; of more than ``chunk`` tokens so many at a time.
 
     Those are computed again in the backward pass, so that what is kept and worked with does not grow with them.
     """
-    number = x_NH.shape[0]
-    if number <= chunk:
-        return function(x_NH, probs_N, counts_E)
-    ends_E, results = counts_E.cumsum(0), []
-    for first in range(0, number, chunk):
-        part = slice(first, min(first + chunk, number))
-        borders_E = ends_E.clamp(part.start, part.stop)
-        counts = borders_E.diff(prepend=borders_E.new_tensor([part.start]))
-        again = (function, x_NH[part], probs_N[part], counts)
+    if chunk is None or len(x_TH) <= chunk:
+        return function(x_TH, probs_N, counts_E, source_N, inverse_TK)
+    expert_N = torch.arange(len(counts_E), device=x_TH.device).repeat_interleave(counts_E, output_size=len(source_N))
+    first, results = 0, []
+    for x, inverse in zip(x_TH.split(chunk), inverse_TK.split(chunk), strict=True):
+        inside_N = (source_N >= first) & (source_N < first + len(x))
+        own = inside_N.nonzero()[:, 0]
+        place = torch.cat([inside_N.cumsum(0) - 1, source_N.new_full((1,), -1)])  # also of -1: the last one
+        counts = count_sorted(expert_N[own], len(counts_E))
+        again = (function, x, probs_N.index_select(0, own), counts, source_N[own] - first, place[inverse])
         results.append(checkpoint(*again, use_reentrant=False, preserve_rng_state=False))
+        first += len(x)
     return torch.cat(results)
 
 
@@ -194,26 +160,22 @@ class Experts(MegatronModule):
     @recomputable("experts")
     def forward(
         self,
-        x: Tensor,
+        x_TH: Tensor,
         probs_N: Tensor,
         counts_E: Tensor,
-        order_N: Tensor | None = None,
-        inverse_TK: Tensor | None = None,
+        source_N: Tensor,
+        inverse_TK: Tensor,
         chunk: int | None = None,
     ) -> Tensor:
-        """What all experts make of tokens x [T, H], on a rank that holds them all: see `fused_moe`.
+        """What this rank's experts make of tokens, of its own or of others that sent them: see `fused_moe`.
 
-        Without an order, what this rank's experts make of the sorted rows x [N, H] that were sent to them: see
-        `grouped_mlp`; more than ``chunk`` of them so many at a time, and again in the backward pass. An addend where
-        the width of experts is spread.
+        Of more than ``chunk`` tokens so many at a time, and again in the backward pass. An addend where the width of
+        experts is spread.
         """
-        weights = (self.weight1, self.weight2)
-        if order_N is None:
-            return in_chunks(partial(self._grouped, weights), x, probs_N, counts_E, chunk or x.shape[0])
-        return fused_moe(x, *weights, probs_N, counts_E, order_N, inverse_TK, self.main_grads)
+        return in_chunks(self._mix, x_TH, probs_N, counts_E, source_N, inverse_TK, chunk)
 
-    def _grouped(self, weights: tuple[Tensor, Tensor], x_NH: Tensor, probs_N: Tensor, counts_E: Tensor) -> Tensor:
-        return grouped_mlp(x_NH, *weights, probs_N, counts_E, self.main_grads)
+    def _mix(self, x_TH: Tensor, *rest: Tensor) -> Tensor:
+        return fused_moe(x_TH, self.weight1, self.weight2, *rest, self.main_grads)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets=(), metadata=None):
         """One tensor of all experts, cut along the experts and along their width."""
@@ -277,24 +239,23 @@ class MixtureOfExperts(MegatronModule):
             padding_mask: what the router counts, see `model.layers.context.LayerContext`.
         """
         flat = hidden_states.flatten(0, 1)
-        weights, experts = self.router(flat, padding_mask)
-        ordered, order = experts.flatten().int().sort(stable=True)
-        inverse = invert(order).view(experts.shape)
+        weights, chosen = self.router(flat, padding_mask)
+        ordered, order = chosen.flatten().int().sort(stable=True)
         counts = count_sorted(ordered, self.router.num_experts)
-        probs = reorder(weights.flatten(), order, inverse.flatten())
         if self.tp_ep_group.size() > 1:
-            rows, shared = self.dispatch_and_combine(flat, probs, counts, order, inverse, hidden_states)
-            mixed = unpermute(rows, order, inverse)
+            mixed, shared = self.dispatch_and_combine(flat, weights, chosen, counts, order, hidden_states)
         else:
-            mixed = self.experts(flat, probs, counts, order, inverse)
+            inverse = invert(order)
+            probs = reorder(weights.flatten(), order, inverse)
+            mixed = self.experts(flat, probs, counts, order // self.router.k, inverse.view(chosen.shape))
             shared = self.shared_expert(hidden_states) if self.shared_expert else None
         mixed = mixed.view_as(hidden_states)
         return (mixed if shared is None else mixed + shared), None
 
     def dispatch_and_combine(
-        self, flat: Tensor, probs: Tensor, counts: Tensor, order: Tensor, inverse: Tensor, hidden_T1H: Tensor
+        self, flat: Tensor, weights: Tensor, chosen: Tensor, counts: Tensor, order: Tensor, hidden_T1H: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Sends each token's rows to the ranks that hold their experts (dispatch), and the results back (combine).
+        """Sends tokens to the ranks that hold their experts (dispatch), and what those make of them back (combine).
 
         Meanwhile the shared expert is computed: its up and gate projections while rows are under way, its down
         projection while results return, and likewise the other way round in the backward pass.
@@ -303,26 +264,25 @@ class MixtureOfExperts(MegatronModule):
         Rows that nothing reads any more have no name here, so that their memory is free while experts compute.
 
         Returns:
-            The results, in the order of the rows, and what the shared expert makes of hidden, if there is one.
+            What the routed experts make of the tokens, and what the shared expert does, if there is one.
         """
         group, copies = self.tp_ep_group, self.experts.etp_group.size()
-        plan = DispatchPlan(counts, group, self.experts)
-        dispatched = permute(flat, order, inverse)  # the GPU does this while the host waits for the counts
+        plan = DispatchPlan(chosen, counts, group, self.experts)
+        # The GPU does this while the host waits for the counts.
+        routes = plan.routes(reorder(weights.flatten(), order, invert(order)), order)
         plan.wait()
         self.fullest = max(self.fullest, plan.fullest)
-        parts, send, receive = plan.parts, plan.send, plan.receive
-        pending = [start_all_to_all(repeat_parts(x, parts, copies), send, receive, group) for x in (dispatched, probs)]
-        del dispatched, probs
-        gated = self.shared_expert.up_gate(hidden_T1H) if self.shared_expert else None
-        there, back = plan.by_expert()
-        results = self.experts(
-            reorder(pending[0].wait(), there, back),
-            reorder(pending[1].wait(), there, back),
-            plan.received_E,
-            None,
-            None,
-            plan.chunk,
+        send = plan.sent_to_all(plan.parts)
+        # Small and first, so that what is made of them is ready when the rows are.
+        routes = start_all_to_all(
+            repeat_parts(routes, plan.choices, copies), plan.sent_to_all(plan.choices), plan.received_choices, group
         )
-        results = start_all_to_all(reorder(results, back, there), receive, send, group)
+        source = plan.source_M()
+        rows = permute(flat, source, plan.inverse_TK)
+        rows = start_all_to_all(repeat_parts(rows, plan.parts, copies), send, plan.received, group)
+        gated = self.shared_expert.up_gate(hidden_T1H) if self.shared_expert else None
+        probs, arrived, places = plan.arrived(routes.wait())
+        results = self.experts(rows.wait(), probs, plan.received_E, arrived, places, plan.chunk)
+        results = start_all_to_all(results, plan.received, send, group)
         shared = self.shared_expert(hidden_T1H, gated) if self.shared_expert else None
-        return add_parts(results.wait(), parts, copies), shared
+        return unpermute(add_parts(results.wait(), plan.parts, copies), source, plan.inverse_TK), shared

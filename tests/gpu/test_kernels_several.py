@@ -9,7 +9,7 @@ import torch
 
 from data.order.batches import Batch
 from model.config import BalanceConfig, ModelConfig, MtpConfig
-from model.layers import attention, chain, delta_rule, deltanet, dense, experts, loss, norm, router
+from model.layers import attention, chain, delta_rule, deltanet, dense, experts, loss, norm, router, rows
 from parallel import groups as process_groups
 from parallel.topology import ParallelConfig, resolve
 from tests.dist import run_ranks
@@ -98,7 +98,7 @@ ALONE, ALONE_IN_FOUR = Case(1, ParallelConfig()), Case(1, ParallelConfig(), micr
 LONG_ALONE = Case(1, ParallelConfig(), WIDE, 1, length=LONG, rows=1)
 LONG_HALVED = replace(LONG_ALONE, parallel=ParallelConfig(recompute="selective"))
 LONG_CONTEXT = Case(2, ParallelConfig(context=2, expert=1), WIDE, 1, length=LONG, rows=1)
-MODULES = (attention, chain, delta_rule, deltanet, dense, experts, loss, norm, router)
+MODULES = (attention, chain, delta_rule, deltanet, dense, experts, loss, norm, router, rows)
 NAMES = (metrics.LM_LOSS, metrics.mtp_loss(1), metrics.BALANCE_LOSS, metrics.GRAD_NORM)
 # Where two runs of one GPU happen to agree to more digits than bfloat16 has, by the roundings of its 8 bits in a mean
 # over hundreds of tokens.

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model.config import LAYER, ModelConfig, MtpConfig
-from model.cost.activations import stage_bytes
+from model.cost.activations import stage_bytes, used_parts
 from model.network import LanguageModel
 from model.stack import hybrid_config
 from parallel.topology import RECOMPUTABLE
@@ -70,3 +70,15 @@ def test_the_formula_is_what_autograd_keeps(groups, pattern, mtp, changes, recom
     counted = stage_bytes(shape.layers, shape, mtp, VOCAB, LENGTH, tokens, 1, parts, last=True)
     # What the formula leaves out, a few numbers a token and head, is 1 to 4 % at these small widths.
     assert measured(shape, mtp, parts, groups) == pytest.approx(counted, rel=0.05)
+
+
+@pytest.mark.parametrize(("parts", "sent"), [(2, 1.0), (4, 2.84), (8, 5.18), (64, 9.26)])
+def test_rows_that_a_token_sends_to_other_parts_of_the_experts(parts: int, sent: float) -> None:
+    """Ten of 512 experts: one row for each other part, where one for each expert would be 5, 7.5, 8.75 and 9.84."""
+    shape = replace(SHAPE, experts=512, experts_per_token=10)
+    used = used_parts(shape, parts)
+    assert used * (parts - 1) / parts == pytest.approx(sent, abs=0.005)
+    chosen = torch.rand(4000, 512, generator=torch.Generator().manual_seed(0)).topk(10).indices // (512 // parts)
+    drawn = torch.zeros(4000, parts).scatter_(1, chosen, 1.0).sum(dim=1)
+    # Three standard deviations of a mean of 4,000.
+    assert drawn.mean() == pytest.approx(used, abs=3 * float(drawn.std()) / 4000**0.5 + 1e-9)

@@ -9,15 +9,8 @@ from model.config import MtpConfig
 from model.kernels.backends import column_linear, row_linear
 from model.layers.dense import SwiGLUSubmodules
 from model.layers.dispatch import DispatchPlan
-from model.layers.experts import (
-    Experts,
-    MixtureOfExperts,
-    SharedExpert,
-    grouped_linear,
-    grouped_mlp,
-    invert,
-    reorder,
-)
+from model.layers.experts import Experts, MixtureOfExperts, SharedExpert, fused_moe, grouped_linear
+from model.layers.rows import invert, permute, reorder, sum_rows, unpermute
 from model.reference import layers as reference
 from model.stack import hybrid_config
 from tests.model.helpers import (
@@ -95,7 +88,9 @@ def test_mixture_equals_its_twin(groups, experts: int, k: int, shared: int) -> N
 def test_experts_without_tokens_get_no_gradient(groups) -> None:
     module = Experts(hybrid_config(SMALL, MtpConfig()), groups).double()
     randomise(module)
-    module(normal(5, SMALL.hidden_size), torch.ones(5), torch.tensor([0, 2, 0, 0, 3, 0])).sum().backward()
+    each = torch.arange(5)
+    counts = torch.tensor([0, 2, 0, 0, 3, 0])
+    module(normal(5, SMALL.hidden_size), torch.ones(5), counts, each, each[:, None]).sum().backward()
     for weight in (module.weight1, module.weight2):
         idle = [not expert.any() for expert in weight.grad]
         assert idle == [True, False, True, True, False, True]
@@ -107,7 +102,8 @@ def test_expert_holds_its_gate_and_then_its_up_projection(groups) -> None:
     x = normal(1, SMALL.hidden_size)
     gate, up = x[0] @ module.weight1[2, 0].T, x[0] @ module.weight1[2, 1].T
     expected = 0.25 * (module.weight2[2] @ (gate * torch.sigmoid(gate) * up))
-    out = module(x, torch.tensor([0.25]), torch.tensor([0, 0, 1, 0, 0, 0]))
+    first = torch.zeros(1, dtype=torch.int64)
+    out = module(x, torch.tensor([0.25]), torch.tensor([0, 0, 1, 0, 0, 0]), first, first[:, None])
     assert_close(out[0], expected, FLOAT64_TOLERANCE, "the output")
 
 
@@ -130,16 +126,34 @@ def test_every_token_is_computed_alone(groups) -> None:
     assert weights_of(moe).keys() >= {"router.weight", "experts.weight1", "experts.weight2"}
 
 
-def test_rows_computed_a_few_at_a_time_are_those_of_all_at_once(groups) -> None:
-    """Also their gradients; chunks end inside an expert's rows, and some hold none of an expert's."""
+# Five tokens and what each of them has in its four places: rows of experts 1, 1, 1, 1, 2, 4, 4.
+PLACES = torch.tensor([[0, -1, 5, -1], [-1, -1, -1, -1], [1, 4, -1, -1], [-1, 2, -1, 6], [-1, -1, 3, -1]])
+SOURCE, COUNTS = torch.tensor([0, 2, 3, 4, 2, 0, 3]), torch.tensor([0, 4, 1, 0, 2, 0])
+
+
+def test_rows_of_tokens_that_have_unequal_numbers_of_them() -> None:
+    def slow(x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([sum((x[row] for row in places if row >= 0), 0 * x[0]) for places in PLACES.tolist()])
+
+    assert_twins(lambda x: unpermute(x, SOURCE, PLACES), slow, {"x": normal(7, 3)})
+    assert_twins(
+        lambda x: permute(x, SOURCE, PLACES),
+        lambda x: torch.stack([x[token] for token in SOURCE.tolist()]),
+        {"x": normal(5, 3)},
+    )
+    assert torch.equal(sum_rows(torch.zeros(0, 3), torch.full((2, 4), -1)), torch.zeros(2, 3))
+
+
+def test_tokens_computed_a_few_at_a_time_are_those_of_all_at_once(groups) -> None:
+    """Also their gradients; one chunk holds rows of no expert but one, another none of a token."""
     module = Experts(hybrid_config(SMALL, MtpConfig()), groups).double()
     randomise(module)
-    counts, probs = torch.tensor([0, 7, 1, 0, 3, 0]), torch.rand(11, dtype=torch.float64)
+    rest = (torch.rand(7, dtype=torch.float64), COUNTS, SOURCE, PLACES)
     assert_module_twin(
         module,
-        lambda x: module(x, probs, counts, None, None, 4),
-        lambda x, weights: grouped_mlp(x, weights["weight1"], weights["weight2"], probs, counts),
-        normal(11, SMALL.hidden_size),
+        lambda x: module(x, *rest, 2),
+        lambda x, weights: fused_moe(x, weights["weight1"], weights["weight2"], *rest),
+        normal(5, SMALL.hidden_size),
     )
 
 
@@ -149,7 +163,7 @@ def test_the_order_by_expert_is_that_of_a_sort(seed: int) -> None:
     ranks, local = 4, 5
     counts_PE = torch.randint(0, 4, (ranks, local), generator=generator)
     plan = object.__new__(DispatchPlan)
-    plan.received_PE, plan.receive = counts_PE, counts_PE.sum(1).tolist()
+    plan.received_PE, plan.received_choices = counts_PE, counts_PE.sum(1).tolist()
     expert = torch.arange(local).repeat(ranks).repeat_interleave(counts_PE.flatten())
     there, back = plan.by_expert()
     assert torch.equal(there, expert.argsort(stable=True))

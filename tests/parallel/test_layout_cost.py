@@ -154,7 +154,7 @@ def measure_activations() -> dict[tuple[str, str], float]:
         kept = kept_bytes(job.chunks[0], rows, length, context.rank(), context.size())
         sizes = (length, rows * length // context.size(), parallel.tensor)
         parts = parallel.expert_tensor
-        counted = stage_bytes(pattern, config.model, config.mtp, VOCAB, *sizes, frozenset(), True, parts, parts > 1)
+        counted = stage_bytes(pattern, config.model, config.mtp, VOCAB, *sizes, frozenset(), True, parts)
         ratios[name, pattern] = kept / counted
         leave_layout()
     return ratios
@@ -190,9 +190,11 @@ def test_state_bytes_by_hand() -> None:
 
 
 def test_traffic_by_hand() -> None:
-    assert layout_cost.expert_traffic(80, 16, TOPOLOGY, recomputed=False) == 4 * 80 * 16 * 7 / 8
+    sent = 4 * 80 * 16 + 2 * 200 * 8
+    assert layout_cost.expert_traffic(80, 16, 200, TOPOLOGY, recomputed=False) == sent * 7 / 8
+    assert layout_cost.expert_traffic(80, 16, 200, TOPOLOGY, recomputed=True) == 1.5 * sent * 7 / 8
     in_parts = replace(TOPOLOGY, expert=4, expert_tensor=2)  # the same 8 holders, each row to two of them
-    assert layout_cost.expert_traffic(80, 16, in_parts, recomputed=False) == 2 * 4 * 80 * 16 * 7 / 8
+    assert layout_cost.expert_traffic(80, 16, 200, in_parts, recomputed=False) == 2 * sent * 7 / 8
     assert layout_cost.tensor_traffic(1000, TOPOLOGY, recomputed=False) == 5 * 500
     assert layout_cost.tensor_traffic(1000, TOPOLOGY, recomputed=True) == 7 * 500
     assert [layout_cost.pipeline_traffic(1000, TOPOLOGY, rank) for rank in range(4)] == [500, 1000, 1000, 500]
@@ -200,7 +202,9 @@ def test_traffic_by_hand() -> None:
     assert [layout_cost.pipeline_traffic(1000, interleaved, rank) for rank in range(4)] == [1500, 2000, 2000, 1500]
     alone = Topology(world=1, tensor=1, pipeline=1, context=1, expert=1, data=1)
     assert (
-        layout_cost.expert_traffic(80, 16, alone, recomputed=False) == layout_cost.pipeline_traffic(1000, alone, 0) == 0
+        layout_cost.expert_traffic(80, 16, 200, alone, recomputed=False)
+        == layout_cost.pipeline_traffic(1000, alone, 0)
+        == 0
     )
 
 

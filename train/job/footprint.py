@@ -146,12 +146,14 @@ def _tokens(config: Config, topology: Topology) -> float:
     return config.batch.micro * config.data.seq_length / topology.context
 
 
-def _experts(config: Config, topology: Topology) -> tuple[int, bool, bool]:
-    """Parts of an expert's width, whether rows travel to other holders of experts, and whether kernels compute.
+def _experts(config: Config, topology: Topology) -> tuple[int, float, bool]:
+    """Parts of an expert's width, rows that arrive for each token from holders of experts, and whether kernels compute.
 
     A plan is one for GPUs: bfloat16 runs on kernels there.
     """
-    return topology.expert_tensor, topology.expert_owners > 1, config.model.dtype == "bfloat16"
+    travel = "E" in config.model.layers and topology.expert_owners > 1
+    arriving = topology.expert_tensor * activations.used_parts(config.model, topology.expert) if travel else 0.0
+    return topology.expert_tensor, arriving, config.model.dtype == "bfloat16"
 
 
 def _activations(config: Config, topology: Topology, vocab_size: int, pipeline_rank: int, steps: int) -> float:
@@ -193,10 +195,10 @@ def _recomputed_bytes(config: Config, topology: Topology, pipeline_rank: int) ->
 
 def _working_bytes(config: Config, topology: Topology, vocab_size: int, pipeline_rank: int) -> float:
     """On kernels that of `working_bytes`; else the head's float32 gradient and a chunk's logits with theirs."""
-    last, (parts, sent, kernels) = pipeline_rank == topology.pipeline - 1, _experts(config, topology)
+    last, (parts, arriving, kernels) = pipeline_rank == topology.pipeline - 1, _experts(config, topology)
     if kernels:
         tokens = _tokens(config, topology)
-        return activations.working_bytes(config.model, vocab_size, tokens, topology.tensor, parts, sent, last)
+        return activations.working_bytes(config.model, vocab_size, tokens, topology.tensor, parts, arriving, last)
     if not last:
         return 0.0
     rows = vocab_size / topology.tensor
@@ -214,9 +216,12 @@ def _layer_traffic(config: Config, topology: Topology, pipeline_rank: int, steps
     symbols += model.mtp_layers * (mtp.steps * last)
     cut = sum(symbol != "E" or model.shared_expert_size > 0 for symbol in symbols)
     edges = (1 if numbers[0] == 0 else 0) + (1 + 2 * mtp.steps if last else 0)
-    rows = tokens / topology.tensor * model.experts_per_token
+    routed, mixtures = tokens / topology.tensor, symbols.count("E")
+    if mixtures:
+        rows, choices = routed * activations.used_parts(model, topology.expert), routed * model.experts_per_token
+        mixtures *= layout_cost.expert_traffic(rows, row, choices, topology, again)
     sent = {
-        "expert all-to-all": symbols.count("E") * layout_cost.expert_traffic(rows, row, topology, again),
+        "expert all-to-all": mixtures,
         "tensor gathers and scatters": cut * layout_cost.tensor_traffic(tokens * row, topology, again)
         + edges * layout_cost.boundary_traffic(tokens * row, topology),
         "context exchanges": sum(_context_bytes(symbol, config, topology, again) for symbol in symbols),
