@@ -180,6 +180,11 @@ class BalanceConfig:
     mode: Annotated[str, "global, several micro-batches: online (forecasts loads) or exact (a pass more)"] = "online"
     z_weight: Annotated[float, "weight of the router's z-loss, the mean of logsumexp(logits)^2 per layer"] = 0.0
     bias_rate: Annotated[float, "step of the bias that chooses experts with too little load; 0: no bias"] = 0.0
+    capacity: Annotated[
+        float | None,
+        "in training an expert takes so many even shares of a micro-batch of all processes, the weakest are dropped; "
+        "null: all are taken",
+    ] = None
     forced: Annotated[bool, "benchmarks only: experts in turn, perfectly balanced, whatever the token"] = False
 
 
@@ -199,6 +204,11 @@ def check_balance(balance: BalanceConfig) -> None:
             raise ModelError(
                 f"balance.{name}={value} would drive loads apart: choose a finite number of at least 0 (0: none)"
             )
+    if balance.capacity is not None and not 1 <= balance.capacity < float("inf"):
+        raise ModelError(
+            f"balance.capacity={balance.capacity} would drop tokens of evenly used experts too: choose a number of at "
+            f"least 1, or null to drop none"
+        )
     if balance.mode == "exact" and balance.scope != "global":
         raise ModelError(
             f"balance.mode=exact counts the global batch ahead, and balance.scope={balance.scope} does not read it: "

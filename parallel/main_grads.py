@@ -41,11 +41,15 @@ def add_weight_gradient(x_NI: Tensor, grad_NO: Tensor, total_OI: Tensor) -> None
         total_OI.add_(grad_NO.t() @ x_NI)
 
 
-def dummy_gradient(weight: Any) -> Tensor:
+def dummy_gradient(weight: Any) -> Tensor | None:
     """What a backward pass returns in place of a gradient that it has added to the weight's ``main_grad``.
 
-    megatron-core drops it unread, so the weight's own memory will do. Autograd adds the dummies of a weight that a
-    backward pass meets several times: whoever can, returns one for all its uses.
+    megatron-core drops it unread, so the weight's own memory will do. One for each pass: autograd would add up those of
+    a weight that is used several times, as the MTP layer's are, and experts' in chunks.
     """
     weight.grad_added_to_main_grad = True
+    backward_pass = torch._C._current_graph_task_id()
+    if vars(weight).get("dummy_given_in") == backward_pass:
+        return None
+    weight.dummy_given_in = backward_pass
     return cast(Tensor, weight.detach())

@@ -193,6 +193,8 @@ def routing_metrics(job: Job, loads: list[LayerLoad]) -> dict[str, float]:
         values[name] = fmean(row[name] for row in rows) if rows else 0.0
     if job.config.balance.forced:
         values[metrics.FORCED_ROUTING] = 1.0
+    if job.config.balance.capacity is not None and loads:
+        values[metrics.DROPPED_SHARE] = fmean(load.notes["dropped"] for load in loads)
     return values
 
 

@@ -31,7 +31,7 @@ from parallel.collectives import LaterSum, PendingSum, SumsTogether, start_sum, 
 FEEDBACK = 0.5
 
 # What a router sums up beside its scores, each weighted so that the sum over ranks and micro-batches is a mean.
-NOTES = ("local_loss", "local_violation", "z_loss", "entropy", "top_k_mass")
+NOTES = ("local_loss", "local_violation", "z_loss", "entropy", "top_k_mass", "dropped")
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ class Balance(nn.Module):
         violation = load_fractions(counts_RE.sum(dim=0)).max() * self.num_experts - 1
         log_sum_T = logits_TE.logsumexp(dim=-1)
         self.mean_scores[tokens.use] += weight_T @ scores_TE
-        self.notes += torch.stack(
+        self.notes[: NOTES.index("dropped")] += torch.stack(
             [
                 self.num_experts * (weight_T @ (scores_TE * fraction).sum(dim=-1)),
                 weight_T.sum() * violation.to(scores_TE.dtype),
@@ -223,6 +223,12 @@ class Balance(nn.Module):
                 weight_T @ scores_TE.gather(1, experts_TK).sum(dim=-1),
             ]
         )
+
+    @torch.no_grad()
+    def note_dropped(self, dropped_TK: Tensor, tokens: RoutedTokens) -> None:
+        """Sums up, for the report, the share of this rank's assignments that no expert takes."""
+        dtype = self.notes.dtype
+        self.notes[NOTES.index("dropped")] += tokens.weight_T.to(dtype) @ dropped_TK.to(dtype).mean(dim=1)
 
     def begin_step(self, recording: bool, histogram_MB: Tensor | None = None) -> None:
         """Forgets what an earlier step may have left.

@@ -245,7 +245,9 @@ class MixtureOfExperts(MegatronModule):
         if self.tp_ep_group.size() > 1:
             mixed, shared = self.dispatch_and_combine(flat, weights, chosen, counts, order, hidden_states)
         else:
-            inverse = invert(order)
+            if self.router.capacity is not None:
+                order = order[: int(counts.sum())]  # what was dropped stands behind
+            inverse = invert(order, chosen.numel())
             probs = reorder(weights.flatten(), order, inverse)
             mixed = self.experts(flat, probs, counts, order // self.router.k, inverse.view(chosen.shape))
             shared = self.shared_expert(hidden_states) if self.shared_expert else None
@@ -274,9 +276,8 @@ class MixtureOfExperts(MegatronModule):
         self.fullest = max(self.fullest, plan.fullest)
         send = plan.sent_to_all(plan.parts)
         # Small and first, so that what is made of them is ready when the rows are.
-        routes = start_all_to_all(
-            repeat_parts(routes, plan.choices, copies), plan.sent_to_all(plan.choices), plan.received_choices, group
-        )
+        routes = repeat_parts(routes[: sum(plan.choices)], plan.choices, copies)
+        routes = start_all_to_all(routes, plan.sent_to_all(plan.choices), plan.received_choices, group)
         source = plan.source_M()
         rows = permute(flat, source, plan.inverse_TK)
         rows = start_all_to_all(repeat_parts(rows, plan.parts, copies), send, plan.received, group)

@@ -16,12 +16,17 @@ from torch.utils.checkpoint import checkpoint
 _computing: list[bool] = []  # the recomputable parts that are being computed, outermost first: is it the second time?
 
 
+def in_training() -> bool:
+    """Whether what is being computed is for a backward pass; also the first computation of what is computed again."""
+    return torch.is_grad_enabled() or bool(_computing)
+
+
 def first_time() -> bool:
     """Whether what is being computed is for a backward pass, and was not computed for it before.
 
     The first computation of a part that will be computed again runs without gradients, as an evaluation does.
     """
-    return not any(_computing) and (torch.is_grad_enabled() or bool(_computing))
+    return not any(_computing) and in_training()
 
 
 def _noting_turns(method: Callable) -> Callable:

@@ -13,7 +13,9 @@ from torch.nn import functional as F
 
 from model.kernels.backends import accelerated
 from model.layers.balance import Balance, RoutedTokens
+from model.layers.capacity import Capacity
 from model.layers.norm import at_least_float32
+from model.layers.recompute import in_training
 from parallel.collectives import attach_loss
 
 
@@ -72,9 +74,14 @@ class Router(MegatronModule):
         self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size, dtype=torch.float32))
         self.weight.sequence_parallel = config.sequence_parallel
         self.balance = Balance(config, pg_collection)
+        share = config.balance.capacity
+        self.capacity = None if share is None else Capacity(share, self.num_experts, pg_collection)
 
     def forward(self, hidden_TH: Tensor, tokens: RoutedTokens | None) -> tuple[Tensor, Tensor]:
-        """Weights [T, K] and expert indices [T, K]; without ``tokens`` nothing is counted and no loss attached."""
+        """Weights [T, K] and expert indices [T, K], the number of experts where one is dropped.
+
+        Without ``tokens`` nothing is counted, nothing dropped and no loss attached.
+        """
         logits = router_logits(hidden_TH, self.weight)
         if self.forced or self.balance.bias is not None:
             scores, weights, experts = steered_route(logits, self.k, None if self.forced else self.balance.bias)
@@ -84,4 +91,9 @@ class Router(MegatronModule):
             return weights, experts
         if self.z_weight and torch.is_grad_enabled():
             weights = attach_loss(weights, self.z_weight * z_loss(logits, tokens.weight_T))
-        return self.balance(weights, logits, scores, experts, tokens), experts
+        weights = self.balance(weights, logits, scores, experts, tokens)
+        if self.capacity is not None and (in_training() or self.balance.ahead is not None):
+            experts = self.capacity.drop(weights.detach(), experts, tokens)
+            if torch.is_grad_enabled() and self.balance.recording:
+                self.balance.note_dropped(experts == self.num_experts, tokens)
+        return weights, experts

@@ -144,6 +144,10 @@ def test_mistaken_prediction_settings_are_refused(changes: dict, says: str) -> N
             {"forced": True, "bias_rate": 0.001},
             "balance.forced=true chooses experts in turn: balance.bias_rate=0.001 moves nothing, set 0",
         ),
+        (
+            {"capacity": 0.9},
+            "balance.capacity=0.9 would drop tokens of evenly used experts too: choose a number of at least 1, or null",
+        ),
     ],
 )
 def test_mistaken_balance_settings_are_refused(changes: dict, says: str) -> None:

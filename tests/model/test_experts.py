@@ -13,6 +13,7 @@ from model.layers.experts import Experts, MixtureOfExperts, SharedExpert, fused_
 from model.layers.rows import invert, permute, reorder, sum_rows, unpermute
 from model.reference import layers as reference
 from model.stack import hybrid_config
+from parallel.main_grads import with_main_grad
 from tests.model.helpers import (
     FLOAT64_TOLERANCE,
     SMALL,
@@ -50,6 +51,18 @@ def test_grouped_linear_of_no_rows_has_a_gradient_of_zero() -> None:
     out.sum().backward()
     assert x.grad.shape == (0, 4)
     assert torch.equal(weight.grad, torch.zeros(3, 5, 4))
+
+
+def test_a_weight_that_is_used_several_times_has_one_sum_and_one_dummy_gradient() -> None:
+    """A backward pass hands autograd the weight itself, once; the next one does so again."""
+    weight, total, counts = with_main_grad(torch.nn.Parameter(normal(3, 5, 4))), torch.zeros(3, 5, 4), [3, 2, 1]
+    x, total = normal(6, 4, seed=1), total.double()
+    for passes in (1, 2):
+        weight.grad = None
+        sum(grouped_linear(x, weight, torch.tensor(counts), total).sum() for _ in range(3)).backward()
+        assert torch.equal(weight.grad, weight)
+        own = torch.stack([rows.sum(dim=0) for rows in x.split(counts)])[:, None].expand(3, 5, 4)
+        assert_close(total, passes * 3 * own, FLOAT64_TOLERANCE, "the sum of gradients")
 
 
 def test_permute_and_its_gradient() -> None:

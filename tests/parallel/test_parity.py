@@ -187,7 +187,7 @@ def _biases(case: Case) -> dict[int, torch.Tensor]:
 
 
 SPARSE, ONLINE, DENSE, GRADIENTS = "sparse", "sparse, online", "dense", "gradients"
-BY_SEQUENCE, BIASES = "by sequence", "biases"
+BY_SEQUENCE, BIASES, DROPPING = "by sequence", "biases", "dropping"
 COMPUTE = {
     SPARSE: lambda case: _trajectory(case, MODEL.experts_per_token, "exact"),
     ONLINE: lambda case: _trajectory(case, MODEL.experts_per_token, "online"),
@@ -196,19 +196,23 @@ COMPUTE = {
     GRADIENTS: lambda case: _gradients(case, EXACT),
     BY_SEQUENCE: lambda case: _gradients(case, replace(EXACT, mode="online", scope="sequence")),
     BIASES: _biases,
+    DROPPING: lambda case: _gradients(case, replace(EXACT, capacity=1.0)),
 }
 CHOOSING = [case for case in LAYOUTS if case.world == 2]
 SEQUENCES = [case for case in LAYOUTS if case.name in ("DP2", "TP2xCP2", "CP2xEP2", "PP2 interleaved")]
+BOUNDED = [case for case in LAYOUTS if case.name in ("DP2", "EP2", "CP2xEP2", "EP2, layers recomputed")]
 BIASED = [case for case in CHOOSING if case.name.startswith(("DP2", "EP2", "TP2 with", "PP2 inter", "CP2 by heads"))]
+BOTH = ((REFERENCE, GRADIENTS), (TWO_MICRO_BATCHES, DROPPING))
 PLAN = (
     [(REFERENCE, kind) for kind in (SPARSE, DENSE, GRADIENTS, BY_SEQUENCE, BIASES)]
-    + [(TWO_MICRO_BATCHES, ONLINE)]
+    + [(TWO_MICRO_BATCHES, kind) for kind in (ONLINE, DROPPING)]
     + [(case, kind) for case in LAYOUTS for kind in (DENSE, GRADIENTS)]
     + [(case, SPARSE if case.parallel.pipeline > 1 else ONLINE) for case in CHOOSING]
     + [(case, kind) for case in MICRO_BATCHED for kind in (DENSE, GRADIENTS)]
     + [(case, GRADIENTS) for case in (*OTHER_DEPTHS, *DEPTH_REFERENCES.values(), DEPTH_REFERENCE, DEPTH)]
     + [(case, BY_SEQUENCE) for case in SEQUENCES]
     + [(case, BIASES) for case in BIASED]
+    + [(case, DROPPING) for case in BOUNDED]
 )
 
 
@@ -352,6 +356,15 @@ def test_gradients_of_a_balance_loss_by_sequence(results, case: Case):
         {name: x for name, _, _, x in results[REFERENCE, kind][0]}[router] for kind in (GRADIENTS, BY_SEQUENCE)
     )
     assert (of_whole - by_sequence).abs().max() > 1e-3 * of_whole.abs().max(), "the balance loss plays no part here"
+
+
+@pytest.mark.parametrize("case", BOUNDED, ids=lambda case: case.name)
+def test_the_same_tokens_are_dropped_in_every_layout(results, case: Case):
+    """With balance.capacity, which looks at a micro-batch of all processes."""
+    _assert_same_gradients(results, case, DROPPING, TWO_MICRO_BATCHES)
+    weight = "decoder.layers.1.mlp.experts.weight1"
+    all_of_them, kept = ({name: x for name, _, _, x in results[of][0]}[weight] for of in BOTH)
+    assert (all_of_them - kept).abs().max() > 0.1 * all_of_them.abs().max(), "hardly any token was dropped"
 
 
 @pytest.mark.parametrize("case", BIASED, ids=lambda case: case.name)

@@ -110,6 +110,7 @@ def _of_routers() -> tuple[Metric, ...]:
         metric(metrics.ROUTER_ENTROPY, NATS, "of a token's scores"),
         metric(metrics.TOP_K_MASS, SHARE, "of a token's scores that the experts hold which it used"),
         metric(metrics.EXPERT_LOAD, EVEN, "load of each expert", cadence=Cadence.DETAIL, kind=Kind.HEATMAP),
+        metric(metrics.DROPPED_SHARE, SHARE, "of assignments", kind=Kind.SCALAR, when="balance.capacity"),
         metric(metrics.FORCED_ROUTING, "", "1: experts take tokens in turn", kind=Kind.SCALAR, when="balance.forced"),
         metric(metrics.as_drawn(metrics.MAX_VIOLATION), EVEN, "had router rows not been made equally long", **start),
         metric(metrics.as_drawn(metrics.LOAD_VARIATION), "", "had router rows not been made equally long", **start),

@@ -28,6 +28,7 @@ LOAD_P50 = "expert_load_p50"
 LOAD_P90 = "expert_load_p90"
 DEAD_EXPERTS = "dead_experts"  # experts of a layer that no token of the global batch used
 ROUTER_ENTROPY = "router_entropy"  # nats, of a token's scores
+DROPPED_SHARE = "dropped_share"  # of the tokens' assignments, which balance.capacity left to no expert
 TOP_K_MASS = "top_k_mass"  # sum of a token's scores of the experts that it used
 EXPERT_LOAD = "expert_load"  # list: of each expert
 FORCED_ROUTING = "forced_routing"  # 1 beside every other metric of a run whose experts are chosen in turn
