@@ -44,4 +44,4 @@ def test_a_model_is_checked_for_what_it_has() -> None:
 
     assert "delta rule, whole rows" in names("G") - names("*-")
     assert "attention, packed documents" in names("*-") - names("GE")
-    assert "grouped products" in names("GE") - names("*-")
+    assert "mixture" in names("GE") - names("*-")
