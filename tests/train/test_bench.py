@@ -182,9 +182,9 @@ def test_doctor_goes_on_where_torch_refuses_its_cudnn(monkeypatch: pytest.Monkey
 
 
 def test_doctor_fails_on_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr(doctor, "error", lambda case: 0.2 if case.name == "grouped products" else 0.0)
+    monkeypatch.setattr(doctor, "error", lambda case: 0.2 if case.name == "mixture" else 0.0)
     assert doctor.run_doctor(Config(model=SMALL)) == 1
-    assert "grouped products" in capsys.readouterr().err
+    assert "mixture" in capsys.readouterr().err
 
 
 def test_doctor_fails_on_a_wrong_optimizer_of_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
