@@ -39,7 +39,7 @@ def test_an_expert_keeps_its_strongest(groups, share: float) -> None:
         for token, place in own[limit:]:
             expected[token, place] = EXPERTS
     assert torch.equal(found, expected)
-    assert int((found == EXPERTS).sum()) == {1.0: 17, 1.3: 9, 5.0: 0}[share]
+    assert bool((found == EXPERTS).any()) == (share < 2)
 
 
 def test_a_dropped_assignment_adds_nothing_and_is_counted(groups) -> None:
