@@ -270,6 +270,7 @@ def test_what_is_noted(make_router: Callable) -> None:
         "z_loss": reference.z_loss(logits, weight),
         "entropy": sum(-w * sum(s * s.log() for s in row) for w, row in zip(weight, scores, strict=True)),
         "top_k_mass": sum(w * scores[t, chosen[t]].sum() for t, w in enumerate(weight)),
+        "dropped": torch.zeros(()),
     }
     assert notes == pytest.approx({name: value.item() for name, value in expected.items()}, rel=1e-6)
 
