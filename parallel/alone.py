@@ -1,8 +1,8 @@
 """One process of a job on a device that computes, while the others are not there.
 
-Its collectives end at once: sums are its own addend, what is gathered is its own part, and the rows that others would
-send are made up of those that it sends to them, as many as its own counts say. So it computes what a process of the
-layout computes, over numbers as they come, and waits for nobody.
+Its collectives end at once: sums are its own addend, what is gathered is its own part, and the rows that each of the
+others would send are those that it sends itself, as its own counts say. So it computes what a process of the layout
+computes if all had its tokens, and waits for nobody.
 """
 
 from collections.abc import Iterator
@@ -26,10 +26,13 @@ class _Done:
         return True
 
 
-def _exchange(out: Tensor, x: Tensor, *_: object, **__: object) -> _Done:
-    """In place of `torch.distributed.all_to_all_single`: received rows are the sent ones, from the first on again."""
-    rows = x.shape[0]
-    if rows == out.shape[0]:
+def _exchange(
+    out: Tensor, x: Tensor, received: list[int] | None = None, sent: list[int] | None = None, **_: object
+) -> _Done:
+    """In place of `torch.distributed.all_to_all_single`: received rows are those for the first process, again and
+    again; what returns to it has other sizes, and takes rows as they come."""
+    rows = x.shape[0] if sent is None else sent[0]
+    if rows == out.shape[0] == x.shape[0]:
         out.copy_(x)
     elif rows:
         torch.index_select(x, 0, torch.arange(out.shape[0], device=x.device) % rows, out=out)

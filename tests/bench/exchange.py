@@ -2,8 +2,8 @@
 
 python -m tests.bench.exchange -cn proxy [--parts 2] [--rows 2] [--layers 4] [--steps 100] [model.experts=256 ...]
 
-Every process is taken to hold the same tokens as this one, so the counts, rows and results that arrive have the sizes
-that a real exchange would bring; no time is spent on a network. Without --steps: the time of a layer, forwards and
+Every process is taken to hold the same tokens as this one (`parallel.alone`), so what arrives has the sizes that a real
+exchange would bring; no time is spent on a network. Without --steps: the time of a layer, forwards and
 backwards, evenly used. With it: so many steps of random imbalance, and what they leave of the allocator's memory; exit
 code 1 if that grows by more than a twentieth from the tenth step on.
 """
@@ -12,20 +12,19 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
 
 from model.kernels.backends import column_linear, row_linear
-from model.layers import dispatch, experts
 from model.layers.dense import SwiGLUSubmodules
+from model.layers.experts import MixtureOfExperts
 from model.layers.router import route
 from model.stack import hybrid_config
 from parallel import groups as process_groups
+from parallel.alone import as_first_of
 from parallel.topology import ParallelConfig, resolve
 from train.__main__ import compose
 
@@ -33,51 +32,20 @@ GROWTH, SETTLED = 1.05, 10
 UNEVEN = 4.0  # standard deviations of the experts' logits, at most
 
 
-class _Arrived:
-    """Rows of a made-up exchange: what this process sends itself, once from each other process."""
-
-    def __init__(self, x: Tensor, send: list[int], receive: list[int], group) -> None:
-        own = x.split(send)[group.rank()]
-        blocks = [own if size == len(own) else x.new_zeros(size, *x.shape[1:]) for size in receive]
-        self.rows = torch.cat(blocks)
-
-    def wait(self) -> Tensor:
-        """Them."""
-        rows, self.rows = self.rows, None
-        return rows
-
-
-@contextmanager
-def made_up_exchange() -> Iterator[None]:
-    """Counts and rows of the others are this process's own."""
-    with ExitStack() as stack:
-        counts = lambda own, group: own[None].expand(group.size(), *own.shape).contiguous()  # noqa: E731
-        stack.enter_context(patch.object(dispatch, "gather_counts", counts))
-        stack.enter_context(patch.object(experts, "start_all_to_all", _Arrived))
-        yield
-
-
-def build(settings: list[str], parts: int, layers: int, device: torch.device) -> list[experts.MixtureOfExperts]:
+def build(settings: list[str], parts: int, layers: int, device: torch.device) -> list[MixtureOfExperts]:
     """Layers of this process, with weights of no meaning."""
     config = compose(settings, planned=True)
-    parallel = ParallelConfig(expert=parts, world=parts)
     model = replace(config.model, shared_expert_size=0)
-    topology = resolve(parallel, model, parts)
-    process_groups.start_fake(0, parts)
-    groups = process_groups.lay_out(topology)
+    topology = resolve(ParallelConfig(expert=parts, world=parts), model, parts)
+    groups, linears = process_groups.lay_out(topology), SwiGLUSubmodules(column_linear, row_linear)
     with torch.device(device):
-        made = [
-            experts.MixtureOfExperts(
-                hybrid_config(model, config.mtp, topology), SwiGLUSubmodules(column_linear, row_linear), groups
-            )
-            for _ in range(layers)
-        ]
+        made = [MixtureOfExperts(hybrid_config(model, config.mtp, topology), linears, groups) for _ in range(layers)]
         for parameter in (parameter for moe in made for parameter in moe.parameters()):
             torch.nn.init.normal_(parameter, std=0.02)
     return made
 
 
-def step(made: list[experts.MixtureOfExperts], tokens: int, spread: float, device: torch.device) -> float:
+def step(made: list[MixtureOfExperts], tokens: int, spread: float, device: torch.device) -> float:
     """One forward and backward pass through all layers; the seconds that it took."""
     dtype, hidden = made[0].experts.weight1.dtype, made[0].config.hidden_size
     x = torch.randn(tokens, 1, hidden, device=device).to(dtype).requires_grad_()
@@ -98,7 +66,7 @@ def step(made: list[experts.MixtureOfExperts], tokens: int, spread: float, devic
     return time.perf_counter() - begin
 
 
-def watch_memory(made: list[experts.MixtureOfExperts], tokens: int, steps: int, device: torch.device) -> bool:
+def watch_memory(made: list[MixtureOfExperts], tokens: int, steps: int, device: torch.device) -> bool:
     """Steps of random imbalance; whether the memory that the allocator holds stays as it was after the first few."""
     settled = last = 0
     generator = torch.Generator().manual_seed(0)
@@ -132,9 +100,9 @@ def main() -> int:
     process_groups.set_cuda_variables(ParallelConfig())
     tokens = asked.rows * compose(settings, planned=True).data.seq_length
     torch.manual_seed(0)
-    made = build(settings, asked.parts, asked.layers, device)
     print(f"{' '.join(settings)}: {asked.layers} mixtures, {tokens} tokens, {asked.parts} processes, on {device.type}")
-    with made_up_exchange():
+    with as_first_of(asked.parts, device):
+        made = build(settings, asked.parts, asked.layers, device)
         if asked.steps:
             return 0 if watch_memory(made, tokens, asked.steps, device) else 1
         seconds = [step(made, tokens, 0.0, device) for _ in range(10)][3:]

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from model.kernels import grouped
 from model.kernels.grouped import GRADIENT_TILE, TILE, GradientTile, Tile
-from model.layers.experts import count_sorted, fused_moe, invert, reorder
+from model.layers.experts import fused_moe
 from model.layers.router import route
+from model.layers.rows import count_sorted, invert, reorder
 from train.measure.timing import Clock
 
 EXPERTS, K, HIDDEN, WIDTH = 512, 10, 2048, 512
@@ -50,7 +51,7 @@ def ours(x_TH: Tensor, logits_TE: Tensor, weight1_E2FH: Tensor, weight2_EHF: Ten
     ordered, order = experts_TK.flatten().int().sort(stable=True)
     inverse = invert(order)
     counts, probs = count_sorted(ordered, weight1_E2FH.shape[0]), reorder(weights_TK.flatten(), order, inverse)
-    return fused_moe(x_TH, weight1_E2FH, weight2_EHF, probs, counts, order, inverse.view(experts_TK.shape))
+    return fused_moe(x_TH, weight1_E2FH, weight2_EHF, probs, counts, order // k, inverse.view(experts_TK.shape))
 
 
 def in_tiles(tiles: tuple[Tile, GradientTile] | None, *arguments: Tensor) -> Tensor:

@@ -75,14 +75,14 @@ def test_bench_times_a_layout_of_several_processes(tmp_path: Path, capfd: pytest
 
 
 def test_bench_times_one_process_of_a_layout_without_the_others(tmp_path: Path, monkeypatch, capfd) -> None:
-    """An eighth of the experts on this process alone, which gets as many rows as it sends."""
+    """An eighth of the experts on this process alone, which computes as many assignments as its tokens have."""
     received: list[float] = []
     forward = Experts.forward
 
-    def counted(self: Experts, x: torch.Tensor, *rest: object) -> torch.Tensor:
-        received.append(x.shape[0] / (2 * 32 * self.config.shape.experts_per_token))
-        assert self.local == self.config.shape.experts // 8 and x.isfinite().all()
-        return forward(self, x, *rest)
+    def counted(self: Experts, x: torch.Tensor, probs: torch.Tensor, *rest: object) -> torch.Tensor:
+        received.append(len(probs) / (2 * 32 * self.config.shape.experts_per_token))
+        assert self.local == self.config.shape.experts // 8 and x.isfinite().all() and len(x) < len(probs)
+        return forward(self, x, probs, *rest)
 
     monkeypatch.setattr(Experts, "forward", counted)
     configs = {"the recipe": compose(["model.vocab_size=128", "model.hidden_size=32", "data.seq_length=32"], True)}
@@ -94,7 +94,7 @@ def test_bench_times_one_process_of_a_layout_without_the_others(tmp_path: Path, 
     ours, projected, step = written["timings"]
     assert projected["name"] == "48 layers, projected" and step["name"] == "tessera, whole step"
     assert ours["tokens_per_second"] == pytest.approx(64e3 / ours["milliseconds"])  # of this process
-    # Others are made up to send as many rows as this one sends to its own part of the experts.
+    # Others are made up to send as much as this one sends to its own part of the experts.
     assert 0.5 < sum(received) / len(received) < 2.0
     assert not torch.distributed.is_initialized()
     assert torch.distributed.all_to_all_single.__module__.startswith("torch")
