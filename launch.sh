@@ -7,7 +7,7 @@
 set -euo pipefail
 
 readonly COMMANDS="train test setup estimate prepare evaluate generate status report dashboard export import bench doctor"
-readonly EXTRAS="gpu te deepspeed s3 dashboard" # of pyproject.toml, beside dev, which is always there
+readonly EXTRAS="gpu te deepspeed s3 dashboard tensorboard" # of pyproject.toml, beside dev, which is always there
 # launch-state of an environment that is complete: the folder that it was made for, then its extras and the checksum of
 # the requirements; of one that is being made: "installing", then that folder.
 readonly STATE=launch-state
@@ -20,7 +20,7 @@ usage: ./launch.sh COMMAND [options] [key=value ...]
 
   train      train a recipe; "tiny", the default, is the real model in miniature: minutes on two CPU cores
   test       run the tests
-  setup      make or extend the environment, on any machine: setup gpu,te,deepspeed,s3,dashboard
+  setup      make or extend the environment, on any machine: setup gpu,te,deepspeed,s3,dashboard,tensorboard
   estimate   say what a recipe would cost: parameters, operations, memory, GPU-hours
   prepare    turn raw text into tokenized shards
   evaluate   measure a run's held-out loss

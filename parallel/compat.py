@@ -174,6 +174,49 @@ def ask_before_steps(zero: Any, stage: int, is_accepted: Callable[[float], bool]
         zero.scaled_global_norm = judged
 
 
+def send_gradients_to_the_host(zero: Any) -> None:
+    """Symbols: `_use_compact_grad_partition_buffer`, `copy_grads_in_partition` and
+    `_finalize_cpu_offload_gradient_accumulation` of DeepSpeed's ZeRO 2 with its optimizer in the host's memory, 0.19.x.
+
+    Reason: of a model that has chosen its own types ZeRO keeps a float32 gradient of every number on the GPU until the
+    step: 4 bytes beside the 2 of a weight, which is what offload is there to save. Here a reduced gradient is added
+    to the float32 one that the optimizer has in the host's memory, and let go.
+    """
+
+    def add(parameter: Any, _: int) -> None:
+        key = zero.get_param_id(parameter)
+        group, first, place, numel = zero.grad_position[key]
+        total = zero.single_partition_of_fp32_groups[group].grad.narrow(0, place, numel)
+        part = parameter.grad.detach().flatten().narrow(0, first, numel).float()
+        if key in zero._offload_accumulated_param_ids:  # of an earlier micro-batch; a step forgets them
+            part = part + total.to(part.device)
+        total.copy_(part)
+        zero._offload_accumulated_param_ids.add(key)
+        zero.norm_for_param_grads[key] = torch.linalg.vector_norm(part, dtype=torch.float64)
+        zero.clear_grad_attribute(parameter)
+
+    zero._use_compact_grad_partition_buffer = lambda group: False
+    zero.copy_grads_in_partition = add
+    zero._finalize_cpu_offload_gradient_accumulation = lambda: None
+    # Gradients do not pass through these any more; each is as large as the largest parameter.
+    zero.temp_grad_buffer_for_cpu_offload = zero.temp_grad_buffer_for_gpu_offload = None
+
+
+def note_before_steps(zero: Any, note: Callable[[int], None]) -> None:
+    """Symbol: `_optimizer_step` of DeepSpeed's ZeRO 1, 2 and 3, 0.19.x.
+
+    Reason: the gradients that a group's step takes are gone when the step is over. ``note`` gets the group's number
+    before it.
+    """
+    original = zero._optimizer_step
+
+    def noted(group: int) -> None:
+        note(group)
+        original(group)
+
+    zero._optimizer_step = noted
+
+
 def apply(device: torch.device) -> None:
     """Applies what this device needs, once per process and before the engine is built."""
     use_torch_adamw()

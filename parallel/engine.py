@@ -140,6 +140,9 @@ class Engine(Protocol):
     def steps(self) -> int:
         """Steps that the optimizer has taken."""
 
+    def keep_gradients(self, kept: bool) -> None:
+        """Before a step: whether `shards` has its gradients afterwards."""
+
     def shards(self) -> Iterator[Any]:
         """What this process's optimizer holds of every parameter (`parallel.optimizer_state.OptimizerShard`)."""
 

@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import torch
@@ -29,6 +29,7 @@ from parallel.stages import load_weights, sharded_weights
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 GROUP = 2**30
+OFFLOAD_BUCKET = 2**27  # numbers of gradients that are reduced at once; several copies of them lie on the GPU
 
 
 class _Stage(nn.Module):
@@ -55,7 +56,8 @@ def _prepare_gradients(chunk: MegatronModule, groups: ProcessGroupCollection) ->
         if is_moe_param(parameter):
             parameter.group_name = f"ep_size_{groups.tp_ep.size()}"
             parameter.model_parallel = groups.tp.size() > 1  # other ranks hold others: all count in the norm
-        parameter.register_hook(lambda gradient: gradient * groups.dp_cp.size())
+        if groups.dp_cp.size() > 1:
+            parameter.register_hook(lambda gradient: gradient * groups.dp_cp.size())
 
 
 def _parameter_groups(chunk: MegatronModule, decays: Callable[[str], bool], adamw: AdamW) -> list[dict[str, Any]]:
@@ -80,6 +82,7 @@ def _config(settings: DeepSpeedConfig, adamw: AdamW, dtype: torch.dtype) -> dict
     zero: dict[str, Any] = {"stage": settings.zero, "overlap_comm": False}
     if settings.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero["reduce_bucket_size"] = OFFLOAD_BUCKET
     if settings.zero == 3:
         zero["stage3_param_persistence_threshold"] = settings.persistent
     return {
@@ -143,7 +146,11 @@ class DeepSpeedEngine:
         self.steps, self._grad_norm = 0, math.inf
         self._accept: Callable[[float], bool] | None = None
         self._accepted: bool | None = None
+        self._kept: dict[int, Tensor] | None = None
         compat.ask_before_steps(self._zero, settings.zero, self._is_accepted)
+        compat.note_before_steps(self._zero, self._note_gradient)
+        if settings.zero == 2 and settings.offload:
+            compat.send_gradients_to_the_host(self._zero)
 
     @property
     def _zero(self) -> Any:
@@ -184,6 +191,25 @@ class DeepSpeedEngine:
         if self._accept is not None:
             self._accepted = self._accept(grad_norm)
         return self._accepted is not False
+
+    def keep_gradients(self, kept: bool) -> None:
+        """See `parallel.engine.Engine`: ZeRO lets go of a group's gradients once its step is taken."""
+        self._kept = {} if kept else None
+
+    def _note_gradient(self, group: int) -> None:
+        if self._kept is not None:
+            self._kept[group] = self.mains[group].grad
+
+    @property
+    def mains(self) -> list[Tensor]:
+        """The flat float32 tensors that AdamW works on, by their numbers at ZeRO."""
+        zero = self._zero
+        mains = zero.fp32_partitioned_groups_flat if self.settings.zero == 3 else zero.single_partition_of_fp32_groups
+        return cast(list[Tensor], mains)
+
+    def gradient(self, group: int) -> Tensor | None:
+        """What the last step took of a flat tensor's gradient, if it was to be kept."""
+        return self._kept.get(group) if self._kept else None
 
     def gradient_bits(self) -> int:
         """Not for this engine: `check_engine` refuses run.verify_every, which alone asks."""
@@ -250,13 +276,13 @@ class DeepSpeedEngine:
 def _flat_shards(engine: DeepSpeedEngine) -> Iterator[OptimizerShard]:
     """ZeRO 1 and 2: a rank's partition is a run of the group's parameters, laid end to end."""
     zero = engine._zero
-    for number, main in enumerate(zero.single_partition_of_fp32_groups):
+    for number, main in enumerate(engine.mains):
         moments, first = engine.moments(main), zero.real_dp_process_group[number].rank() * main.numel()
         places = zip(zero.round_robin_bit16_groups[number], zero.round_robin_bit16_offsets[number], strict=True)
         for parameter, place in places:
             start, stop = max(first - place, 0), min(first + main.numel() - place, parameter.numel())
             if start < stop:
-                yield _shard(parameter, main, moments, place + start - first, start, stop)
+                yield _shard(engine, number, parameter, moments, place + start - first, start, stop)
 
 
 def _whole_shards(engine: DeepSpeedEngine) -> Iterator[OptimizerShard]:
@@ -264,15 +290,24 @@ def _whole_shards(engine: DeepSpeedEngine) -> Iterator[OptimizerShard]:
     zero, rank = engine._zero, engine.groups.dp_cp.rank()
     for parameter in engine._parameters:
         number, place, numel = zero.grad_position[zero.get_param_id(parameter)]
-        main = zero.fp32_partitioned_groups_flat[number]
+        moments = engine.moments(engine.mains[number])
         start, stop = rank * numel, min((rank + 1) * numel, parameter.ds_numel)
         if start < stop:
-            yield _shard(parameter, main, engine.moments(main), place, start, stop)
+            yield _shard(engine, number, parameter, moments, place, start, stop)
 
 
 def _shard(
-    parameter: nn.Parameter, main: Tensor, moments: Mapping[str, Tensor], place: int, start: int, stop: int
+    engine: DeepSpeedEngine,
+    group: int,
+    parameter: nn.Parameter,
+    moments: Mapping[str, Tensor],
+    place: int,
+    start: int,
+    stop: int,
 ) -> OptimizerShard:
-    """A part of a parameter that lies at a place of a flat tensor."""
+    """A part of a parameter that lies at a place of a group's flat tensor."""
     own = {name: moment.narrow(0, place, stop - start) for name, moment in moments.items()}
-    return OptimizerShard(parameter, main.detach().narrow(0, place, stop - start), own, start, stop)
+    main, gradient = engine.mains[group].detach().narrow(0, place, stop - start), engine.gradient(group)
+    if gradient is not None:
+        main.grad = gradient.narrow(0, place, stop - start)
+    return OptimizerShard(parameter, main, own, start, stop)

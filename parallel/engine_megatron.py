@@ -158,6 +158,9 @@ class MegatronEngine:
         self.optimizer.zero_grad()
         return run_schedule(self.wrapped, batches, tokens, forward_only=False)
 
+    def keep_gradients(self, kept: bool) -> None:
+        """Nothing to do: they lie in buffers until the next step's."""
+
     def gradient_bits(self) -> int:
         """The bits of this process's gradients, added up: equal after equal computations."""
         buffers = [buffer for chunk in self.wrapped for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]

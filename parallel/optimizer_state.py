@@ -54,7 +54,8 @@ class OptimizerShard:
     """A process's part of a parameter as the optimizer holds it.
 
     Attributes:
-        main: what AdamW works on: float32 [stop - start], the parameter's own numbers or a copy of them.
+        main: what AdamW works on: float32 [stop - start], the parameter's own numbers or a copy of them; its ``grad``
+            is what the last step took, after clipping.
         moments: AdamW's two of these numbers, by `MOMENTS`.
         start, stop: which numbers of the parameter.
     """

@@ -135,7 +135,7 @@ def test_setup_fails_without_a_network(clone: Sandbox) -> None:
 
 def test_an_unknown_extra_is_refused(clone: Sandbox) -> None:
     line = refusal(clone.run("setup", "gpus"))
-    assert "'gpus'" in line and line.endswith("gpu te deepspeed s3 dashboard")
+    assert "'gpus'" in line and line.endswith("gpu te deepspeed s3 dashboard tensorboard")
     assert clone.calls() == []
 
 

@@ -14,7 +14,7 @@ from train.settings.tree import settings
 
 TEXTS = ("README.md", "CONTRIBUTING.md", "OPERATIONS.md", "recipes/README.md")
 PLACEHOLDERS = {"COMMAND", "RECIPE", "NAME", "DIR", "PATH", "key", "arguments", "pytest"}
-EXTRAS = {"gpu", "te", "deepspeed", "s3", "dashboard"}
+EXTRAS = {"gpu", "te", "deepspeed", "s3", "dashboard", "tensorboard"}
 OF_PREPARE = {"--check", "--join", "--repair"}
 FLAGS = {"--help", "-h", "-cn", "-cd", "-m", "--cfg", "--dry-run"}
 

@@ -3,7 +3,8 @@
 The batch is packed with documents of random lengths and padding, so that ranks hold unequal numbers of valid targets.
 One process over all of it in one micro-batch is the reference. Two comparisons complete each other: gradients of the
 first step in float64 are exact to rounding and show any wrong factor or missing sum, which AdamW's steps would hide;
-twenty steps in float32 put the optimizer, the clipping and the reported losses to the test.
+twenty steps in float32 put the optimizer, the clipping and the reported losses to the test. The gauges of the step in
+float64 are compared with those that are computed by hand on the reference (`gauges_by_hand`).
 
 The balance loss of the global batch is exact in every layout (balance.mode=exact). Its online estimate depends on how
 many micro-batches a pipeline holds, so layouts without one are held to one process with the same micro-batches.
@@ -14,16 +15,17 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
 from model.batch import count_targets
 from model.config import BalanceConfig, ModelConfig, MtpConfig
+from model.layers import gauges as layer_gauges
 from parallel import groups as process_groups
 from parallel.engine_megatron import _finalize
 from parallel.stages import run_schedule
 from parallel.topology import ParallelConfig
 from tests.dist import run_ranks
+from tests.parallel import gauges_by_hand
 from tests.parallel.tiny import (
     INTERLEAVED,
     MODEL,
@@ -160,18 +162,29 @@ def _in_float64(case: Case, balance: BalanceConfig) -> tuple[Job, list[Distribut
     return job, [DistributedDataParallel(config, ddp_config, chunk, pg_collection=job.groups) for chunk in chunks]
 
 
-def _gradients(case: Case, balance: BalanceConfig) -> list[tuple]:
-    """(name, shape of the whole, where this part starts, gradient) of every parameter of this rank, in float64."""
+def _gradients(case: Case, balance: BalanceConfig) -> dict:
+    """A forward and backward pass in float64, of weights and activations that are not even: its gauges, those by hand
+    where one process holds the model, and (name, shape of the whole, where this part starts, gradient) of every
+    parameter of this rank.
+    """
     job, ddp = _in_float64(case, balance)
+    gauges_by_hand.vary(job)
+    layer_gauges.MASSIVE, layer_gauges.TIMES_MEDIAN = 1.0, 5.0  # so that some are massive
+    seen = gauges_by_hand.Seen(job) if case == REFERENCE else None
+    gauges = Gauges(job, gauges_by_hand.OneStep(job))
+    gauges.begin_step(sampled=True)
     ready = micro_batches(job, _batches(job, case, seed=0))
     begin_step(job, ready, recording=False)
     run_schedule(ddp, ready, job.microbatch_tokens, forward_only=False)
-    states = [entry for chunk in job.chunks for entry in chunk.sharded_state_dict().values()]
-    whole = {id(entry.data): entry for entry in states if isinstance(entry, ShardedTensor)}
-    found = []
+    found: dict = {"gradients": [], "gauges": gauges.values(gauges_by_hand.LR, gauges_by_hand.GRAD_NORM)}
+    if seen:
+        valid = ready[0].documents.ids_RL.flatten() >= 0
+        found["by hand"] = gauges_by_hand.of_activations(job, seen, valid) | gauges_by_hand.of_parameters(job)
+    whole = gauges_by_hand.whole_places(job)
     for parameter in (parameter for chunk in job.chunks for parameter in chunk.parameters()):
         entry = whole[id(parameter)]
-        found.append((entry.key, entry.global_shape, entry.global_offset, parameter.main_grad.clone()))
+        part = entry.key, entry.global_shape, entry.global_offset, parameter.main_grad.clone()
+        found["gradients"].append(part)
     return found
 
 
@@ -281,10 +294,10 @@ AFTER_A_CHOICE = {
 
 
 def _assert_same_gradients(results: dict, case: Case, kind: str, reference: Case = REFERENCE) -> None:
-    whole = {name: gradient for name, _, _, gradient in results[reference, kind][0]}
+    whole = {name: gradient for name, _, _, gradient in results[reference, kind][0]["gradients"]}
     covered = {name: torch.zeros(gradient.shape, dtype=torch.bool) for name, gradient in whole.items()}
     for rank in results[case, kind]:
-        for name, shape, offset, gradient in rank:
+        for name, shape, offset, gradient in rank["gradients"]:
             assert shape == whole[name].shape
             part = tuple(slice(start, start + size) for start, size in zip(offset, gradient.shape, strict=True))
             covered[name][part] = True
@@ -304,6 +317,23 @@ GAUGE = 2e-5
 @pytest.mark.parametrize("case", LAYOUTS, ids=lambda case: case.name)
 def test_gradients_of_the_first_step_in_float64(results, case: Case):
     _assert_same_gradients(results, case, GRADIENTS)
+
+
+@pytest.mark.parametrize("case", [REFERENCE, *LAYOUTS], ids=lambda case: case.name)
+def test_gauges_are_those_computed_by_hand_in_float64(results, case: Case):
+    expected, ranks = results[REFERENCE, GRADIENTS][0]["by hand"], [rank["gauges"] for rank in results[case, GRADIENTS]]
+    assert all(found == ranks[0] for found in ranks), "ranks report different gauges"
+    assert ranks[0].keys() == expected.keys()
+    for name, value in expected.items():
+        # Sums in float64 in another order; the strongest decays are exponentials of large numbers.
+        assert ranks[0][name] == pytest.approx(value, rel=1e-9, abs=1e-12), name
+
+
+def test_the_gauges_by_hand_are_no_trivial_ones(results):
+    found = results[REFERENCE, GRADIENTS][0]["by hand"]
+    assert 0.01 < found[metrics.GATE_LOW] < 0.99 and 0.005 < found[metrics.ATTENTION_SINK] < 0.95
+    assert found[metrics.MASSIVE_ACTIVATIONS] > 10
+    assert found[metrics.DECAY_MIN] < 0.1 and found[metrics.DECAY_MAX] > 0.9
 
 
 @pytest.mark.parametrize("case", [DEPTH], ids=lambda case: case.name)
@@ -353,7 +383,8 @@ def test_gradients_of_a_balance_loss_by_sequence(results, case: Case):
     _assert_same_gradients(results, case, BY_SEQUENCE)
     router = "decoder.layers.1.mlp.router.weight"
     of_whole, by_sequence = (
-        {name: x for name, _, _, x in results[REFERENCE, kind][0]}[router] for kind in (GRADIENTS, BY_SEQUENCE)
+        {name: x for name, _, _, x in results[REFERENCE, kind][0]["gradients"]}[router]
+        for kind in (GRADIENTS, BY_SEQUENCE)
     )
     assert (of_whole - by_sequence).abs().max() > 1e-3 * of_whole.abs().max(), "the balance loss plays no part here"
 

@@ -118,6 +118,14 @@ def test_check_refuses_what_cannot_run(config, path, value, error, says):
     assert not config.run.path.exists()  # refused before anything is written
 
 
+def test_check_refuses_a_tensorboard_that_is_not_there(config, monkeypatch):
+    monkeypatch.setattr("train.settings.run_checks.find_spec", lambda name: None)
+    with pytest.raises(
+        ConfigError, match=r"run\.tensorboard=true needs TensorBoard.*: \./launch\.sh setup tensorboard"
+    ):
+        check(changed(config, "run.tensorboard", True), 2)
+
+
 def test_check_refuses_heads_that_tensor_parallelism_cannot_split(config):
     config = changed(config, "parallel.tensor", 4)  # 4 query heads, but 2 key/value heads
     with pytest.raises(TopologyError, match=r"parallel\.tensor=4 does not divide model\.key_value_heads=2"):

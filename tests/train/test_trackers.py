@@ -1,5 +1,9 @@
 """Who hears of the metrics, and what Weights & Biases may and may not do."""
 
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
 import psutil
 import pytest
 import wandb
@@ -9,7 +13,15 @@ from tests.train.wandb_files import history, records
 from train.settings.run import Config
 from train.settings.tree import ConfigError, from_dict
 from train.watch.heatmap import CELL, RAMP
-from train.watch.trackers import ConsoleTracker, NullTracker, WandbTracker, _run_id, build_trackers, check_login
+from train.watch.trackers import (
+    ConsoleTracker,
+    NullTracker,
+    TensorBoardTracker,
+    WandbTracker,
+    _run_id,
+    build_trackers,
+    check_login,
+)
 
 
 @pytest.fixture
@@ -73,6 +85,64 @@ def test_a_step_that_is_done_again_in_one_process_is_kept(config):
     assert [entry["loss"] for entry in history(config.run.path)] == [1.0, 2.0, 1.5]
     (path,) = config.run.path.glob("wandb/offline-run-*/*.wandb")
     assert [record.alert.text for record in records(path) if record.alert.title] == ["step 2: look at it"]
+
+
+class Board:
+    """What TensorBoard's writer was told of, instead of it."""
+
+    def __init__(self, path: str, purge_step: int, flush_secs: int) -> None:
+        self.told: list[tuple] = [(Path(path).name, purge_step)]
+        Board.last = self
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        if name == "full":
+            raise OSError("No space left on device")
+        self.told.append((name, value, step))
+
+    def add_image(self, name: str, pixels, step: int, dataformats: str) -> None:
+        self.told.append((name, pixels.shape[2], step))
+
+    def add_text(self, name: str, text: str, step: int) -> None:
+        self.told.append((name, text, step))
+
+    def close(self) -> None:
+        self.told.append(("closed",))
+
+
+def board_config(config: Config) -> Config:
+    run = {"name": "one", "dir": config.run.dir, "tensorboard": True}
+    return from_dict(Config, {"run": run, "wandb": {"mode": "disabled"}})
+
+
+LOADS = {"expert_load/1": [1.0, 0.5], "expert_load/2": [2.0, 0.0]}
+
+
+def test_tensorboard_is_told_what_is_logged(config, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Board))
+    tracker = build_trackers(board_config(config), rank=0, start_step=7)
+    tracker.log(8, {"loss": 1.5, **LOADS, "every_step/lm_loss": [1.0]})
+    tracker.alert("sink", "look at it")
+    tracker.log(9, {"full": 1.0})
+    tracker.log(10, {"loss": 1.0})
+    tracker.close()
+    expected = [("tensorboard", 8), ("loss", 1.5, 8), ("expert_load", 3, 8), ("alerts/sink", "look at it", 8)]
+    assert Board.last.told == expected
+    assert "warning: no more for TensorBoard (No space left on device)" in capsys.readouterr().err
+    assert [line["step"] for line in read_metrics(config.run.path / "metrics.jsonl")] == [8, 9, 10]
+
+
+def test_tensorboard_reads_back_what_was_logged_once_for_each_step(config):
+    pytest.importorskip("tensorboard", reason="needs the extra tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for start, losses in ((0, (1.0, 2.0, 3.0)), (1, (2.5,))):  # the first start has crashed after a save of step 1
+        tracker = TensorBoardTracker(config, start)
+        for step, loss in enumerate(losses, start=start + 1):
+            tracker.log(step, {"loss": loss, **LOADS})
+        tracker.close()
+    events = EventAccumulator(str(config.run.path / "tensorboard")).Reload()
+    assert [(x.step, x.value) for x in events.Scalars("loss")] == [(1, 1.0), (2, 2.5)]
+    assert [x.step for x in events.Images("expert_load")] == [1, 2]
 
 
 def test_loads_of_experts_are_an_image(config):

@@ -1,10 +1,13 @@
-"""The view of a W&B project: what its objects say. Nothing is sent, and no server is asked."""
+"""The view of a W&B project: what its objects say, and what a server of this process is sent in W&B's place."""
 
 import json
 import re
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import wandb
 
 from tests.train.test_report import logged_metrics
 from train.__main__ import run
@@ -88,6 +91,65 @@ def test_without_a_key_it_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr("train.watch.workspace.has_login", lambda: False)
     with pytest.raises(ConfigError, match=r"dashboard finds no API key: `wandb login`, or output=view\.json"):
         run(["dashboard", f"run={config.run.path}"])
+
+
+class _Server(BaseHTTPRequestHandler):
+    """W&B's GraphQL as far as a view is saved: who asks, and views by their names."""
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "{}")
+        query, variables = asked.get("query", ""), asked.get("variables") or {}
+        answer: dict = {"viewer": {"id": "1", "username": "me", "entity": "me", "teams": {"edges": []}}}
+        if "upsertView" in query:
+            self.server.saved.append(variables)
+            answer = {"upsertView": {"view": {"id": "view1", "name": variables["name"]}, "inserted": True}}
+        elif "allViews" in query:
+            node = {"id": "view1", "displayName": "Theirs", "spec": self.server.saved[-1]["spec"]}
+            answer = {"project": {"allViews": {"edges": [{"node": node}]}}}
+        body = json.dumps({"data": answer}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """A server in W&B's place, and a key for it; its ``saved`` are the variables of each view that it was sent."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Server)
+    server.saved = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "settings"))
+    wandb.teardown()  # forgets the server of this process
+    yield server
+    wandb.teardown()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.usefixtures("packages")
+def test_the_view_is_sent_to_the_server_and_again_under_its_address(server, tmp_path, capsys):
+    config = from_dict(Config, {**NAMED, "run": {"name": "one", "dir": str(tmp_path)}})
+    config.run.path.mkdir()
+    save_config(config)
+    (config.run.path / "metrics.jsonl").write_text('{"step": 1, "lm_loss": 2.0, "lr": 0.1}\n')
+    assert run(["dashboard", f"run={config.run.path}"]) == 0
+    (sent,) = server.saved
+    assert (sent["entityName"], sent["projectName"], sent["displayName"]) == ("me", "mine", "Tessera")
+    expected = specification(workspace(DashboardConfig(), config, "me", ["lm_loss", "lr"]))
+    titles = {name: [panel["config"]["chartTitle"] for panel in panels] for name, panels in sections(expected).items()}
+    found = sections(json.loads(sent["spec"]))
+    assert {name: [panel["config"]["chartTitle"] for panel in panels] for name, panels in found.items()} == titles
+    url = capsys.readouterr().out.split()[-1]
+    assert url.startswith(f"http://127.0.0.1:{server.server_port}/me/mine?nw=")
+    assert run(["dashboard", f"run={config.run.path}", f"url={url}"]) == 0
+    assert server.saved[1]["id"] == "view1" and server.saved[1]["displayName"] == "Tessera"
 
 
 def test_without_the_package_it_says_how_to_get_it(tmp_path, monkeypatch):

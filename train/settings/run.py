@@ -54,6 +54,9 @@ class RunConfig:
     detail_every: Annotated[
         int, "steps between those that are logged with the gauges of every layer and group of parameters; 0: the last"
     ] = 100
+    tensorboard: Annotated[
+        bool, "writes what is logged for TensorBoard too, which needs no account: tensorboard --logdir runs/NAME"
+    ] = False
     profile: Annotated[
         tuple[int, ...], "[first, last]: steps whose trace, and on GPUs memory, each process writes into the run's logs"
     ] = ()

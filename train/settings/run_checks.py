@@ -1,6 +1,7 @@
 """The checks of a run's settings, in one order: the cheap ones, then what the corpus and the disk say."""
 
 import os
+from importlib.util import find_spec
 
 from data.dataset import check_data
 from data.errors import check_choice
@@ -25,9 +26,18 @@ def check(config: Config, world: int) -> Topology:
     topology = check_plan(config, world)
     require_package(config.engine)
     require_backend(config.model)
+    _require_tensorboard(config.run)
     check_data(config.data, config.mtp.steps)
     _check_writable(config.run)
     return topology
+
+
+def _require_tensorboard(run: RunConfig) -> None:
+    if run.tensorboard and find_spec("tensorboard") is None:
+        raise ConfigError(
+            "run.tensorboard=true needs TensorBoard, which is not installed: ./launch.sh setup tensorboard, or leave "
+            "it out (`report` shows a run too)"
+        )
 
 
 def check_plan(config: Config, world: int) -> Topology:

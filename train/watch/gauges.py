@@ -79,7 +79,8 @@ class Gauges:
         self._places = {id(entry.data): self._place(entry) for entry in found if entry.data.requires_grad}
 
     def begin_step(self, sampled: bool) -> None:
-        """Before a step: whether its layers note what they compute."""
+        """Before a step: whether its layers note what they compute, and its gradients are kept."""
+        self._engine.keep_gradients(sampled)
         for gauge in self._own.values():
             gauge.begin(sampled)
 

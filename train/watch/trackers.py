@@ -1,4 +1,4 @@
-"""Who hears of a run's metrics: metrics.jsonl, the console and Weights & Biases, all behind one protocol."""
+"""Who hears of a run's metrics: metrics.jsonl, the console, W&B and TensorBoard, all behind one protocol."""
 
 import contextlib
 import sys
@@ -16,6 +16,7 @@ from train.watch.heatmap import heatmaps
 from train.watch.metrics import METRICS_FILE, STEP, MetricsLog, Value, console_line
 
 RETRY_S = 300.0  # before W&B is started again where it has failed
+FLUSH_S = 10  # between two writes of what TensorBoard shows
 
 
 class Tracker(Protocol):
@@ -159,6 +160,47 @@ class WandbTracker:
         )
 
 
+class TensorBoardTracker:
+    """TensorBoard's event files in the run's directory: curves while it runs, without an account.
+
+    What was logged of steps after ``start_step`` is taken back, since they are done again. A disk that takes no more
+    costs the rest of these files, not the run.
+    """
+
+    def __init__(self, config: Config, start_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = config.run.path / "tensorboard"
+        self._writer: Any = SummaryWriter(str(path), purge_step=start_step + 1, flush_secs=FLUSH_S)
+        self._step = start_step
+
+    def log(self, step: int, values: Mapping[str, Value]) -> None:
+        self._step = step
+        self._try(lambda writer: self._write(writer, step, values))
+
+    def alert(self, title: str, text: str) -> None:
+        self._try(lambda writer: writer.add_text(f"alerts/{title}", text, self._step))
+
+    def close(self) -> None:
+        self._try(lambda writer: writer.close())
+
+    def _write(self, writer: Any, step: int, values: Mapping[str, Value]) -> None:
+        for name, value in values.items():
+            if not isinstance(value, list):
+                writer.add_scalar(name, value, step)
+        for name, pixels in heatmaps(values).items():
+            writer.add_image(name, pixels, step, dataformats="HWC")
+
+    def _try(self, action: Callable[[Any], object]) -> None:
+        if self._writer is None:
+            return
+        try:
+            action(self._writer)
+        except OSError as error:
+            self._writer = None
+            print(f"warning: no more for TensorBoard ({one_line(error)}); {METRICS_FILE} goes on", file=sys.stderr)
+
+
 def _for_wandb(values: Mapping[str, Value]) -> dict[str, Any]:
     """What W&B shows of a logged step: its numbers, and images of its heatmaps where Pillow is there to make them."""
     import wandb
@@ -191,7 +233,8 @@ def build_trackers(config: Config, rank: int, start_step: int) -> Tracker:
     # W&B first: it is the one that may refuse.
     wandb_tracker = [WandbTracker(config)] if config.wandb.mode != "disabled" else []
     log = MetricsLog(config.run.path / METRICS_FILE, start_step)
-    return CompositeTracker([log, ConsoleTracker(start_step, config.run.steps), *wandb_tracker])
+    board = [TensorBoardTracker(config, start_step)] if config.run.tensorboard else []
+    return CompositeTracker([log, ConsoleTracker(start_step, config.run.steps), *wandb_tracker, *board])
 
 
 def _run_id(path: Path, name: str) -> str:
