@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -79,8 +80,9 @@ def run_one(arguments: argparse.Namespace, rest: list[str]) -> None:
     config = compose(["-cn", arguments.cn, *rest], planned=True)
     try:
         found: dict = measure(config, arguments.sequences)
-    except torch.OutOfMemoryError:
-        found = {"out_of_memory": True}
+    except torch.OutOfMemoryError as error:
+        frames = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
+        found = {"out_of_memory": str(error)[:200], "where": frames[-6:]}
     print("RESULT " + json.dumps({"settings": rest, "gpu_gb": arguments.gpu_gb} | found), flush=True)
 
 

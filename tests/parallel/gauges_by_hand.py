@@ -39,7 +39,9 @@ def vary(job: Job) -> None:
             entry.global_shape, generator=torch.Generator().manual_seed(crc32(entry.key.encode())), dtype=torch.float64
         )
         part = zip(entry.global_offset, parameter.shape, strict=True)
-        parameter.mul_(20).add_(0.05 * noise[tuple(slice(first, first + size) for first, size in part)])
+        # Decays would all be none, and choices of experts too sure for the balance to move them.
+        scale = 1 if entry.key.endswith(("A_log", "dt_bias", "router.weight")) else 20
+        parameter.mul_(scale).add_(0.05 * noise[tuple(slice(first, first + size) for first, size in part)])
 
 
 class OneStep:

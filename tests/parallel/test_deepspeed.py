@@ -101,7 +101,11 @@ CASES = {
     "megatron, dense": (DENSE, EXPERTS_TWICE, MEGATRON),
     "ZeRO 1, experts apart": (SPARSE, EXPERTS_APART, zero(1)),
     "ZeRO 2, every expert twice": (SPARSE, EXPERTS_TWICE, zero(2)),
-    "ZeRO 2 with offload, every expert twice": (SPARSE, EXPERTS_TWICE, zero(2, offload=True)),
+    "ZeRO 2 with offload, layers recomputed": (
+        SPARSE,
+        ParallelConfig(expert=1, recompute="full"),
+        zero(2, offload=True),
+    ),
     "ZeRO 3, dense": (DENSE, EXPERTS_TWICE, zero(3)),
 }
 # With the fused AdamW.
