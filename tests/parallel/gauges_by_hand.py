@@ -83,9 +83,18 @@ class Seen:
     def __init__(self, job: Job) -> None:
         self.states: dict[int, Tensor] = {}
         self.inputs: dict[int, tuple] = {}
+        self.routed = [
+            self._route(moe.router) for moe in job.chunks[0].moe_layers()[: job.config.model.layers.count("E")]
+        ]
         for layer in job.chunks[0].decoder.layers:
             layer.register_forward_hook(self._state(layer.layer_number))
             layer.self_attention.register_forward_hook(self._input(layer.layer_number), with_kwargs=True)
+
+    def _route(self, router: nn.Module) -> list:
+        """The router, and the tokens that it will have been given."""
+        found = [router]
+        router.register_forward_hook(lambda module, args, output: found.append(args[0].detach()))
+        return found
 
     def _state(self, number: int):
         return lambda module, args, output: self.states.__setitem__(number, output[0].detach()[:, 0])
@@ -156,6 +165,41 @@ def of_activations(job: Job, seen: Seen, valid_T: Tensor) -> dict[str, float]:
         found |= _by_layer(least, [x.min().item() for x in xs], min)
         found |= _by_layer(mean, [x.mean().item() for x in xs])
         found |= _by_layer(largest, [x.max().item() for x in xs], max)
+    return found
+
+
+@torch.no_grad()
+def of_routing(seen: Seen, valid_T: Tensor) -> dict[str, float | list[float]]:
+    """Of the trunk's routers, layer by layer."""
+    found: dict[str, float | list[float]] = {}
+    for number, (router, hidden_TH) in enumerate(seen.routed, start=1):
+        scores_TE = (hidden_TH[valid_T] @ router.weight.T).softmax(dim=1)
+        experts, tokens = scores_TE.shape[1], len(scores_TE)
+        taken = [0] * experts
+        for row in scores_TE.tolist():
+            for expert in sorted(range(experts), key=lambda one, row=row: -row[one])[: router.k]:
+                taken[expert] += 1
+        load = [count * experts / (tokens * router.k) for count in taken]
+        ordered = sorted(load)
+        at = {share: share / 100 * (experts - 1) for share in (10, 50, 90)}  # between two, in proportion
+        between = {
+            share: ordered[int(x)] + (x % 1) * (ordered[min(int(x) + 1, experts - 1)] - ordered[int(x)])
+            for share, x in at.items()
+        }
+        values = {
+            metrics.BALANCE_LOSS: sum(one * p for one, p in zip(load, scores_TE.mean(dim=0).tolist(), strict=True)),
+            metrics.MAX_VIOLATION: max(load) - 1,
+            metrics.LOAD_VARIATION: math.sqrt(sum((one - 1) ** 2 for one in load) / experts),
+            metrics.LOAD_MIN: min(load),
+            metrics.LOAD_P10: between[10],
+            metrics.LOAD_P50: between[50],
+            metrics.LOAD_P90: between[90],
+            metrics.DEAD_EXPERTS: float(taken.count(0)),
+            metrics.ROUTER_ENTROPY: -(scores_TE * scores_TE.log()).sum().item() / tokens,
+            metrics.TOP_K_MASS: scores_TE.sort(descending=True).values[:, : router.k].sum().item() / tokens,
+            metrics.EXPERT_LOAD: [round(one, 4) for one in load],
+        }
+        found |= {metrics.of_layer(name, str(number)): value for name, value in values.items()}
     return found
 
 
