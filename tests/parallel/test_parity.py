@@ -176,6 +176,7 @@ def _gradients(case: Case, balance: BalanceConfig) -> dict:
     ready = micro_batches(job, _batches(job, case, seed=0))
     begin_step(job, ready, recording=True)
     run_schedule(ddp, ready, job.microbatch_tokens, forward_only=False)
+    end_step(job)
     of_step = gauges.values(gauges_by_hand.LR, gauges_by_hand.GRAD_NORM)
     of_routers = detailed_metrics(job, layer_loads(job))
     found: dict = {"gradients": [], "gauges": of_step | _of_trunk(of_routers)}
