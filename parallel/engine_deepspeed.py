@@ -198,7 +198,7 @@ class DeepSpeedEngine:
 
     def _note_gradient(self, group: int) -> None:
         if self._kept is not None:
-            self._kept[group] = self.mains[group].grad
+            self._kept[group] = cast(Tensor, self.mains[group].grad)
 
     @property
     def mains(self) -> list[Tensor]:
