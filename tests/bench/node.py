@@ -59,7 +59,7 @@ LOSS_STEPS = 30
 EARLY_STEPS, EARLY, LATE = 3, 2e-3, 2e-2
 LONG_TOKENS = 65_536  # of a process, above which layers are computed again in the backward pass
 MINIATURE = (
-    *("model.vocab_size=512", "model.hidden_size=32", "model.head_dim=16", "model.experts=16", "model.expert_size=16"),
+    *("model.vocab_size=2048", "model.hidden_size=32", "model.head_dim=16", "model.experts=16", "model.expert_size=16"),
     *("model.experts_per_token=4", "model.attention_heads=8", "model.linear_key_heads=4", "model.linear_value_heads=8"),
     *("model.linear_key_dim=16", "model.linear_value_dim=16", "model.shared_expert_size=16", "model.dtype=float32"),
     *("model.key_value_heads=2", "data.seq_length=64"),
@@ -89,7 +89,7 @@ class Asked:
     @property
     def long(self) -> tuple[int, ...]:
         """Lengths of one sequence over context-parallel cards."""
-        return (128, 256) if self.miniature else (32_768, 131_072, 262_144)
+        return (128, 256, 512) if self.miniature else (32_768, 131_072, 262_144)
 
 
 @dataclass(frozen=True)
