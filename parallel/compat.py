@@ -121,14 +121,14 @@ def read_with(reader: Callable[[Any], Any]) -> None:
     module._legacy_common_state_exists = lambda checkpoint: False
 
 
-def use_torch_adamw() -> None:
+def use_torch_adamw(wanted: bool) -> None:
     """Symbol: `megatron.core.optimizer.USING_PYTORCH_OPTIMIZER`, 0.19.x.
 
-    Reason: where Transformer Engine is installed megatron-core takes its FusedAdam, which needs CUDA and keeps another
-    state than our checkpoints hold. What is installed must not decide how a run trains.
+    Reason: where Transformer Engine is installed megatron-core takes its FusedAdam, which needs CUDA. What is installed
+    must not decide how a run trains: a setting does.
     """
     optimizer: Any = importlib.import_module("megatron.core.optimizer")
-    optimizer.USING_PYTORCH_OPTIMIZER = True
+    optimizer.USING_PYTORCH_OPTIMIZER = wanted
 
 
 def sum_gradients() -> None:
@@ -219,7 +219,6 @@ def note_before_steps(zero: Any, note: Callable[[int], None]) -> None:
 
 def apply(device: torch.device) -> None:
     """Applies what this device needs, once per process and before the engine is built."""
-    use_torch_adamw()
     sum_gradients()
     if device.type == "cpu":
         replace_cuda_device()

@@ -39,6 +39,7 @@ class AdamW:
     eps: float
     weight_decay: float
     clip: float
+    halved: bool = False  # the state takes half the memory (`parallel.half_state`)
 
 
 def check_engine(

@@ -5,17 +5,18 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, ParamGroupOverride, ParamKey, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamPredicate, ParamWithNamePredicate
-from megatron.core.optimizer.param_layout import FullParamLayout
+from megatron.core.optimizer.param_layout import BufferKey, FullParamLayout, PerBufferParamLayout
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from parallel import compat, main_grads, optimizer_state
+from parallel import compat, half_state, layout_cost, main_grads, optimizer_state
 from parallel.engine import Accept, AdamW, State
 from parallel.optimizer_state import OptimizerShard
 from parallel.replicas import bits_of, damaged_replicas
@@ -37,15 +38,27 @@ def _ddp_config() -> DistributedDataParallelConfig:
     )
 
 
+def _sharers(key: BufferKey, groups: ProcessGroupCollection) -> dist.ProcessGroup:
+    """The processes that share a buffer."""
+    return groups.intra_expt_dp if key.is_expert_parallel else groups.intra_dp_cp
+
+
 def buffer_layout(chunk: MegatronModule, groups: ProcessGroupCollection, parallel: ParallelConfig) -> FullParamLayout:
     """Where the parameters of a pipeline stage lie in the flat buffers of each type; needs no numbers in them."""
-    layout = DistributedOptimizer.compute_full_param_layout(
-        [parameter for parameter in chunk.parameters() if parameter.requires_grad],
-        max(parallel.bucket, parallel.bucket_share * groups.intra_dp_cp.size()),
-        groups.intra_dp_cp.size(),
-        _ddp_config(),
-        expert_data_parallel_world_size=groups.intra_expt_dp.size(),
-    )
+    parameters = [parameter for parameter in chunk.parameters() if parameter.requires_grad]
+
+    def cut(bucket: int) -> dict[BufferKey, PerBufferParamLayout]:
+        sizes = (groups.intra_dp_cp.size(), _ddp_config(), groups.intra_expt_dp.size())
+        return DistributedOptimizer.compute_full_param_layout(parameters, bucket, *sizes).layouts
+
+    def buckets(key: BufferKey) -> PerBufferParamLayout:
+        """Of one buffer: as large as its own group wants them, unless then they were too few to overlap anything."""
+        size = max(parallel.bucket, parallel.bucket_share * _sharers(key, groups).size())
+        while len((found := cut(size)[key]).bucket_indices) < layout_cost.FEWEST_BUCKETS and size > parallel.bucket:
+            size = max(parallel.bucket, size // 2)
+        return found
+
+    layout = FullParamLayout({key: buckets(key) for key in cut(parallel.bucket)})
     for buffer in layout.layouts.values():
         # megatron-core counts the alignment before a pipeline's second embedding into the bucket before it, and then
         # saves more numbers than it declares.
@@ -65,22 +78,26 @@ def wrap(chunk: MegatronModule, groups: ProcessGroupCollection, parallel: Parall
     return ddp
 
 
-def allocated_bytes(chunk: MegatronModule, groups: ProcessGroupCollection, parallel: ParallelConfig) -> dict[str, int]:
+def allocated_bytes(
+    chunk: MegatronModule, groups: ProcessGroupCollection, parallel: ParallelConfig, adamw: AdamW
+) -> dict[str, int]:
     """Bytes that training a pipeline stage takes on this process: weights, gradients, optimizer; padding included.
 
     AdamW's two moments, and a float32 copy of what is not float32, exist for this process's part of each buffer.
     """
     total = {"weights": 0, "gradients": 0, "optimizer": 0}
     for key, layout in buffer_layout(chunk, groups, parallel).layouts.items():
-        sharers = groups.intra_expt_dp if key.is_expert_parallel else groups.intra_dp_cp
+        sharers = _sharers(key, groups)
         numel = layout.bucket_indices[-1][1]
         total["weights"] += numel * key.param_dtype.itemsize
         total["gradients"] += numel * key.grad_dtype.itemsize
-        share = numel // sharers.size()
-        first, last = sharers.rank() * share, (sharers.rank() + 1) * share
-        places = layout.param_index_map.values()
-        own = sum(max(0, min(stop, last) - max(start, first)) for start, stop, _ in places)
-        total["optimizer"] += own * torch.float32.itemsize * (2 if key.param_dtype == torch.float32 else 3)
+        own = 0  # a share of each bucket
+        for start, stop, bucket in layout.param_index_map.values():
+            begin, end = layout.bucket_indices[bucket]
+            share = (end - begin) // sharers.size()
+            first = begin + sharers.rank() * share
+            own += max(0, min(stop, first + share) - max(start, first))
+        total["optimizer"] += own * layout_cost.adamw_bytes(key.param_dtype == torch.float32, adamw.halved)
     return total
 
 
@@ -114,6 +131,8 @@ class MegatronEngine:
         # megatron-core numbers a group's parameters as if all had one type, so the float32 ones of a bfloat16 model
         # get groups of their own. Only its scheduler, which we do not use, reads end_wd: here it tells groups apart.
         wide = ParamPredicate(name="float32", fn=lambda parameter: parameter.dtype == torch.float32)
+        compat.use_torch_adamw(not adamw.halved)
+        moments = torch.bfloat16 if adamw.halved else torch.float32
         with compat.optimizer_context(device):
             self.optimizer = get_megatron_optimizer(
                 OptimizerConfig(
@@ -127,6 +146,9 @@ class MegatronEngine:
                     bf16=config.bf16,
                     params_dtype=config.params_dtype,
                     use_distributed_optimizer=True,
+                    use_precision_aware_optimizer=adamw.halved,
+                    exp_avg_dtype=moments,
+                    exp_avg_sq_dtype=moments,
                 ),
                 self.wrapped,
                 config_overrides={
@@ -209,7 +231,7 @@ class MegatronEngine:
             raise FloatingPointError(f"the gradient norm is {grad_norm}; the optimizer step was not taken")
         if self.adamw.clip > 0:
             parameters = [x for part in self.optimizer.chained_optimizers for x in part.get_parameters()]
-            clip_grad_by_total_norm_fp32(parameters, self.adamw.clip, grad_norm)
+            clip_grad_by_total_norm_fp32(parameters, self.adamw.clip, grad_norm, self.adamw.halved)
         self.optimizer.step_with_ready_grads()
         self.steps += 1
         return grad_norm
@@ -236,7 +258,8 @@ class MegatronEngine:
         return weights | {"optimizer": optimizer, "optimizer_step": self.steps}
 
     def shards(self) -> Iterator[OptimizerShard]:
-        return optimizer_state.distributed_shards(self.optimizer.chained_optimizers)
+        held_as = half_state.shard if self.adamw.halved else optimizer_state.plain_shard
+        return optimizer_state.distributed_shards(self.optimizer.chained_optimizers, held_as)
 
     def _sharded_weights(self) -> State:
         return sharded_weights(self.chunks, {"dp_cp_group": self.groups.dp_cp})
@@ -244,6 +267,9 @@ class MegatronEngine:
     def _allocate_moments(self) -> None:
         """Gives AdamW the state that it has after a step, for a checkpoint to fill; zeros are what it begins with."""
         for part in self.optimizer.chained_optimizers:
+            if self.adamw.halved:
+                half_state.allocate(part.optimizer)
+                continue
             for group in part.optimizer.param_groups:
                 for parameter in group["params"]:
                     moments = {name: torch.zeros_like(parameter) for name in optimizer_state.MOMENTS}
@@ -254,6 +280,9 @@ class MegatronEngine:
         """Tells AdamW how many steps it has taken, where it wants to know it."""
         for part in self.optimizer.chained_optimizers:
             for group in part.optimizer.param_groups:
+                if self.adamw.halved:
+                    group["step"] = self.steps
+                    continue
                 for parameter in group["params"]:
                     where = parameter.device if group["fused"] else None
                     part.optimizer.state[parameter]["step"] = torch.tensor(float(self.steps), device=where)
@@ -266,3 +295,5 @@ class MegatronEngine:
         optimizer_state.take(self.shards(), self._sharded_weights(), state["optimizer"])
         self._apply_settings()
         self._count_steps()
+        if self.adamw.halved:  # which rounds halfway cases up, where a checkpoint of torch's AdamW has them even
+            self.gather_weights()

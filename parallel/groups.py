@@ -19,11 +19,14 @@ RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # torchrun's word for how often it has 
 RECORDER, RECORDED = "TORCH_FR_BUFFER_SIZE", "2000"
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # two names of one setting
 CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+# For the same bits each time: workspaces of cuBLAS that torch asks for (eight of 4 MiB), and tiles of Triton kernels
+# that are chosen by timing once for all runs of a machine.
+FIXED = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TRITON_CACHE_AUTOTUNING": "1"}
 BLACKWELL = 10  # compute capability
 KERNEL_CACHES = {"TRITON_CACHE_DIR": "triton", "TILELANG_CACHE_DIR": "tilelang"}
 
 
-def set_cuda_variables(parallel: ParallelConfig) -> None:
+def set_cuda_variables(parallel: ParallelConfig, deterministic: bool = False) -> None:
     """Sets what CUDA and torch's allocator read once, when they start. To be called before either has.
 
     Whoever starts the job may choose otherwise.
@@ -40,6 +43,8 @@ def set_cuda_variables(parallel: ParallelConfig) -> None:
     # queues are better: experts' exchanges overlap what is launched before them.
     if parallel.tensor > 1 and architecture < BLACKWELL:
         os.environ.setdefault(CONNECTIONS, "1")
+    if deterministic:
+        os.environ.update(FIXED | os.environ)
 
 
 def set_kernel_caches(directory: str) -> None:
@@ -53,7 +58,7 @@ def set_kernel_caches(directory: str) -> None:
 
 def cuda_variables() -> str:
     """A line for the start of a run on GPUs: those variables, as they are."""
-    names = (*ALLOCATOR, CONNECTIONS)
+    names = (*ALLOCATOR, CONNECTIONS, *FIXED)
     return "on GPUs: " + ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
 
 

@@ -10,8 +10,10 @@ from typing import Protocol
 from parallel.topology import Topology
 
 FLOAT32_BYTES = 4
+REDUCED, GATHERED = "gradient reduce-scatter", "parameter all-gather"
 NUM_MOMENTS = 2
 ROUTE_BYTES = 8  # of a probability and a place, in float32
+FEWEST_BUCKETS = 8  # of a buffer of gradients, so that all but an eighth of them travels while others are computed
 
 
 class WeightSize(Protocol):
@@ -43,12 +45,31 @@ def replicas(weight: WeightSize, topology: Topology) -> int:
     Tensor and context ranks route tokens of their own, so experts are spread over them too. Where nothing spreads
     them, they are parameters like the others.
     """
-    if weight.expert_parallel and (topology.expert_owners > 1 or topology.tensor > 1):
-        return topology.world // topology.pipeline // topology.expert_owners
+    if spread(weight, topology):
+        return topology.expert_replicas
     return topology.data * topology.context
 
 
-def state_bytes(weights: Iterable[WeightSize], topology: Topology, element: int) -> dict[str, float]:
+def spread(weight: WeightSize, topology: Topology) -> bool:
+    """Whether a parameter is one of experts that are spread over processes, in buffers of their own."""
+    return weight.expert_parallel and (topology.expert_owners > 1 or topology.tensor > 1)
+
+
+def adamw_bytes(wide: bool, halved: bool) -> int:
+    """Bytes of AdamW's state of a number: its two moments, and a float32 copy of what is not float32.
+
+    Args:
+        wide: whether the parameter is float32. halved: moments in bfloat16, and of the copy the 16 bits that a bfloat16
+            weight leaves out; Transformer Engine's AdamW then copies float32 parameters too.
+    """
+    if halved:
+        return FLOAT32_BYTES // 2 * NUM_MOMENTS + (FLOAT32_BYTES if wide else FLOAT32_BYTES // 2)
+    return FLOAT32_BYTES * (NUM_MOMENTS + (not wide))
+
+
+def state_bytes(
+    weights: Iterable[WeightSize], topology: Topology, element: int, halved: bool = False
+) -> dict[str, float]:
     """Bytes of a process's weights, of their float32 gradients, and of its share of AdamW's state.
 
     A parameter that is not float32 has a float32 master copy, which is cut like the two moments. Buffers are padded
@@ -56,6 +77,7 @@ def state_bytes(weights: Iterable[WeightSize], topology: Topology, element: int)
 
     Args:
         weights: the parameters of the process's pipeline stages. element: bytes of a number of the model's type.
+        halved: see `adamw_bytes`.
     """
     total = {"weights": 0.0, "gradients": 0.0, "optimizer": 0.0}
     for weight in weights:
@@ -63,7 +85,7 @@ def state_bytes(weights: Iterable[WeightSize], topology: Topology, element: int)
         wide = weight.float32 or element == FLOAT32_BYTES
         total["weights"] += numel * (FLOAT32_BYTES if wide else element)
         total["gradients"] += numel * FLOAT32_BYTES
-        total["optimizer"] += numel * FLOAT32_BYTES * (NUM_MOMENTS + (not wide)) / replicas(weight, topology)
+        total["optimizer"] += numel * adamw_bytes(wide, halved) / replicas(weight, topology)
     return total
 
 
@@ -91,13 +113,17 @@ def ring_bytes(whole: float, processes: int) -> float:
 
 
 def gradient_traffic(weights: Iterable[WeightSize], topology: Topology, element: int) -> dict[str, float]:
-    """Bytes that a process sends once a step: float32 gradients summed and scattered, then new parameters gathered."""
-    total = {"gradient reduce-scatter": 0.0, "parameter all-gather": 0.0}
+    """Bytes that a process sends once a step: float32 gradients summed and scattered, then new parameters gathered.
+
+    Those of experts go between fewer and other processes.
+    """
+    total = dict.fromkeys((kind + way for kind in ("", "expert ") for way in (REDUCED, GATHERED)), 0.0)
     for weight in weights:
         numel, processes = held(weight, topology), replicas(weight, topology)
-        total["gradient reduce-scatter"] += ring_bytes(numel * FLOAT32_BYTES, processes)
+        kind = "expert " if spread(weight, topology) else ""
+        total[kind + REDUCED] += ring_bytes(numel * FLOAT32_BYTES, processes)
         each = FLOAT32_BYTES if weight.float32 else element
-        total["parameter all-gather"] += ring_bytes(numel * each, processes)
+        total[kind + GATHERED] += ring_bytes(numel * each, processes)
     return total
 
 

@@ -10,7 +10,7 @@ alone; `fully_reshardable` gathers everything on every process first, and does n
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -49,6 +49,9 @@ def _within(row: int, inner: Iterator[Box]) -> Iterator[Box]:
     return (((row, *first), (1, *size)) for first, size in inner)
 
 
+type HeldAs = Callable[[nn.Parameter, Tensor, Mapping[str, Tensor], int, int], OptimizerShard]
+
+
 @dataclass(frozen=True)
 class OptimizerShard:
     """A process's part of a parameter as the optimizer holds it.
@@ -58,6 +61,7 @@ class OptimizerShard:
             is what the last step took, after clipping.
         moments: AdamW's two of these numbers, by `MOMENTS`.
         start, stop: which numbers of the parameter.
+        keep: takes changed `tensors` back, where these are copies of what the optimizer holds in another type.
     """
 
     parameter: nn.Parameter
@@ -65,11 +69,13 @@ class OptimizerShard:
     moments: Mapping[str, Tensor]
     start: int
     stop: int
+    keep: Callable[[Mapping[str, Tensor]], None] | None = None
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """All numbers of the optimizer's that no weight of the model holds, by name."""
-        return {**self.moments, **({} if self.parameter.dtype == torch.float32 else {MASTER: self.main})}
+        """All numbers of the optimizer's that no weight of the model holds, by name; copies lie in host memory."""
+        tensors = {**self.moments, **({} if self.parameter.dtype == torch.float32 else {MASTER: self.main})}
+        return tensors if self.keep is None else {name: tensor.cpu() for name, tensor in tensors.items()}
 
     @torch.no_grad()
     def squares(self, adamw: AdamW, lr: float, steps: int, decayed: bool, centre: float) -> Tensor:
@@ -94,15 +100,27 @@ class OptimizerShard:
         return total
 
 
-def distributed_shards(optimizers: list[DistributedOptimizer]) -> Iterator[OptimizerShard]:
-    """What this process holds of every parameter in megatron-core's distributed optimizers."""
+def distributed_shards(optimizers: list[DistributedOptimizer], held_as: HeldAs) -> Iterator[OptimizerShard]:
+    """What this process holds of every parameter in megatron-core's distributed optimizers.
+
+    Args:
+        held_as: makes the shard of a parameter, of the numbers that AdamW steps, of its state of them, and of their
+            range.
+    """
     for optimizer in optimizers:
         ranges = (bucket for buffer in optimizer.gbuf_ranges for buckets in buffer.values() for bucket in buckets)
         for parameter, places in ((p, places) for bucket in ranges for p, places in bucket["param_map"].items()):
             group, order = optimizer.model_param_group_index_map[parameter]
             main = optimizer.optimizer.param_groups[group]["params"][order]
-            moments = {name: optimizer.optimizer.state[main][name] for name in MOMENTS}
-            yield OptimizerShard(parameter, main, moments, places["param"].start, places["param"].end)
+            place = (places["param"].start, places["param"].end)
+            yield held_as(parameter, main, optimizer.optimizer.state[main], *place)
+
+
+def plain_shard(
+    parameter: nn.Parameter, main: Tensor, state: Mapping[str, Tensor], start: int, stop: int
+) -> OptimizerShard:
+    """Of torch's AdamW, whose state is float32."""
+    return OptimizerShard(parameter, main, {name: state[name] for name in MOMENTS}, start, stop)
 
 
 def sharded_state(shards: Iterable[OptimizerShard], weights: State) -> dict[str, list[ShardedTensor]]:
@@ -126,10 +144,13 @@ def take(shards: Iterable[OptimizerShard], weights: State, state: dict[str, list
     """Takes what `sharded_state` described and a checkpoint filled."""
     described = {id(entry.data): entry for entry in nested_values(weights) if isinstance(entry, ShardedTensor)}
     for part in shards:
-        for name, tensor in part.tensors.items():
+        tensors = part.tensors
+        for name, tensor in tensors.items():
             loaded = state[f"optimizer.{name}.{described[id(part.parameter)].key}"]
             for (_, view), values in zip(_views(part, tensor), loaded, strict=True):
                 view.copy_(values.view_as(view))
+        if part.keep is not None:
+            part.keep(tensors)
 
 
 def _views(part: OptimizerShard, tensor: Tensor) -> Iterator[tuple[Box, Tensor]]:

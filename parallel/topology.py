@@ -81,7 +81,9 @@ class ParallelConfig:
         int,
         "numbers of a bucket of gradients or weights, which travels while others are computed; at least",
     ] = 40_000_000
-    bucket_share: Annotated[int, "numbers of each data-parallel rank's share of a bucket, at least"] = 1_000_000
+    bucket_share: Annotated[
+        int, "numbers of each data-parallel rank's share of a bucket, at least, unless that left fewer than 8 buckets"
+    ] = 1_000_000
     world: Annotated[int | None, "processes of the whole job; null takes what is started"] = None
 
 
@@ -102,6 +104,11 @@ class Topology:
     def expert_owners(self) -> int:
         """Processes that hold a layer's experts between them."""
         return self.expert * self.expert_tensor
+
+    @property
+    def expert_replicas(self) -> int:
+        """Processes that hold the same part of the same experts."""
+        return self.world // self.pipeline // self.expert_owners
 
     def __str__(self) -> str:
         stages = f" ({self.virtual} stages each)" if self.virtual > 1 else ""

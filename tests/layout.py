@@ -67,7 +67,17 @@ ROOMS = {
     ),
     "parallel": (
         *("engine_deepspeed", "engine_megatron", "deepspeed_groups", "replicas", "board", "alone", "groups", "stages"),
-        *("optimizer_state", "checkpoint", "compat", "layout_cost", "main_grads", "collectives", "engine", "topology"),
+        *(
+            "half_state",
+            "optimizer_state",
+            "checkpoint",
+            "compat",
+            "layout_cost",
+            "main_grads",
+            "collectives",
+            "engine",
+            "topology",
+        ),
         "quiet",
     ),
 }

@@ -26,6 +26,7 @@ from train.job.schedule import learning_rate
 from train.job.start import Start, agreed_start
 from train.job.starter import starter_began
 from train.job.stop import DATA_BROKEN, REWIND, STORAGE_AWAY, Agreement, StopRequest, exit_code
+from train.measure.determinism import determinism_cost, make_deterministic
 from train.measure.verdict import Kernels
 from train.observe import Observer, due
 from train.settings.run import CONFIG_FILE, Config, RunReference, batch_schedule, describe, load_config, save_config
@@ -197,6 +198,8 @@ def train_from(job: Job, start: Start, kernels: Kernels) -> int:
     """Trains a run from where it stands; returns why it has stopped (0: it is finished)."""
     config, began = job.config, starter_began()
     kernels.require_right(job.is_first)
+    if config.run.deterministic:
+        make_deterministic(config, job.device)
     checkpoint.require_room(job)
     if config.run.init and not start.checkpoint:
         origin = require_checkpoint(load_config(config.run.origin).run)
@@ -211,6 +214,8 @@ def train_from(job: Job, start: Start, kernels: Kernels) -> int:
             note_start(config, last, start.step, job.topology.world)
             save_config(config)
             lines = [*describe(config, job.topology), *job.describe(), start.moved]
+            if config.run.deterministic:
+                lines.append(determinism_cost(config, job.topology, job.device))
             print("\n".join(line for line in lines if line), flush=True)
         stop, reason = StopRequest(job.device, config.run.max_time, began), REWIND
         while reason == REWIND:

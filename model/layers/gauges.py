@@ -70,7 +70,8 @@ def note_activations(gauge: Gauge, hidden_T1H: Tensor, valid_T: Tensor) -> None:
     size_TH = hidden_T1H.detach().flatten(0, 1)[valid_T].abs()
     gauge.top(activation=size_TH)
     large_TH = size_TH[size_TH.amax(dim=-1) > MASSIVE]  # few, so that few medians are taken
-    median_T1 = large_TH.median(dim=-1, keepdim=True).values
+    # As `median`, whose places in the tensor torch cannot tell deterministically on a GPU.
+    median_T1 = large_TH.sort(dim=-1).values[:, (large_TH.shape[-1] - 1) // 2, None]
     gauge.add(massive=((large_TH > MASSIVE) & (large_TH >= TIMES_MEDIAN * median_T1)).sum())
 
 

@@ -133,14 +133,14 @@ def _fused_adam(**settings) -> None:
 
 def _build_beside_transformer_engine(runs: Path, patched: bool) -> None:
     optimizer = importlib.import_module("megatron.core.optimizer")
-    kept, kept_class = optimizer.USING_PYTORCH_OPTIMIZER, optimizer.Adam
+    kept, kept_class, patch = optimizer.USING_PYTORCH_OPTIMIZER, optimizer.Adam, compat.use_torch_adamw
     optimizer.USING_PYTORCH_OPTIMIZER, optimizer.Adam = False, _fused_adam
     try:
-        if patched:
-            compat.use_torch_adamw()
+        if not patched:
+            compat.use_torch_adamw = lambda wanted: None
         start_engine(_job(runs))
     finally:
-        optimizer.USING_PYTORCH_OPTIMIZER, optimizer.Adam = kept, kept_class
+        optimizer.USING_PYTORCH_OPTIMIZER, optimizer.Adam, compat.use_torch_adamw = kept, kept_class, patch
 
 
 def _without_sums(runs: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from parallel import groups
 from parallel.topology import ParallelConfig
 
-NAMES = (*groups.ALLOCATOR, groups.CONNECTIONS)
+NAMES = (*groups.ALLOCATOR, groups.CONNECTIONS, *groups.FIXED)
 SEGMENTS = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
 
@@ -30,6 +30,14 @@ def test_variables_are_set_where_they_are_right_and_said(
     groups.set_cuda_variables(ParallelConfig(tensor=tensor))
     assert {name: os.environ[name] for name in NAMES if name in os.environ} == expected
     assert groups.cuda_variables() == "on GPUs: " + ", ".join(f"{name}={value}" for name, value in expected.items())
+
+
+def test_a_deterministic_run_fixes_what_would_be_chosen_anew(monkeypatch) -> None:
+    monkeypatch.setattr(os, "environ", {"CUBLAS_WORKSPACE_CONFIG": ":16:8"})
+    monkeypatch.setattr(groups, "_architecture", lambda: 9)
+    groups.set_cuda_variables(ParallelConfig(), deterministic=True)
+    assert os.environ == SEGMENTS | {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "TRITON_CACHE_AUTOTUNING": "1"}
+    assert groups.cuda_variables().endswith("CUBLAS_WORKSPACE_CONFIG=:16:8, TRITON_CACHE_AUTOTUNING=1")
 
 
 def test_a_machine_without_nvml_has_no_architecture(monkeypatch) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,11 +11,12 @@ from model.config import MtpConfig
 from model.cost.activations import stage_bytes
 from model.cost.cost import ParameterSize
 from parallel import groups as process_groups
-from parallel import layout_cost
-from parallel.engine_megatron import allocated_bytes
+from parallel import half_state, layout_cost, optimizer_state
+from parallel.engine_megatron import allocated_bytes, buffer_layout
 from parallel.topology import ParallelConfig, Topology
 from tests.dist import run_ranks
 from tests.model.helpers import kept_bytes
+from tests.parallel import fused_adam
 from tests.parallel.tiny import (
     MODEL,
     PIPELINED,
@@ -28,8 +30,10 @@ from tests.parallel.tiny import (
 )
 from train.job.build import build_chunks
 from train.job.footprint import held_weights
+from train.job.optim import adamw
 from train.loop import train_step
 from train.plan.dry_run import sum_parts
+from train.settings.optim import OptimConfig
 from train.settings.run import BatchConfig
 
 BFLOAT16 = replace(MODEL, dtype="bfloat16")
@@ -37,6 +41,7 @@ CASES = {
     "DP2 float32": (MODEL, ParallelConfig(expert=1)),
     "DP2": (BFLOAT16, ParallelConfig(expert=1)),
     "EP2": (BFLOAT16, ParallelConfig(expert=2)),
+    "EP2, a bucket for each parameter": (BFLOAT16, ParallelConfig(expert=2, bucket=1, bucket_share=1)),
     "TP2": (BFLOAT16, ParallelConfig(tensor=2, expert=1)),
     "TP2xEP2": (BFLOAT16, ParallelConfig(tensor=2, expert=2)),
     "CP2": (BFLOAT16, ParallelConfig(context=2, expert=1)),
@@ -47,12 +52,36 @@ CASES = {
         ParallelConfig(tensor=2, expert=2),
     ),
 }
+HALVED = "DP2, AdamW's state in half the memory"
+CASES[HALVED] = CASES["DP2"]
+OPTIM = (OptimConfig(), OptimConfig(moments="bfloat16"))
 PADDING = 64 * 2 * 3  # megatron-core starts each parameter at a multiple of 64 numbers, and pads the end
 
 
 def storages(tensors) -> dict[int, int]:
     """Bytes of each storage behind some tensors, by address."""
     return {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+
+
+def taken_back(engine) -> bool:
+    """Whether the optimizer's state and the weights are the same bits again, once a checkpoint's were taken back."""
+
+    def bits() -> list[torch.Tensor]:
+        inner = [part.optimizer for part in engine.optimizer.chained_optimizers]
+        held = [weight for adam in inner for group in adam.param_groups for weight in group["params"]]
+        states = [x for adam in inner for state in adam.state.values() for x in state.values()]
+        # FusedAdam makes a copy of float32 weights, too, and never reads it.
+        return [x.clone() for x in (*held, *(x for x in states if x.dtype != torch.float32))]
+
+    before = bits()
+    described = engine.sharded_state_dict(is_loading=False)["optimizer"]
+    saved = {name: [piece.data.clone() for piece in pieces] for name, pieces in described.items()}
+    assert all(piece.dtype == torch.float32 for pieces in saved.values() for piece in pieces)
+    half_state.allocate(engine.optimizer.chained_optimizers[0].optimizer)
+    changed = bits()
+    optimizer_state.take(engine.shards(), engine._sharded_weights(), saved)
+    equal = [torch.equal(x, y) for x, y in zip(before, bits(), strict=True)]
+    return all(equal) and not all(torch.equal(x, y) for x, y in zip(before, changed, strict=True))
 
 
 def really_allocated(job) -> dict[str, int]:
@@ -68,22 +97,24 @@ def really_allocated(job) -> dict[str, int]:
             optimizer += sum(x.nbytes for name, x in state.items() if name != "step")
             optimizer += parameter.nbytes * (parameter.untyped_storage().data_ptr() not in weights)
     gradients = storages(parameter.main_grad for parameter in parameters)
+    assert not engine.adamw.halved or taken_back(engine)
     return {"weights": sum(weights.values()), "gradients": sum(gradients.values()), "optimizer": optimizer}
 
 
 def measure() -> dict[str, dict]:
     """For each case: what this rank really allocates, what its layout says, and what the formula says."""
     process_groups.start(torch.device("cpu"))
+    fused_adam.install()
     found = {}
     for name, (model, parallel) in CASES.items():
-        config = tiny_config(model, parallel)
+        config = tiny_config(model, parallel, optim=OPTIM[name == HALVED])
         job = build_tiny(config)
         job = replace(job, config=replace(config, batch=BatchConfig(global_=8, micro=8 // job.groups.dp.size())))
         weights = held_weights(config, job.topology, VOCAB, job.groups.pp.rank())
         element = 4 if model.dtype == "float32" else 2
         found[name] = {
             "real": really_allocated(job),
-            "formula": layout_cost.state_bytes(weights, job.topology, element),
+            "formula": layout_cost.state_bytes(weights, job.topology, element, halved=name == HALVED),
             "parameters": (
                 sum(parameter.numel() for chunk in job.chunks for parameter in chunk.parameters()),
                 sum(layout_cost.held(weight, job.topology) for weight in weights),
@@ -100,7 +131,8 @@ def measure() -> dict[str, dict]:
         groups = process_groups.lay_out(topology)
         with torch.device("meta"):
             chunks = build_chunks(tiny_config(model, parallel), topology, groups, VOCAB)
-        found[name]["layout"] = sum_parts(allocated_bytes(chunk, groups, parallel) for chunk in chunks)
+        settings = adamw(OPTIM[name == HALVED])
+        found[name]["layout"] = sum_parts(allocated_bytes(chunk, groups, parallel, settings) for chunk in chunks)
         process_groups.stop()
     return found
 
@@ -128,6 +160,47 @@ def test_the_formula_is_the_allocation_but_for_padding(ranks: list[dict], name: 
     # Cuts of a buffer fall where they fall, so a rank's share is even only in sum.
     real = sum(rank[name]["real"]["optimizer"] for rank in ranks)
     assert real == pytest.approx(sum(rank[name]["formula"]["optimizer"] for rank in ranks), rel=1e-12)
+
+
+class _Stage(torch.nn.Module):
+    """A stage of 8 layers, as large as an 80B model's at 64 parts of its experts: 0.6 G numbers and 2.3 G of experts.
+
+    Like there, embedding and head are half of what is not experts'.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = [151_936 * 2048, *[35_000_000] * 8, 151_936 * 2048] + [36_000_000] * 64
+        for number, size in enumerate(sizes):
+            parameter = torch.nn.Parameter(torch.empty(size, dtype=torch.bfloat16, device="meta"))
+            parameter.allreduce = number < 10  # megatron-core's mark of what is not experts'
+            self.register_parameter(f"p{number}", parameter)
+
+
+@pytest.mark.parametrize(("world", "owners"), [(8, 8), (64, 64), (512, 64), (2048, 64), (8192, 8)])
+def test_each_buffer_has_buckets_of_its_own_groups_size_and_enough_of_them(world: int, owners: int) -> None:
+    def group(size: int) -> SimpleNamespace:
+        return SimpleNamespace(size=lambda: size)
+
+    groups = SimpleNamespace(intra_dp_cp=group(world), intra_expt_dp=group(world // owners))
+    parallel = ParallelConfig()
+    for key, layout in buffer_layout(_Stage(), groups, parallel).layouts.items():
+        buckets = [stop - start for start, stop in layout.bucket_indices]
+        wanted = max(parallel.bucket, parallel.bucket_share * (world // owners if key.is_expert_parallel else world))
+        assert len(buckets) >= layout_cost.FEWEST_BUCKETS
+        largest = max(stop - start for start, stop, _ in layout.param_index_map.values())
+        assert max(buckets) <= wanted + largest
+        # As large as wanted, or no smaller than it takes to have so many: half as many would be too few.
+        assert min(buckets[:-1]) >= wanted or len(buckets) < 2 * layout_cost.FEWEST_BUCKETS
+
+
+def test_a_small_buffer_has_few_buckets_all_the_same() -> None:
+    stage = torch.nn.Linear(3000, 3000, device="meta")
+    one = SimpleNamespace(size=lambda: 4)
+    (layout,) = buffer_layout(
+        stage, SimpleNamespace(intra_dp_cp=one, intra_expt_dp=one), ParallelConfig()
+    ).layouts.values()
+    assert len(layout.bucket_indices) == 1
 
 
 ACTIVATIONS = {
@@ -171,6 +244,21 @@ def test_activations_in_parts() -> None:
 TOPOLOGY = Topology(world=64, tensor=2, pipeline=4, context=2, expert=8, data=4)
 
 
+def test_halves_of_a_float32_weight_lose_nothing() -> None:
+    bits = torch.randint(
+        -(2**31), 2**31, (10_000,), generator=torch.Generator().manual_seed(0), dtype=torch.int64
+    ).int()
+    main = torch.cat(
+        [bits.view(torch.float32), torch.tensor([0.0, -0.0, 1.0, torch.inf]), torch.tensor(1.0).view(1) * 3]
+    )
+    main = torch.cat([main, (main.view(torch.int32) & ~0xFFFF | 0x8000).view(torch.float32)])  # halfway cases
+    main = main[main.isfinite() & main.bfloat16().isfinite()]
+    weight, rest = half_state.split(main)
+    assert torch.equal(half_state.join(weight, rest).view(torch.int32), main.view(torch.int32))
+    halfway = rest == -(2**15)
+    assert 1000 < int(halfway.sum()) < len(main) and torch.equal(weight[~halfway], main.bfloat16()[~halfway])
+
+
 def test_state_bytes_by_hand() -> None:
     weights = [
         ParameterSize("a", 800, "tensor"),
@@ -184,8 +272,10 @@ def test_state_bytes_by_hand() -> None:
         "optimizer": 400 * 12 / 8 + 200 * 12 / 2 + 100 * 8 / 8,
     }
     assert layout_cost.gradient_traffic(weights, TOPOLOGY, 2) == {
-        "gradient reduce-scatter": 1600 * 7 / 8 + 800 / 2 + 400 * 7 / 8,
-        "parameter all-gather": 800 * 7 / 8 + 400 / 2 + 400 * 7 / 8,
+        "gradient reduce-scatter": 1600 * 7 / 8 + 400 * 7 / 8,
+        "parameter all-gather": 800 * 7 / 8 + 400 * 7 / 8,
+        "expert gradient reduce-scatter": 800 / 2,
+        "expert parameter all-gather": 400 / 2,
     }
 
 

@@ -34,7 +34,7 @@ MODEL = ModelConfig(
     shared_expert_size=32,
 )
 PIPELINED = replace(MODEL, pattern="GEGE|GE*E")
-INTERLEAVED = replace(MODEL, pattern="GE|GE|GE|*E")
+INTERLEAVED = replace(MODEL, pattern="GEG|E|GE*|E")  # uneven, like what `estimate.propose` cuts
 
 
 def tiny_config(model: ModelConfig = MODEL, parallel: ParallelConfig = ParallelConfig(), **parts) -> Config:  # noqa: B008

@@ -189,6 +189,6 @@ def test_doctor_fails_on_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch, capsys:
 
 def test_doctor_fails_on_a_wrong_optimizer_of_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.check_optimizer(Config()) == []
-    for error, wrong in ((1e-7, []), (1e-2, ["AdamW on the CPU"]), (float("nan"), ["AdamW on the CPU"])):
+    for error, wrong in ((1e-7, []), (1e-2, ["the engine's AdamW"]), (float("nan"), ["the engine's AdamW"])):
         monkeypatch.setattr(doctor, "optimizer_error", lambda config, error=error: error)
         assert doctor.check_optimizer(Config()) == wrong

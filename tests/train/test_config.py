@@ -10,6 +10,7 @@ from data.errors import CorpusError
 from model.config import ModelError
 from parallel.topology import ParallelConfig, TopologyError, resolve
 from train.job.footprint import fewest_processes, held_weights, recomputed
+from train.settings import optim
 from train.settings.commands import (
     EvaluateConfig,
     GenerateConfig,
@@ -90,6 +91,8 @@ def test_check_returns_the_layout(config):
         ("optim.decay_shape", "cubic", ConfigError, "optim.decay_shape='cubic' is not known"),
         ("optim.decay_fraction", 0.0, ConfigError, "optim.decay_fraction=0.0"),
         ("optim.betas", [0.9, 1.0], ConfigError, "optim.betas=[0.9, 1.0]"),
+        ("optim.moments", "half", ConfigError, "optim.moments='half' is not known: choose float32 or bfloat16"),
+        ("optim.moments", "bfloat16", ConfigError, "optim.moments=bfloat16 is not for model.dtype=float32: choose"),
         ("optim.clip", -1.0, ConfigError, "optim.clip=-1.0 must be at least 0.0"),
         ("wandb.mode", "on", ConfigError, "wandb.mode='on' is not known: choose offline, online or disabled"),
         ("model.pattern", "GXE", ModelError, "model.pattern='GXE'"),
@@ -124,6 +127,23 @@ def test_check_refuses_a_tensorboard_that_is_not_there(config, monkeypatch):
         ConfigError, match=r"run\.tensorboard=true needs TensorBoard.*: \./launch\.sh setup tensorboard"
     ):
         check(changed(config, "run.tensorboard", True), 2)
+
+
+def test_moments_that_nothing_keeps_are_refused(config, monkeypatch):
+    narrow = changed(changed(config, "optim.moments", "bfloat16"), "model.dtype", "bfloat16")
+    with pytest.raises(
+        ConfigError, match=r"optim\.moments=bfloat16 is not for engine=deepspeed: choose engine=megatron"
+    ):
+        check(changed(narrow, "engine", "deepspeed"), 2)
+    monkeypatch.setattr(optim, "find_spec", lambda name: None)
+    with pytest.raises(
+        ConfigError, match=r"needs Transformer Engine, which is not installed: ./launch.sh setup te, or"
+    ):
+        check(narrow, 2)
+    monkeypatch.setattr(optim, "find_spec", lambda name: name)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"optim\.moments=bfloat16 needs a GPU, and there is none"):
+        check(narrow, 2)
 
 
 def test_check_refuses_heads_that_tensor_parallelism_cannot_split(config):

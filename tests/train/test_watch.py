@@ -46,9 +46,13 @@ class ForgetsBits:
             MegatronEngine.gradient_bits = lambda engine: next(sums)
 
 
+# A save is overdue after each step.
+LOOKS = {"save_minutes": 1e-5, "deterministic": True}
+
+
 def test_looking_twice_changes_nothing_and_finds_what_is_damaged(tmp_path, corpus):
     run = {"steps": 3, "save_every": 0, "eval_every": 0, "verify_every": 2, "replicas_every": 2}
-    looks = campaign_config(tmp_path, "looks", corpus, run=run | {"save_minutes": 1e-5})  # overdue after each step
+    looks = campaign_config(tmp_path, "looks", corpus, run=run | LOOKS)
     plain = campaign_config(tmp_path, "plain", corpus, run=run | {"verify_every": 0, "replicas_every": 0})
     for config in (looks, plain):
         assert start(config, 2, config.run.path / "log").wait() == 0

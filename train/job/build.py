@@ -17,9 +17,11 @@ from parallel import groups as process_groups
 from parallel.collectives import from_first
 from parallel.engine import Engine
 from parallel.engine_megatron import MegatronEngine
+from parallel.half_state import fused_adam_error
 from parallel.topology import Topology, TopologyError, resolve
 from train.job.footprint import VOCAB_MULTIPLE, exact_balance, recomputed
 from train.job.optim import adamw, decays
+from train.settings.optim import BFLOAT16
 from train.settings.run import Config, batch_schedule
 from train.settings.tree import ConfigError
 
@@ -130,7 +132,7 @@ def build_chunks(
 
 def gpu_or_cpu(config: Config) -> torch.device:
     """This process's device, once what CUDA and the compilers of its kernels read from the environment is set."""
-    process_groups.set_cuda_variables(config.parallel)
+    process_groups.set_cuda_variables(config.parallel, config.run.deterministic)
     process_groups.set_kernel_caches(config.run.kernel_cache)
     return process_groups.local_device()
 
@@ -187,12 +189,14 @@ def optimizer_error(config: Config) -> float | None:
         from parallel.engine_deepspeed import cpu_adam_error
 
         return cpu_adam_error()
+    if config.optim.moments == BFLOAT16:
+        return fused_adam_error()
     return None
 
 
 def allocated_bytes(chunk: LanguageModel, groups: ProcessGroupCollection, config: Config) -> dict[str, int]:
     """Bytes that the engine of a configuration takes for a pipeline stage: weights, gradients, optimizer."""
-    return engine_megatron.allocated_bytes(chunk, groups, config.parallel)
+    return engine_megatron.allocated_bytes(chunk, groups, config.parallel, adamw(config.optim))
 
 
 def build_engine(job: Job) -> Engine:

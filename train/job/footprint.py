@@ -1,12 +1,15 @@
 """What one process of a layout holds, sends and computes, from the settings alone: no module is built."""
 
+from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 
-from model.config import HEAD_CHUNK, INFERENCE, LAYER, ModelConfig, key_head_copies, passes_states
+from model.config import HEAD_CHUNK, INFERENCE, LAYER, ModelConfig, MtpConfig, key_head_copies, passes_states
 from model.cost import activations, cost
 from model.cost.activations import ELEMENT_BYTES
 from parallel import layout_cost
 from parallel.topology import RECOMPUTABLE, ParallelConfig, Topology, TopologyError, microbatches, resolve
+from train.settings.optim import BFLOAT16
 from train.settings.run import Config
 from train.settings.tree import ConfigError
 
@@ -58,16 +61,46 @@ def stage_numbers(topology: Topology, pipeline_rank: int) -> list[int]:
     return [chunk * topology.pipeline + pipeline_rank for chunk in range(topology.virtual)]
 
 
+@cache
+def stage_work(model: ModelConfig, mtp: MtpConfig, vocab_size: int, seq_length: int) -> tuple[float, ...]:
+    """Operations a token of each pipeline stage; head and multi-token prediction are the last one's."""
+    last = len(model.stages) - 1
+    return tuple(
+        sum(cost.stage_flops(symbols, model, mtp, vocab_size, seq_length, number == last).values())
+        for number, symbols in enumerate(model.stages)
+    )
+
+
+def held_symbols(config: Config, topology: Topology, pipeline_rank: int) -> str:
+    """The layers that a process has a part of, those of each step of multi-token prediction included."""
+    numbers = stage_numbers(topology, pipeline_rank)
+    last = numbers[-1] == len(config.model.stages) - 1
+    return (
+        "".join(config.model.stages[number] for number in numbers) + config.model.mtp_layers * config.mtp.steps * last
+    )
+
+
 def held_weights(config: Config, topology: Topology, vocab_size: int, pipeline_rank: int) -> list[cost.ParameterSize]:
-    """The whole parameters of the stages that a process has a part of."""
-    stages = config.model.stages
+    """The whole parameters of the stages that a process has a part of; those alike but for their shape as one."""
+    last = len(config.model.stages) - 1
     return [
         weight
         for number in stage_numbers(topology, pipeline_rank)
-        for weight in cost.stage_weights(
-            stages[number], config.model, config.mtp, vocab_size, number == 0, number == len(stages) - 1
+        for weight in _summed_weights(
+            config.model.stages[number], config.model, config.mtp, vocab_size, number == 0, number == last
         )
     ]
+
+
+@cache
+def _summed_weights(
+    symbols: str, model: ModelConfig, mtp: MtpConfig, vocab_size: int, first: bool, last: bool
+) -> list[cost.ParameterSize]:
+    """Those of one stage."""
+    sums: Counter[tuple[str, str, bool]] = Counter()
+    for weight in cost.stage_weights(symbols, model, mtp, vocab_size, first, last):
+        sums[weight.part, weight.cut, weight.float32] += weight.numel
+    return [cost.ParameterSize(part, numel, cut, float32) for (part, cut, float32), numel in sums.items()]
 
 
 def checkpoint_bytes(config: Config, vocab_size: int) -> int:
@@ -104,23 +137,19 @@ def footprint(config: Config, topology: Topology, vocab_size: int, pipeline_rank
     model, element = config.model, ELEMENT_BYTES[config.model.dtype]
     weights = held_weights(config, topology, vocab_size, pipeline_rank)
     steps = microbatches(topology, config.batch.global_, config.batch.micro)
-    held = layout_cost.state_bytes(weights, topology, element)
+    held = layout_cost.state_bytes(weights, topology, element, config.optim.moments == BFLOAT16)
     held["activations"] = _activations(config, topology, vocab_size, pipeline_rank, steps)
     held["a layer computed again"] = _recomputed_bytes(config, topology, pipeline_rank)
     held["working space"] = _working_bytes(config, topology, vocab_size, pipeline_rank)
     traffic = layout_cost.gradient_traffic(weights, topology, element)
     traffic |= _layer_traffic(config, topology, pipeline_rank, steps)
-    last = len(model.stages) - 1
-    flops = [
-        sum(cost.stage_flops(symbols, model, config.mtp, vocab_size, config.data.seq_length, number == last).values())
-        for number, symbols in enumerate(model.stages)
-    ]
+    work = stage_work(model, config.mtp, vocab_size, config.data.seq_length)
     return Footprint(
         pipeline_rank=pipeline_rank,
         parameters=round(sum(layout_cost.held(weight, topology) for weight in weights)),
         memory=held,
         traffic={name: count for name, count in traffic.items() if count},
-        balance=[flop / sum(flops) for flop in flops],
+        balance=[flops / sum(work) for flops in work],
         bubble=layout_cost.bubble(topology, steps),
     )
 
@@ -211,9 +240,8 @@ def _layer_traffic(config: Config, topology: Topology, pipeline_rank: int, steps
     tokens = _tokens(config, topology)
     row = model.hidden_size * ELEMENT_BYTES[model.dtype]
     numbers = stage_numbers(topology, pipeline_rank)
-    symbols = "".join(model.stages[number] for number in numbers)
+    symbols = held_symbols(config, topology, pipeline_rank)
     last = numbers[-1] == len(model.stages) - 1
-    symbols += model.mtp_layers * (mtp.steps * last)
     cut = sum(symbol != "E" or model.shared_expert_size > 0 for symbol in symbols)
     edges = (1 if numbers[0] == 0 else 0) + (1 + 2 * mtp.steps if last else 0)
     routed, mixtures = tokens / topology.tensor, symbols.count("E")

@@ -1,7 +1,7 @@
 """Which parameters are decayed, and what the engine's optimizer is given."""
 
 from parallel.engine import AdamW
-from train.settings.optim import OptimConfig
+from train.settings.optim import BFLOAT16, OptimConfig
 
 # Decay rates and time steps are no weights: pulling them to zero would mean a memory of a fixed length.
 UNDECAYED = ("A_log", "dt_bias", "bias")
@@ -14,4 +14,4 @@ def decays(name: str) -> bool:
 
 def adamw(optim: OptimConfig) -> AdamW:
     """The optimizer's settings as an engine takes them."""
-    return AdamW(betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, clip=optim.clip)
+    return AdamW(optim.betas, optim.eps, optim.weight_decay, optim.clip, halved=optim.moments == BFLOAT16)

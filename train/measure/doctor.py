@@ -107,8 +107,8 @@ def check_optimizer(config: Config) -> list[str]:
     if error is None:
         return []
     verdict = "right" if error <= ADAM_TOLERANCE else f"WRONG: more than {ADAM_TOLERANCE}"
-    print(f"the engine's AdamW on the CPU against float64: error {error:.1e}  {verdict}", flush=True)
-    return [] if error <= ADAM_TOLERANCE else ["AdamW on the CPU"]
+    print(f"the engine's own AdamW against float64: error {error:.1e}  {verdict}", flush=True)
+    return [] if error <= ADAM_TOLERANCE else ["the engine's AdamW"]
 
 
 def run_doctor(config: Config) -> int:

@@ -10,6 +10,7 @@ from parallel.engine import require_planned
 from parallel.topology import Topology
 from train.job.footprint import Footprint, checkpoint_bytes, exact_balance, footprint, planned_vocab
 from train.job.gpus import GPUS
+from train.plan.step_time import machine_of, step_time
 from train.settings.run import Config, run_tokens
 from train.settings.tree import ConfigError
 
@@ -40,7 +41,10 @@ class Budget:
 
     tokens: Annotated[float, "tokens to train on; 0: as many as the recipe's run reads"] = 0.0
     gpu: Annotated[str, "GPU to train on: H100, H200 or B200"] = "H200"
-    mfu: Annotated[float, "share of the GPU's dense bfloat16 peak that training reaches"] = 0.4
+    mfu: Annotated[
+        float,
+        "share of the GPU's dense bfloat16 peak that arithmetic reaches; transfers that nothing hides come on top",
+    ] = 0.4
     price: Annotated[float | None, "USD a GPU-hour; null: no money is shown"] = None
     propose: Annotated[int, "instead, so many layouts for parallel.world GPUs, fastest first"] = 0
     compare: Annotated[bool, "also Qwen3-Next's published comparison with Qwen3-32B and Qwen3-30B-A3B"] = False
@@ -65,11 +69,6 @@ def check_budget(budget: Budget) -> None:
         raise ConfigError(f"estimate.propose={budget.propose} must be at least 0")
     if budget.price is not None and not budget.price >= 0:
         raise ConfigError(f"estimate.price={budget.price} must be at least 0, or null")
-
-
-def gpu_hours(flops_per_token: float, budget: Budget) -> float:
-    """Hours of one GPU that the tokens take."""
-    return budget.tokens * flops_per_token / (GPUS[budget.gpu].peak * budget.mfu) / HOUR
 
 
 def number_lines(rows: Iterable[tuple[str, float]], unit: str, scale: float, share: bool = False) -> list[str]:
@@ -144,14 +143,30 @@ def traffic_lines(places: list[Footprint]) -> list[str]:
     return lines
 
 
-def cost_lines(config: Config, topology: Topology, vocab_size: int, budget: Budget) -> list[str]:
-    """GPU-hours, days and money of the token budget."""
-    hours = gpu_hours(cost.training_flops(config.model, config.mtp, vocab_size, config.data.seq_length), budget)
+def cost_lines(
+    config: Config, topology: Topology, vocab_size: int, places: list[Footprint], budget: Budget
+) -> list[str]:
+    """Where the time of a step goes, and the GPU-hours, days and money of the token budget."""
+    machine = machine_of(budget.gpu, budget.mfu)
+    step = step_time(config, topology, vocab_size, places, machine)
+    tokens = config.batch.global_ * config.data.seq_length
+    hours = budget.tokens / tokens * step.seconds * topology.world / HOUR
+    flops = cost.training_flops(config.model, config.mtp, vocab_size, config.data.seq_length) * tokens
+    share = flops / topology.world / step.seconds / GPUS[budget.gpu].peak
     money = "" if budget.price is None else f" = {hours * budget.price:,.0f} USD at {budget.price:g} a GPU-hour"
     shown = f"{hours:,.0f}" if hours >= 100 else f"{hours:.2f}"
+    links = f"{machine.node_bandwidth / 1e9:.0f} GB/s in a node of {machine.per_node}"
+    rows = [("arithmetic", step.arithmetic), ("waiting for the host's launches", step.launching)]
+    rows += [("waiting in the pipeline", step.waiting)]
+    rows += step.transfers.items()
     return [
-        f"{budget.tokens:.3g} tokens on {budget.gpu} at {budget.mfu:.0%} of {GPUS[budget.gpu].peak / 1e12:.0f} TFLOP/s",
-        f"  {shown} GPU-hours{money}; {hours / topology.world / 24:,.1f} days on {topology.world} GPUs",
+        f"{budget.tokens:.3g} tokens on {budget.gpu}, arithmetic at {budget.mfu:.0%} of "
+        f"{GPUS[budget.gpu].peak / 1e12:.0f} TFLOP/s, {links} and {machine.network_bandwidth / 1e9:.0f} beyond",
+        "  of a step, with the transfers that nothing hides:",
+        *number_lines(((name, seconds) for name, seconds in rows if seconds), "ms", 1e-3, share=True),
+        *number_lines([("total", step.seconds)], "ms", 1e-3),
+        f"  {shown} GPU-hours{money}; {hours / topology.world / 24:,.1f} days on {topology.world} GPUs; {share:.1%} of "
+        f"the peak over the whole step",
     ]
 
 
@@ -215,7 +230,7 @@ def estimate_text(config: Config, topology: Topology, budget: Budget, peers: dic
         [*flop_lines(config, vocab_size), *([f"  {exact}"] if exact else [])],
         memory_lines(config, topology, fullest, budget.gpu),
         traffic_lines(places),
-        cost_lines(config, topology, vocab_size, budget),
+        cost_lines(config, topology, vocab_size, places, budget),
         disk_lines(config, vocab_size),
     ]
     if peers:

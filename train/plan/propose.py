@@ -1,77 +1,37 @@
 """Layouts for a number of GPUs: what fits into their memory, ranked by the predicted time of a step.
 
-The time is arithmetic over peak rate times an efficiency, plus bytes over bandwidth with nothing overlapped. It ranks
-layouts; how fast the best one is, only running it tells.
+How the time is foretold, `train.plan.step_time` says.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import product
+from functools import cache
+from itertools import accumulate, pairwise, product
 from typing import Any
 
-from model.config import LAYER, ModelError, check_kernels, check_model
-from model.cost.cost import ROUTED, TRAINING_FACTOR, forward_flops
+from model.config import ModelConfig, ModelError, MtpConfig, check_kernels, check_model
+from model.cost.cost import layer_flops
 from parallel.topology import RECOMPUTE_POLICIES, Topology, TopologyError, check_length, divisors, microbatches, resolve
-from train.job.footprint import Footprint, footprint, planned_vocab, recomputed
-from train.job.gpus import GPUS
+from train.job.footprint import footprint, planned_vocab, stage_work
 from train.plan.estimate import Budget
+from train.plan.step_time import Machine, StepTime, machine_of, step_time
 from train.settings.run import Config
 from train.settings.tree import ConfigError
 
 GB = 1e9
 FIT = 0.9  # share of the memory that a layout may take; the rest is for the allocator, libraries and transfers
-# What each part that is computed again repeats of the forward pass (parts of `model.cost.cost`); norms do not count.
-REPEATED = {
-    "attention": ("attention_scores",),
-    "deltanet": ("deltanet_convolution", "delta_rule"),
-    "experts": (ROUTED,),
-    "norm": (),
-}
-# Collectives by the processes that take part, counted in steps of neighbours: who is near talks inside a node.
-WIDTHS = {
-    "expert all-to-all": lambda sizes: sizes.expert_owners,
-    "tensor gathers and scatters": lambda sizes: sizes.tensor,
-    "context exchanges": lambda sizes: sizes.tensor * sizes.context,
-    "gradient reduce-scatter": lambda sizes: sizes.world // sizes.pipeline,
-    "parameter all-gather": lambda sizes: sizes.world // sizes.pipeline,
-    "pipeline sends": lambda sizes: sizes.world,
-}
-
-
-@dataclass(frozen=True)
-class Machine:
-    """A GPU and how it is connected; bandwidths are what one GPU sends, bytes a second.
-
-    Attributes:
-        memory: bytes. flops: operations a second that the arithmetic of a step reaches.
-    """
-
-    name: str
-    memory: float
-    flops: float
-    node_bandwidth: float
-    network_bandwidth: float
-    per_node: int = 8
-
-
-# Data sheets: NVLink in one direction, and one network card of 400 Gbit/s for each GPU.
-BANDWIDTHS = {"H100": (450e9, 50e9), "H200": (450e9, 50e9), "B200": (900e9, 50e9)}
+MICROS = (1, 2, 4, 8, 16)
+EVEN = 1.01  # times the slowest stage of the best cut, at which whole patterns are preferred to it
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A layout as the settings that make it, its fullest process in bytes, and a step in seconds."""
+    """A layout as the settings that make it, its fullest process in bytes, and the time of a step."""
 
     config: Config
     topology: Topology
     memory: float
-    arithmetic: float
-    transfers: float
-
-    @property
-    def seconds(self) -> float:
-        """Predicted time of a step."""
-        return self.arithmetic + self.transfers
+    step: StepTime
 
     def settings(self) -> str:
         """The settings, as they are written on a command line."""
@@ -92,22 +52,35 @@ class Proposal:
 def propose(config: Config, world: int, machine: Machine, most: int = 5) -> list[Proposal]:
     """The fastest layouts of a model on ``world`` GPUs, fastest first; the settings of ``parallel`` are free.
 
+    Each comes with as little recomputation as fits.
+
     Raises:
         ConfigError: none fits into the memory.
     """
-    found, least = [], float("inf")
-    for candidate, topology in candidates(config, world, machine):
-        proposal = predict(candidate, topology, machine)
-        least = min(least, proposal.memory)
-        if proposal.memory <= FIT * machine.memory:
-            found.append(proposal)
-    if not found:
+    best: list[Proposal] = []
+    least, room = float("inf"), FIT * machine.memory
+    for by_micro in layouts(config, world, machine):
+        smallest = predict(*by_micro[0][-1], machine).memory
+        least = min(least, smallest)
+        for policies in by_micro if smallest <= room else ():
+            for policy in policies:  # each takes longer than the one before, and less memory
+                each = predict(*policy, machine)
+                if len(best) == most and _seconds(each) >= _seconds(best[-1]):
+                    break
+                if each.memory <= room:
+                    best = sorted([*best, each], key=_seconds)[:most]
+                    break
+    if not best:
         needs = f"the least takes {least / GB:.0f} GB each" if least < float("inf") else "batch.global suits none"
         raise ConfigError(
             f"no layout of {world} {machine.name} fits into {FIT:.0%} of {machine.memory / GB:.0f} GB ({needs}): take "
             f"more GPUs, or a smaller data.seq_length or batch.global"
         )
-    return sorted(found, key=lambda proposal: proposal.seconds)[:most]
+    return best
+
+
+def _seconds(proposal: Proposal) -> float:
+    return proposal.step.seconds
 
 
 def proposals(config: Config, budget: Budget) -> list[str]:
@@ -120,40 +93,76 @@ def proposals(config: Config, budget: Budget) -> list[str]:
     world = config.parallel.world
     if world is None or world < 1:
         raise ConfigError(f"parallel.world={world}: estimate.propose needs the number of GPUs, as in parallel.world=64")
-    gpu = GPUS[budget.gpu]
-    machine = Machine(budget.gpu, gpu.memory, gpu.peak * budget.mfu, *BANDWIDTHS[budget.gpu])
+    machine = machine_of(budget.gpu, budget.mfu)
     return proposal_lines(propose(config, world, machine, budget.propose), machine)
 
 
 def cuts(config: Config, stages: int) -> Config | None:
-    """The same layers in so many equal stages, or None where whole patterns do not make them."""
+    """The same layers in so many stages that the slowest is as quick as can be, or None where layers are too few.
+
+    Head and multi-token prediction count with the last stage, so that it gets fewer layers. Whole patterns are cut
+    where that is as good.
+    """
     model = config.model
-    layers, repeats = model.pattern.replace("|", ""), model.repeats
-    if stages == 1:
-        return replace(config, model=replace(model, pattern=layers))
-    if repeats % stages:
+    pattern = model.pattern.replace("|", "")
+    if stages > len(model.layers):
         return None
-    return replace(config, model=replace(model, pattern=layers * (repeats // stages) + "|", repeats=stages))
+    if stages == 1:
+        return replace(config, model=replace(model, pattern=pattern))
+    sizes = (config.mtp, model.vocab_size or config.data.vocab_size, config.data.seq_length)
+    cut = replace(model, pattern="|".join(best_cut(model, *sizes, stages)), repeats=1)
+    if model.repeats % stages == 0:
+        even = replace(model, pattern=pattern * (model.repeats // stages) + "|", repeats=stages)
+        slowest = [max(stage_work(shape, *sizes)) for shape in (even, cut)]
+        cut = even if slowest[0] <= EVEN * slowest[1] else cut
+    return replace(config, model=cut)
 
 
-def candidates(config: Config, world: int, machine: Machine) -> Iterator[tuple[Config, Topology]]:
-    """Every layout that the checks let pass: tensor and context parallelism inside a node, powers of two."""
+@cache
+def best_cut(model: ModelConfig, mtp: MtpConfig, vocab_size: int, seq_length: int, stages: int) -> tuple[str, ...]:
+    """The layers in consecutive stages, none empty, whose largest work is the least; of such cuts the most even."""
+    layers = model.layers
+    whole = replace(model, pattern=layers, repeats=1)
+    each = {symbol: sum(layer_flops(symbol, model, seq_length).values()) for symbol in set(layers)}
+    works = list(accumulate((each[symbol] for symbol in layers), initial=0.0))
+    ends = sum(stage_work(whole, mtp, vocab_size, seq_length)) - works[-1]  # head and multi-token prediction
+    # The best way to cut the first so many layers: (largest work, sum of squares, where the stages end).
+    best: dict[int, tuple[float, float, tuple[int, ...]]] = {0: (0.0, 0.0, ())}
+    for number in range(1, stages + 1):
+        extra, last = (ends, True) if number == stages else (0.0, False)
+        found = {}
+        for end in [len(layers)] if last else range(number, len(layers) - stages + number + 1):
+            options = (
+                (max(most, work), squares + work**2, (*borders, end))
+                for begin, (most, squares, borders) in best.items()
+                if begin < end and (work := works[end] - works[begin] + extra)
+            )
+            found[end] = min(options)
+        best = found
+    return tuple(layers[begin:end] for begin, end in pairwise((0, *best[len(layers)][2])))
+
+
+def layouts(config: Config, world: int, machine: Machine) -> Iterator[list[list[tuple[Config, Topology]]]]:
+    """Every layout that the checks let pass: tensor and context parallelism inside a node, powers of two.
+
+    Each as a list by growing micro-batches of lists by growing recomputation.
+    """
     near = [size for size in divisors(world) if size <= machine.per_node]
     stages = [(size, virtual) for size in divisors(world) for virtual in (1, 2, 4) if size > 1 or virtual == 1]
-    micros = [size for size in (1, 2, 4, 8, 16) if size <= config.batch.global_]
+    micros = [size for size in MICROS if size <= config.batch.global_]
     for (pipeline, virtual), tensor, context in product(stages, near, near):
-        cut = cuts(config, pipeline * virtual)
-        if cut is None or tensor * context > machine.per_node:
+        if tensor * context > machine.per_node or (cut := cuts(config, pipeline * virtual)) is None:
             continue
-        routing = world // pipeline
-        for expert in divisors(routing):
-            for micro, policy in product(micros, RECOMPUTE_POLICIES):
-                sizes: dict[str, Any] = {"tensor": tensor, "pipeline": pipeline, "context": context, "expert": expert}
-                parallel = replace(cut.parallel, **sizes, recompute=policy, world=world)
-                candidate = replace(cut, parallel=parallel, batch=replace(cut.batch, micro=micro))
-                topology = valid(candidate, world)
-                if topology is not None:
-                    yield candidate, topology
+        for expert in divisors(world // pipeline):
+            sizes: dict[str, Any] = {"tensor": tensor, "pipeline": pipeline, "context": context, "expert": expert}
+            parallels = [replace(cut.parallel, **sizes, recompute=policy, world=world) for policy in RECOMPUTE_POLICIES]
+            found = []
+            for micro in micros:
+                every = [replace(cut, parallel=each, batch=replace(cut.batch, micro=micro)) for each in parallels]
+                topology = valid(every[0], world)  # recomputation is none of its business
+                found += [[(each, topology) for each in every]] if topology else []
+            if found:
+                yield found
 
 
 def valid(config: Config, world: int) -> Topology | None:
@@ -170,33 +179,15 @@ def valid(config: Config, world: int) -> Topology | None:
 
 
 def predict(config: Config, topology: Topology, machine: Machine) -> Proposal:
-    """Memory and time of a layout: those of the first and last processes of a pipeline, which hold most."""
+    """Memory and time of a layout: those of the first, the fullest and the last processes of a pipeline."""
     vocab = planned_vocab(config, topology)
-    ends = [footprint(config, topology, vocab, rank) for rank in sorted({0, topology.pipeline - 1})]
-    memory = max(sum(end.memory.values()) for end in ends)
-    transfers = max(_transfer_seconds(end, topology, machine) for end in ends)
-    return Proposal(config, topology, memory, _compute_seconds(config, topology, vocab, ends[0], machine), transfers)
-
-
-def _compute_seconds(config: Config, topology: Topology, vocab: int, end: Footprint, machine: Machine) -> float:
-    """Arithmetic of the slowest pipeline process, recomputation included, stretched by the pipeline's bubble."""
-    parts = forward_flops(config.model, config.mtp, vocab, config.data.seq_length)
-    again = recomputed(config.parallel)
-    names = parts if LAYER in again else [name for part in again for name in REPEATED[part]]
-    repeated = sum(parts.get(name, 0.0) for name in names)
-    tokens = config.batch.global_ * config.data.seq_length
-    flops = tokens * (TRAINING_FACTOR * sum(parts.values()) + repeated) / topology.world
-    held = [sum(end.balance[rank :: topology.pipeline]) for rank in range(topology.pipeline)]
-    return flops * max(held) * topology.pipeline / machine.flops / (1 - end.bubble)
-
-
-def _transfer_seconds(end: Footprint, topology: Topology, machine: Machine) -> float:
-    """Bytes of each collective over the bandwidth of its farthest link."""
-    seconds = 0.0
-    for name, count in end.traffic.items():
-        inside = WIDTHS[name](topology) <= machine.per_node
-        seconds += count / (machine.node_bandwidth if inside else machine.network_bandwidth)
-    return seconds
+    first = footprint(config, topology, vocab, 0)
+    ranks = range(topology.pipeline)
+    busiest = max(ranks, key=lambda rank: sum(first.balance[rank :: topology.pipeline]))
+    others = (footprint(config, topology, vocab, rank) for rank in sorted({busiest, topology.pipeline - 1} - {0}))
+    places = [first, *others]
+    memory = max(sum(place.memory.values()) for place in places)
+    return Proposal(config, topology, memory, step_time(config, topology, vocab, places, machine))
 
 
 def proposal_lines(proposals: list[Proposal], machine: Machine) -> list[str]:
@@ -204,9 +195,10 @@ def proposal_lines(proposals: list[Proposal], machine: Machine) -> list[str]:
     tokens = proposals[0].config.batch.global_ * proposals[0].config.data.seq_length
     lines = [f"{proposals[0].topology.world} {machine.name}: predicted step, its transfers, memory a GPU, settings"]
     for proposal in proposals:
-        rate = tokens / proposal.seconds / proposal.topology.world
+        step = proposal.step
+        rate = tokens / step.seconds / proposal.topology.world
         lines.append(
-            f"{proposal.seconds:7.2f} s  {proposal.transfers:6.2f} s  {proposal.memory / GB:6.1f} GB  "
+            f"{step.seconds:7.2f} s  {sum(step.transfers.values()):6.2f} s  {proposal.memory / GB:6.1f} GB  "
             f"{rate:8,.0f} tokens/s/GPU  {proposal.settings()}"
         )
     return lines

@@ -1,11 +1,14 @@
 """The optimizer's settings, and their checks."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Annotated
 
 from data.errors import check_choice
 from train.settings.checks import check_least
 from train.settings.tree import ConfigError
+
+BFLOAT16 = "bfloat16"
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,11 @@ class OptimConfig:
     betas: Annotated[tuple[float, float], "AdamW's decay rates of the gradient's two moments"] = (0.9, 0.95)
     eps: Annotated[float, "AdamW's epsilon"] = 1e-8
     weight_decay: Annotated[float, "decoupled weight decay"] = 0.1
+    moments: Annotated[
+        str,
+        "type of AdamW's moments: float32, or bfloat16, with 16 bits for what float32 weights have beyond the model's: "
+        "6 bytes a number instead of 12 (bfloat16 models on GPUs, Transformer Engine's AdamW)",
+    ] = "float32"
     clip: Annotated[float, "largest norm of the whole gradient; 0 does not clip"] = 1.0
     spike_factor: Annotated[
         float,
@@ -42,6 +50,7 @@ def check_optim(optim: OptimConfig) -> None:
         ConfigError: the setting, in one line.
     """
     check_choice("optim.schedule", optim.schedule, ("cosine", "wsd"), ConfigError)
+    check_choice("optim.moments", optim.moments, ("float32", BFLOAT16), ConfigError)
     check_choice("optim.decay_shape", optim.decay_shape, ("linear", "sqrt"), ConfigError)
     if not 0 < optim.lr < float("inf"):
         raise ConfigError(f"optim.lr={optim.lr} must be a number above 0")
@@ -59,3 +68,30 @@ def check_optim(optim: OptimConfig) -> None:
     check_least("optim.spike_factor", optim.spike_factor, 0.0)
     check_least("optim.spike_window", optim.spike_window, 2)
     check_least("optim.rewind_after", optim.rewind_after, 0)
+
+
+def check_moments(optim: OptimConfig, engine: str, dtype: str) -> None:
+    """Raises ConfigError where nothing keeps moments of the type that is asked for."""
+    if optim.moments != BFLOAT16:
+        return
+    for setting, value, needed in (("engine", engine, "megatron"), ("model.dtype", dtype, BFLOAT16)):
+        if value != needed:
+            raise ConfigError(
+                f"optim.moments={optim.moments} is not for {setting}={value}: choose {setting}={needed}, or "
+                f"optim.moments=float32"
+            )
+
+
+def require_moments(optim: OptimConfig) -> None:
+    """Raises ConfigError where what keeps such moments is not installed, or has no GPU to run on."""
+    if optim.moments != BFLOAT16:
+        return
+    if find_spec("transformer_engine") is None:
+        raise ConfigError(
+            f"optim.moments={optim.moments} needs Transformer Engine, which is not installed: ./launch.sh setup te, or "
+            f"optim.moments=float32"
+        )
+    import torch  # takes seconds, which a mistake in the settings should not wait for
+
+    if not torch.cuda.is_available():
+        raise ConfigError(f"optim.moments={optim.moments} needs a GPU, and there is none: choose optim.moments=float32")

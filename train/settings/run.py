@@ -76,6 +76,9 @@ class RunConfig:
         int,
         "steps between those whose gradients are computed twice and compared bit for bit; 0: never",
     ] = 0
+    deterministic: Annotated[
+        bool, "on GPUs: kernels that give the same bits each time; the start of a run says what they cost"
+    ] = False
     replicas_every: Annotated[
         int,
         "steps between comparisons of the weights that several processes hold, bit for bit; 0: never",

@@ -12,7 +12,7 @@ from model.config import check_balance, check_model
 from parallel.engine import check_engine, require_package
 from parallel.topology import Topology, TopologyError, check_length, microbatches, resolve
 from train.settings.checks import check_environment, check_least, check_seed
-from train.settings.optim import check_optim
+from train.settings.optim import check_moments, check_optim, require_moments
 from train.settings.run import Config, RunConfig
 from train.settings.tree import ConfigError
 
@@ -27,6 +27,7 @@ def check(config: Config, world: int) -> Topology:
     require_package(config.engine)
     require_backend(config.model)
     _require_tensorboard(config.run)
+    require_moments(config.optim)
     check_data(config.data, config.mtp.steps)
     _check_writable(config.run)
     return topology
@@ -52,6 +53,7 @@ def check_plan(config: Config, world: int) -> Topology:
     check_choice("wandb.mode", config.wandb.mode, ("offline", "online", "disabled"), ConfigError)
     check_model(config.model, config.mtp)
     check_backend(config.model)
+    check_moments(config.optim, config.engine, config.model.dtype)
     check_balance(config.balance)
     topology = resolve(config.parallel, config.model, world)
     experts = config.model.layers.count("E") + config.mtp.steps

@@ -1,0 +1,163 @@
+"""How long a step takes: arithmetic, what a pipeline waits for, and what travels while nothing is computed.
+
+Arithmetic goes at a share of the peak, but no micro-batch is quicker than a host launches its kernels: cutting
+sequences ever smaller stops paying. Bytes go at the bandwidths of data sheets. Hidden are only transfers that the code
+starts ahead of arithmetic: rows of experts behind the shared expert, sums of gradients behind the backward pass of the
+last micro-batch, new weights behind the forward pass of the next one. All others count whole, also those that tensor
+parallelism hides in part. It ranks layouts; how fast one is, only running it tells.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from model.config import LAYER
+from model.cost.cost import ROUTED, TRAINING_FACTOR, forward_flops, layer_flops
+from parallel.layout_cost import FEWEST_BUCKETS, GATHERED, REDUCED
+from parallel.topology import Topology, microbatches
+from train.job.footprint import Footprint, held_symbols, recomputed
+from train.job.gpus import GPUS
+from train.settings.run import Config
+
+# What each part that is computed again repeats of the forward pass (parts of `model.cost.cost`); norms do not count.
+REPEATED = {
+    "attention": ("attention_scores",),
+    "deltanet": ("deltanet_convolution", "delta_rule"),
+    "experts": (ROUTED,),
+    "norm": (),
+}
+# Data sheets: NVLink in one direction, and one network card of 400 Gbit/s for each GPU; bytes a second.
+BANDWIDTHS = {"H100": (450e9, 50e9), "H200": (450e9, 50e9), "B200": (900e9, 50e9)}
+# Seconds in which a host launches a layer, forwards and backwards: `proxy`, eight layers and the head, takes 35 ms
+# whatever the tokens (tests/bench/RESULTS.md, one H200).
+LAUNCH_SECONDS = 35e-3 / 8
+# Share of a backward pass in a forward and a backward pass.
+BACKWARD = (TRAINING_FACTOR - 1) / TRAINING_FACTOR
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A GPU and how it is connected; bandwidths are what one GPU sends, bytes a second.
+
+    Attributes:
+        memory: bytes. flops: operations a second that the arithmetic of a step reaches.
+        launch: seconds in which the host launches a layer's kernels, forwards and backwards.
+    """
+
+    name: str
+    memory: float
+    flops: float
+    node_bandwidth: float
+    network_bandwidth: float
+    per_node: int = 8
+    launch: float = LAUNCH_SECONDS
+
+
+@dataclass(frozen=True)
+class Link:
+    """Who takes part in a collective: so many ranks, so far apart, each sending to all others or to its neighbour."""
+
+    processes: int
+    apart: int = 1
+    to_all: bool = False
+
+
+# The ranks of a job lie in the order tensor, context, data, pipeline; those of experts in the order of their parts,
+# experts, data, pipeline.
+LINKS: dict[str, Callable[[Topology], Link]] = {
+    "expert all-to-all": lambda sizes: Link(sizes.expert_owners, to_all=True),
+    "tensor gathers and scatters": lambda sizes: Link(sizes.tensor),
+    "context exchanges": lambda sizes: Link(sizes.context, sizes.tensor, to_all=True),
+    "pipeline sends": lambda sizes: Link(sizes.pipeline, sizes.world // sizes.pipeline),
+    REDUCED: lambda sizes: Link(sizes.data * sizes.context, sizes.tensor),
+    GATHERED: lambda sizes: Link(sizes.data * sizes.context, sizes.tensor),
+    f"expert {REDUCED}": lambda sizes: Link(sizes.expert_replicas, sizes.expert_owners),
+    f"expert {GATHERED}": lambda sizes: Link(sizes.expert_replicas, sizes.expert_owners),
+}
+# Transfers of gradients and of new weights, and the share of a micro-batch that may hide them.
+ONCE_A_STEP = {REDUCED: BACKWARD, GATHERED: 1 - BACKWARD}
+ONCE_A_STEP |= {f"expert {name}": share for name, share in ONCE_A_STEP.items()}
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step of one process.
+
+    Attributes:
+        arithmetic: of all its micro-batches, what is computed again included. launching: what a GPU waits for its
+        host besides. waiting: for the first and last micro-batches of a pipeline. transfers: by collective, what
+        nothing hides.
+    """
+
+    arithmetic: float
+    launching: float
+    waiting: float
+    transfers: dict[str, float]
+
+    @property
+    def seconds(self) -> float:
+        """The whole step."""
+        return self.arithmetic + self.launching + self.waiting + sum(self.transfers.values())
+
+
+def machine_of(gpu: str, share: float) -> Machine:
+    """A GPU of `GPUS` whose arithmetic reaches a share of its peak."""
+    return Machine(gpu, GPUS[gpu].memory, GPUS[gpu].peak * share, *BANDWIDTHS[gpu])
+
+
+def step_time(
+    config: Config, topology: Topology, vocab_size: int, places: Iterable[Footprint], machine: Machine
+) -> StepTime:
+    """The step of the slowest of some places of the pipeline, for which the others wait."""
+    whole = _arithmetic_seconds(config, topology, vocab_size, machine)
+    return max((_at(config, topology, whole, place, machine) for place in places), key=lambda time: time.seconds)
+
+
+def transfer_seconds(count: float, link: Link, machine: Machine) -> float:
+    """Bytes that each process sends, over its slowest way.
+
+    To all others: those inside the node get theirs while the network carries the rest. Round a ring: all processes of
+    a node pass on a part each, so that the network cards of all carry what leaves the node.
+    """
+    near = min(link.processes, max(1, machine.per_node // link.apart))
+    if near == link.processes:
+        return count / machine.node_bandwidth
+    if link.to_all:
+        far = (link.processes - near) / (link.processes - 1)
+        return max(count * (1 - far) / machine.node_bandwidth, count * far / machine.network_bandwidth)
+    return count / min(machine.node_bandwidth, near * machine.network_bandwidth)
+
+
+def _arithmetic_seconds(config: Config, topology: Topology, vocab_size: int, machine: Machine) -> float:
+    """Arithmetic of a process of a pipeline whose stages all take equally long."""
+    parts = forward_flops(config.model, config.mtp, vocab_size, config.data.seq_length)
+    again = recomputed(config.parallel)
+    names = parts if LAYER in again else [name for part in again for name in REPEATED[part]]
+    repeated = sum(parts.get(name, 0.0) for name in names)
+    tokens = config.batch.global_ * config.data.seq_length
+    return tokens * (TRAINING_FACTOR * sum(parts.values()) + repeated) / topology.world / machine.flops
+
+
+def _at(config: Config, topology: Topology, whole: float, place: Footprint, machine: Machine) -> StepTime:
+    arithmetic = whole * sum(place.balance[place.pipeline_rank :: topology.pipeline]) * topology.pipeline
+    spent = {name: transfer_seconds(count, LINKS[name](topology), machine) for name, count in place.traffic.items()}
+    shared = _shared_seconds(config, topology, place, machine)
+    number = microbatches(topology, config.batch.global_, config.batch.micro)
+    passes = 1 + (1 - BACKWARD) * (LAYER in recomputed(config.parallel))
+    least = number * passes * machine.launch * len(held_symbols(config, topology, place.pipeline_rank))
+    launching = max(0.0, least - arithmetic)
+    one = (arithmetic + launching) / number
+    for name, seconds in spent.items():
+        if name in ONCE_A_STEP:
+            spent[name] = max(seconds - one * ONCE_A_STEP[name], seconds / FEWEST_BUCKETS)
+        elif name == "expert all-to-all":
+            spent[name] = max(0.0, seconds - shared)
+    pace = arithmetic + launching + sum(seconds for name, seconds in spent.items() if name not in ONCE_A_STEP)
+    return StepTime(arithmetic, launching, pace * place.bubble / (1 - place.bubble), spent)
+
+
+def _shared_seconds(config: Config, topology: Topology, place: Footprint, machine: Machine) -> float:
+    """Arithmetic of the shared experts of a process's stages in a step."""
+    each = layer_flops("E", config.model, config.data.seq_length)["shared_expert"]
+    tokens = config.batch.global_ * config.data.seq_length * topology.pipeline / topology.world
+    experts = held_symbols(config, topology, place.pipeline_rank).count("E")
+    return TRAINING_FACTOR * each * experts * tokens / machine.flops
