@@ -83,7 +83,9 @@ def test_what_a_gpu_saves_is_the_state_of_its_step_and_memory_comes_back(tmp_pat
     (found,) = run_ranks(_saves, 1, tmp_path, timeout=280, gpus=True)
     assert found["failed"] == "" and found["steps"] == [0, 1, 2, 3]
     assert found["same"] == {1: True, 2: True, 3: True}
-    assert found["held"] == found["held"][:1] * 3, "GPU memory after each save"
+    first, second, third = found["held"]
+    # Five kilobytes come once with the second save; a copy of what was saved would be 190 MB.
+    assert third == second and second - first < 2**20, "GPU memory after each save"
 
 
 def _hangs(run: Path) -> None:
