@@ -14,6 +14,8 @@ import shutil
 import socket
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -62,16 +64,36 @@ def information(job: Job) -> dict[str, float]:
     return {INFORMATION: found.item()}
 
 
+def losses(job: Job) -> dict[str, float]:
+    """Held-out loss, of all and by place in a document."""
+    by_part = TextParts(job.config.data.seq_length)
+    values = heldout_metrics(job, read_heldout(job, job.config.run.eval_samples), by_part.add)
+    return values | by_part.values(job)
+
+
+def acceptance(job: Job) -> dict[str, float]:
+    """What drafts are worth; nothing without multi-token prediction."""
+    prompts = heldout_prompts(job, PROMPTS, PROMPT_TOKENS) if job.config.mtp.steps else []
+    return measure_acceptance(job, job.chunks[0], prompts, DRAFT, TEXT_TOKENS).values() if prompts else {}
+
+
+PROBES: tuple[Callable[[Job], dict[str, float]], ...] = (
+    losses,
+    acceptance,
+    lambda job: source_metrics(job, SOURCE_ROWS),
+    lambda job: needle_metrics(job, NEEDLE_ROWS),
+    information,
+)
+
+
 def measured(job: Job) -> dict[str, float]:
-    """What is read of a trained model."""
-    by_part, samples = TextParts(job.config.data.seq_length), job.config.run.eval_samples
-    values = heldout_metrics(job, read_heldout(job, samples), by_part.add) | by_part.values(job)
-    values |= source_metrics(job, SOURCE_ROWS) | needle_metrics(job, NEEDLE_ROWS)
-    if "E" in job.config.model.layers:
-        values |= information(job)
-    if job.config.mtp.steps:
-        prompts = heldout_prompts(job, PROMPTS, PROMPT_TOKENS)
-        values |= measure_acceptance(job, job.chunks[0], prompts, DRAFT, TEXT_TOKENS).values() if prompts else {}
+    """What is read of a trained model. A probe that fails says so, and costs neither the others nor the run."""
+    values: dict[str, float] = {}
+    for probe in PROBES:
+        try:
+            values |= probe(job)
+        except Exception:
+            traceback.print_exc()
     return values
 
 
