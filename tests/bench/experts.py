@@ -12,6 +12,7 @@ which compiles for minutes.
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import traceback
 from collections.abc import Callable
@@ -32,6 +33,8 @@ from train.measure.timing import Clock
 EXPERTS, K, HIDDEN, WIDTH = 512, 10, 2048, 512
 FLOPS = 18 * HIDDEN * WIDTH  # of a row: three matrices, two operations a number, forwards and twice that backwards
 STEPS = 4  # of a contestant's turn
+FEW = 256  # tokens, for which the same kernels are compiled
+PATIENCE_S = 120.0
 TILES = {
     "products in 192 x 128": (Tile(128, 64, 128, 64, 8, 4), GRADIENT_TILE),
     "products in 64 x 256": (Tile(64, 0, 256, 64, 4, 4), GRADIENT_TILE),
@@ -150,7 +153,7 @@ def measured(tokens: int, contestants: dict[str, Layer], rounds: int, device: to
             contest.turn(name, layer)
     base = contest.times[next(iter(contestants))]
     for name, times in contest.times.items():
-        ratios = sorted(mine / other for mine, other in zip(base, times, strict=True))
+        ratios = sorted(other / mine for mine, other in zip(base, times, strict=True))  # of speeds
         milliseconds = statistics.median(times)
         rows[name] |= {
             "milliseconds": milliseconds,
@@ -161,8 +164,26 @@ def measured(tokens: int, contestants: dict[str, Layer], rounds: int, device: to
     return rows
 
 
+def compile_tiles(name: str) -> None:
+    """Compiles our kernels in the tiles of that name, into the cache that other processes read."""
+    contest = Contest(FEW, torch.device("cuda"))
+    contest.results(partial(in_tiles, TILES[name]))
+    torch.cuda.synchronize()
+
+
+def table(tokens: int, rows: dict[str, dict]) -> str:
+    """What `measured` found, as lines."""
+    lines = [f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {tokens} tokens:"]
+    lines += ["| | ms | TFLOP/s | ours over it (least, most) | error |", "|---|---|---|---|---|"]
+    for name, row in rows.items():
+        least, most = row["least_and_most"]
+        numbers = f"{row['milliseconds']:.2f} | {row['tflops']:.0f} | {row['ours_over_it']:.3f}"
+        lines.append(f"| {name} | {numbers} ({least:.3f}, {most:.3f}) | {row['error']:.1e} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
-    """Prints a table for each number of tokens."""
+    """Prints a table for each number of tokens: beside sonic-moe, then in other tiles, which compile meanwhile."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768])
     parser.add_argument("--rounds", type=int, default=7)
@@ -172,25 +193,27 @@ def main() -> None:
     asked = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("no GPU here: the kernels run on one only")
-    contestants: dict[str, Layer] = {"tessera": partial(in_tiles, None)}
-    if asked.tiles:
-        contestants |= {f"tessera, {name}": partial(in_tiles, tiles) for name, tiles in TILES.items()}
-    try:
-        contestants["sonic-moe, our router"] = sonic_layer(asked.tuned, own_router=False)
-        contestants["sonic-moe"] = sonic_layer(asked.tuned, own_router=True)
-    except ImportError as failure:
-        print(f"sonic-moe is left out: {failure}", flush=True)
-    everything = {}
-    for tokens in asked.tokens:
-        rows = everything[tokens] = measured(tokens, dict(contestants), asked.rounds, torch.device("cuda"))
-        print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, {tokens} tokens, {asked.rounds} rounds:")
-        print("| | ms | TFLOP/s | ours over it (least, most) | error |\n|---|---|---|---|---|")
-        for name, row in rows.items():
-            least, most = row.get("least_and_most", (0, 0))
-            numbers = f"{row['milliseconds']:.2f} | {row['tflops']:.0f} | {row['ours_over_it']:.3f}"
-            print(f"| {name} | {numbers} ({least:.3f}, {most:.3f}) | {row['error']:.1e} |", flush=True)
-    if asked.output:
-        asked.output.write_text(json.dumps(everything, indent=1))
+    device, everything = torch.device("cuda"), {}
+    with multiprocessing.get_context("spawn").Pool(len(TILES) if asked.tiles else 1) as pool:
+        compiled = pool.map_async(compile_tiles, TILES) if asked.tiles else None
+        peers: dict[str, Layer] = {}
+        try:
+            peers["sonic-moe, our router"] = sonic_layer(asked.tuned, own_router=False)
+            peers["sonic-moe"] = sonic_layer(asked.tuned, own_router=True)
+        except ImportError as failure:
+            print(f"sonic-moe is left out: {failure}", flush=True)
+        groups = {"beside others": peers}
+        if asked.tiles:
+            groups["tiles"] = {f"tessera, {name}": partial(in_tiles, tiles) for name, tiles in TILES.items()}
+        for group, contestants in groups.items():
+            if group == "tiles" and compiled is not None:
+                compiled.wait(PATIENCE_S)
+            for tokens in asked.tokens:
+                together = {"tessera": partial(in_tiles, None), **contestants}
+                rows = everything[f"{group}, {tokens}"] = measured(tokens, together, asked.rounds, device)
+                print(f"\n{table(tokens, rows)}", flush=True)
+                if asked.output:
+                    asked.output.write_text(json.dumps(everything, indent=1))
 
 
 if __name__ == "__main__":
