@@ -38,6 +38,7 @@ LONG = (
     "train/test_hf_family_layouts.py",
     "train/test_hf_layouts.py",
     "train/test_hf_memory.py",
+    "train/test_hf_miniatures.py",
     "train/test_resize.py",
     "train/test_stop.py",
     "train/test_training.py",

@@ -25,7 +25,7 @@ NEEDS = {
     "qwen3_5_2b": (CORPUS, 1, 1),
     "qwen3_5_4b": (CORPUS, 8, 1),
     "qwen3_5_9b": (CORPUS, 8, 1),
-    "qwen3_5_35b_a3b": (CORPUS, 16, 16),
+    "qwen3_5_35b_a3b": (CORPUS, 16, 8),
     "qwen3_5_122b_a10b": (CORPUS, 128, 64),
     "qwen3_coder_next": (CORPUS, 64, 64),
     "small_1gpu": ([], 1, 1),
@@ -150,6 +150,13 @@ LADDER = {  # (GPU of the estimate, share of its peak): tokens, GPU-hours, memor
     "medium_8gpu": "estimate.gpu=H100 estimate.mfu=0.3",
     "large_64gpu": "estimate.gpu=H100 estimate.mfu=0.3",
     "qwen3_next_80b_a3b_512gpu": "estimate.gpu=H100 estimate.mfu=0.3",
+    "qwen3_5_0_8b": "estimate.gpu=H100 estimate.mfu=0.3",
+    "qwen3_5_2b": "estimate.gpu=H100 estimate.mfu=0.3",
+    "qwen3_5_4b": "estimate.gpu=H200 estimate.mfu=0.3",
+    "qwen3_5_9b": "estimate.gpu=H100 estimate.mfu=0.3",
+    "qwen3_5_35b_a3b": "estimate.gpu=H100 estimate.mfu=0.3",
+    "qwen3_5_122b_a10b": "estimate.gpu=H200 estimate.mfu=0.3",
+    "qwen3_coder_next": "estimate.gpu=H200 estimate.mfu=0.3",
 }
 
 

@@ -3,6 +3,7 @@
 What one side cannot say is an error of its own: nothing is rounded to the nearest thing that it can.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -14,6 +15,7 @@ YARN_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "factor
 YARN_USUAL = {"beta_fast": 32, "beta_slow": 1}  # the constants of YaRN's paper, which some files spell out
 MROPE = {"mrope_section", "mrope_interleaved"}  # places of three axes; all are equal where there is text alone
 INTERVAL, BALANCE = 4, 0.001  # full_attention_interval and router_aux_loss_coef where they are left out
+STATE = {"mamba_ssm_dtype": "float32"}  # how engines keep Gated DeltaNet's state; else in the weights' type
 ROPE_DEFAULTS = {"rope_theta": 1e4, "partial_rotary_factor": 0.25}
 FP8_FORMAT = {"quant_method": "fp8", "fmt": "e4m3"}
 SUPERSEDED = ("quantization_config", "torch_dtype", "rope_scaling")  # keys of an import that an export may contradict
@@ -107,7 +109,8 @@ def to_hf(
         values["router_aux_loss_coef"] = balance_weight
         values.setdefault("intermediate_size", model.expert_size)  # of dense blocks, of which there are none
     values = {key: value for key, value in values.items() if value is not None}
-    text = {key: value for key, value in old_text.items() if key not in SUPERSEDED} | values
+    usual = {} if family is QWEN3_NEXT else STATE
+    text = usual | {key: value for key, value in old_text.items() if key not in SUPERSEDED} | values
     if not wrapped:
         return text
     assert family.wrapper is not None  # only such a family is imported with a text_config
@@ -155,35 +158,36 @@ def from_hf(config: dict[str, Any], dtype: str | None = None) -> Imported:
     Raises:
         ModelError: what the model is told to be, and ours cannot be.
     """
-    wrapped = config.get("model_type") in WRAPPERS
-    family = WRAPPERS[config["model_type"]] if wrapped else FAMILIES.get(config.get("model_type", ""))
+    model_type = config.get("model_type")
+    family = (WRAPPERS | FAMILIES).get(model_type) if isinstance(model_type, str) else None
     if family is None:
         known = ", ".join([*FAMILIES, *WRAPPERS])
-        _refuse("model_type", config.get("model_type"), f"only {known} have these layers")
+        _refuse("model_type", model_type, f"only {known} have these layers")
+    wrapped = model_type in WRAPPERS
     text = config.get(TEXT_CONFIG) if wrapped else config
     if not isinstance(text, dict):
         _refuse(TEXT_CONFIG, text, "it must be the settings of the text model")
+    if wrapped and text.get("model_type", family.model_type) != family.model_type:
+        _refuse(f"{TEXT_CONFIG}.model_type", text["model_type"], f"the text of a {model_type} is {family.model_type}")
     for key, value in family.always.items():
         given = text.get(key, value)
         if (type(value)() if given is None else given) != value:
             _refuse(key, text[key], f"this model's layers have {value!r}")
-    if (depth := text.get(family.mtp_key) or 0) > 1:
+    if (depth := _checked(family.mtp_key, text.get(family.mtp_key) or 0, 0)) > 1:
         _refuse(family.mtp_key, depth, "one layer predicts all further tokens")
     pattern, repeats = _pattern(text, family)
-    fields: dict[str, Any] = {ours: text.get(theirs, default) for ours, theirs, default in family.fields}
-    if fields["head_dim"] is None:
-        fields["head_dim"] = fields["hidden_size"] // fields["attention_heads"]
+    fields = _fields(text, family)
     if wrapped and "tie_word_embeddings" in config:
-        fields["tied_embeddings"] = config["tie_word_embeddings"]
+        fields["tied_embeddings"] = _checked("tie_word_embeddings", config["tie_word_embeddings"], False)
     stored = next((x[key] for x in (text, config) for key in ("dtype", "torch_dtype") if x.get(key)), "float32")
     if stored == "float16" and dtype is None:
         _refuse("dtype", stored, "weights are trained in bfloat16 or float32: say dtype=bfloat16 or dtype=float32")
     if stored not in ("bfloat16", "float32", "float16"):
         _refuse("dtype", stored, "weights are trained in bfloat16 or float32")
-    weight = text.get("router_aux_loss_coef", BALANCE) if family.feed_forward == "E" else BALANCE
+    weight = _checked("router_aux_loss_coef", text.get("router_aux_loss_coef", BALANCE) or 0.0, BALANCE)
     return Imported(
         ModelConfig(pattern=pattern, repeats=repeats, dtype=dtype or stored, **fields, **_rope(text)),
-        float(weight or 0.0),
+        float(weight) if family.feed_forward == "E" else BALANCE,
         depth == 1,
         family,
         wrapped,
@@ -192,12 +196,38 @@ def from_hf(config: dict[str, Any], dtype: str | None = None) -> Imported:
     )
 
 
+def _checked(key: str, value: Any, like: object) -> Any:
+    """A value, if it is of the kind that it has to be: true or false, a whole number, or a number."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(like, bool):
+        kind, fits = "true or false", isinstance(value, bool)
+    elif isinstance(like, int):
+        kind, fits = "a whole number", number and isinstance(value, int)
+    else:
+        kind, fits = "a number", number
+    if not fits:
+        _refuse(key, value, f"it must be {kind}")
+    return value
+
+
+def _fields(text: dict[str, Any], family: Family) -> dict[str, Any]:
+    """Our settings that both sides have."""
+    given = {theirs: text.get(theirs, default) for _, theirs, default in family.fields}
+    if given["head_dim"] is None:
+        width, heads = (_checked(key, given[key], 1) for key in ("hidden_size", "num_attention_heads"))
+        given["head_dim"] = width // max(1, heads)
+    return {ours: _checked(theirs, given[theirs], default) for ours, theirs, default in family.fields}
+
+
 def _pattern(text: dict[str, Any], family: Family) -> tuple[str, int]:
     """The layers, as a pattern and how often it is repeated."""
-    blocks = text.get("num_hidden_layers", family.layers)
-    every = text.get("full_attention_interval") or INTERVAL
+    blocks = _checked("num_hidden_layers", text.get("num_hidden_layers", family.layers), 1)
+    if blocks < 1:
+        _refuse("num_hidden_layers", blocks, "it must be at least 1")
+    every = _checked("full_attention_interval", text.get("full_attention_interval") or INTERVAL, INTERVAL)
     kinds = text.get("layer_types") or [LAYER_TYPES["G" if (i + 1) % every else "*"] for i in range(blocks)]
-    if len(kinds) != blocks or set(kinds) - set(LAYER_TYPES.values()):
+    known = isinstance(kinds, list) and all(kind in LAYER_TYPES.values() for kind in kinds)
+    if not known or len(kinds) != blocks:
         _refuse("layer_types", kinds, f"it must name linear_attention or full_attention for {blocks} blocks")
     mixers = {name: symbol for symbol, name in LAYER_TYPES.items()}
     return _shortest_period("".join(mixers[kind] + family.feed_forward for kind in kinds))
@@ -207,22 +237,28 @@ def _fp8_block(quantization: dict[str, Any] | None) -> tuple[int, int] | None:
     """Rows and columns that share a scale, of the only kind of quantized weights that is read."""
     if quantization is None:
         return None
+    if not isinstance(quantization, dict):
+        _refuse("quantization_config", quantization, "it must be the settings of a quantization")
     block = quantization.get("weight_block_size")
     known = all(quantization.get(key, value) == value for key, value in FP8_FORMAT.items())
-    if "quant_method" not in quantization or not known or not isinstance(block, list) or len(block) != 2:
+    sized = isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)
+    if "quant_method" not in quantization or not known or not sized:
         kind = quantization.get("quant_method")
         _refuse(
             "quantization_config",
             kind,
             "FP8 (e4m3) in blocks of weight_block_size is read; of others, import the weights that they were made from",
         )
-    return int(block[0]), int(block[1])
+    return block[0], block[1]
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
     """Our settings of RoPE; ``rope_scaling``, an older name, counts before ``rope_parameters``, as in transformers."""
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    base, fraction = (rope.get(key, config.get(key, default)) for key, default in ROPE_DEFAULTS.items())
+    if not isinstance(rope, dict):
+        _refuse("rope_parameters", rope, "it must be the settings of RoPE")
+    given = {key: rope.get(key, config.get(key, default)) for key, default in ROPE_DEFAULTS.items()}
+    base, fraction = (_checked(key, value, 0.0) for key, value in given.items())
     plain = {"rope_base": float(base), "rotary_fraction": fraction}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":

@@ -169,6 +169,48 @@ def test_what_our_layers_cannot_be_is_refused(changes: dict, message: str) -> No
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"hidden_size": "64"}, "hidden_size='64' cannot be imported: it must be a whole number"),
+        ({"hidden_size": 64.0}, "hidden_size=64.0 cannot"),
+        ({"vocab_size": None}, "vocab_size=None cannot"),
+        ({"hidden_size": None, "head_dim": None}, "hidden_size=None cannot"),
+        ({"rms_norm_eps": "tiny"}, "rms_norm_eps='tiny' cannot be imported: it must be a number"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan cannot"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings='yes' cannot be imported: it must be true or false"),
+        ({"num_experts": True}, "num_experts=True cannot"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0 cannot be imported: it must be at least 1"),
+        ({"num_hidden_layers": "4"}, "num_hidden_layers='4' cannot"),
+        ({"num_hidden_layers": 1, "layer_types": [["a"]]}, "layer_types=[['a']] cannot"),
+        ({"layer_types": 7}, "layer_types=7 cannot"),
+        ({"full_attention_interval": "4"}, "full_attention_interval='4' cannot"),
+        ({"num_nextn_predict_layers": "one"}, "num_nextn_predict_layers='one' cannot"),
+        ({"router_aux_loss_coef": "much"}, "router_aux_loss_coef='much' cannot"),
+        ({"rope_parameters": [1]}, "rope_parameters=[1] cannot"),
+        ({"rope_parameters": {"rope_theta": "big"}}, "rope_theta='big' cannot"),
+        ({"quantization_config": "fp8"}, "quantization_config='fp8' cannot"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": ["a", 2]}}, "quantization_config='fp8'"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [0, 0]}}, "quantization_config='fp8'"),
+        ({"model_type": ["qwen3_5_text"]}, "model_type=['qwen3_5_text'] cannot"),
+        ({"model_type": "qwen3_5", "text_config": {"model_type": "qwen3_moe"}}, "text_config.model_type='qwen3_moe'"),
+        ({"model_type": "qwen3_5_moe", "text_config": {"model_type": "qwen3_5_text"}}, "text_config.model_type='qwen3"),
+    ],
+)
+def test_values_of_another_kind_are_refused_by_name(changes: dict, message: str) -> None:
+    with pytest.raises(ModelError) as refusal:
+        hf_config.from_hf({"model_type": "qwen3_next", **changes})
+    assert str(refusal.value).startswith(f"config.json's {message}") and "\n" not in str(refusal.value)
+
+
+def test_engines_are_told_to_keep_the_state_in_float32() -> None:
+    """vLLM keeps it in the weights' type unless the file says so; a file that says otherwise keeps its word."""
+    (family, model), *_ = FAMILY_MODELS.values()
+    arguments = (model, True, 0.002, 1024, model.dtype, 7, family)
+    assert hf_config.to_hf(*arguments)["mamba_ssm_dtype"] == "float32"
+    assert hf_config.to_hf(*arguments, {"mamba_ssm_dtype": "bfloat16"})["mamba_ssm_dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
         ({"pattern": "*-"}, "model.pattern='*-' has no counterpart in a Hugging Face qwen3_next checkpoint: each of"),
         ({"pattern": "GE*"}, "model.pattern='GE*' has"),
         ({"pattern": "EG"}, "model.pattern='EG' has"),

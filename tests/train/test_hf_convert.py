@@ -185,11 +185,16 @@ def damage(out: Path, how: str) -> None:
         index.write_text(json.dumps({"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}))
     elif how == "config":
         (out / "config.json").write_text("{")
-    elif how == "overlap":
+    elif how == "notes":
+        (out / "tessera.json").write_text('{"exact": {"model.layers.0.linear_attn.norm.weight": "ab"}}')
+    elif how == "tokenizer":
+        (out / "tokenizer.json").write_text("{")
+    elif how in ("overlap", "twice"):
         data = file.read_bytes()
         length = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + length])
-        header["lm_head.weight"]["data_offsets"] = [0, 10**9]
+        another = header["model.embed_tokens.weight"]["data_offsets"]
+        header["lm_head.weight"]["data_offsets"] = another if how == "twice" else [0, 10**9]
         text = json.dumps(header).encode()
         file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
 
@@ -201,6 +206,9 @@ def damage(out: Path, how: str) -> None:
         ("truncated", "model.safetensors is not a whole safetensors file"),
         ("header", "is not a whole safetensors file: its header claims"),
         ("overlap", "is not a whole safetensors file: lm_head.weight lies outside it"),
+        ("twice", "is not a whole safetensors file: lm_head.weight lies where model.embed_tokens.weight is"),
+        ("notes", "tessera.json cannot be read: exact must hold a list of numbers by name"),
+        ("tokenizer", "tokenizer.json cannot be read: "),
         ("outside", "names files outside its directory: "),
         ("absent", "lacks files that model.safetensors.index.json names: model-00001-of-00002.safetensors"),
         ("config", "config.json cannot be read"),

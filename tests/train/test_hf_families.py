@@ -146,6 +146,15 @@ def test_what_sees_goes_in_and_out_untouched(tmp_path: Path, run: Config) -> Non
     assert config_of(alone)["model_type"] == "qwen3_5_moe_text" and "vision_config" not in config_of(alone)
 
 
+def test_what_sees_is_refused_by_name_in_a_type_that_is_not_known(tmp_path: Path, run: Config) -> None:
+    source = wrap(export_run(run, tmp_path / "text", model_type="qwen3_5_moe_text"), tmp_path / "source")
+    tensors = load_file(source / "model.safetensors") | {"model.visual.places": torch.arange(4)}
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"tensors of other types than .*: model.visual.places \(I64\)"):
+        import_as(source, tmp_path, "back")
+    assert not list(tmp_path.glob("back*"))
+
+
 @pytest.mark.parametrize("setting", ["init", "fork"])
 def test_a_run_that_started_from_an_import_carries_the_same(tmp_path: Path, run: Config, setting: str) -> None:
     source = wrap(export_run(run, tmp_path / "text", model_type="qwen3_5_moe_text"), tmp_path / "source")

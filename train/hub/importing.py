@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,12 +48,14 @@ def import_run(config: ImportConfig, run: Config) -> Path:
     wanted = {part.name: part.shape for piece in pieces for part in piece.parts}
     mend = "Without its multi-token-prediction layer: mtp=false." if mtp else f"{HF_CONFIG} says what there should be."
     compare({name: entry.shape for name, entry in found.items()}, wanted, str(directory), mend)
-    if strange := [f"{name} ({entry.dtype})" for name, entry in found.items() if entry.dtype not in READABLE]:
+    if strange := [f"{name} ({entry.dtype})" for name, entry in reader.entries.items() if entry.dtype not in READABLE]:
         raise ConfigError(f"{directory} has tensors of other types than {', '.join(READABLE)}: {listed(strange)}")
     for what, it_is in (("float16", their_config.half), ("FP8", their_config.fp8_block is not None)):
         if it_is:
             print(f"weights stored in {what} are converted to {run.model.dtype}", flush=True)
-    notes = read_json(directory / EXACT_FILE).get("exact", {}) if (directory / EXACT_FILE).is_file() else {}
+    notes = _notes(directory)
+    if (directory / TOKENIZER_FILE).is_file():
+        read_json(directory / TOKENIZER_FILE)  # one that no program can read would be found by the first run
     packed = sorted(
         {part.name.split(EXPERTS)[0] for x in pieces for part in x.parts if part.name.endswith("gate_up_proj")}
     )
@@ -75,6 +76,16 @@ def import_run(config: ImportConfig, run: Config) -> Path:
     return run.run.path
 
 
+def _notes(directory: Path) -> dict[str, list[float]]:
+    """What an export noted of weights that lose digits when something is added, by their name."""
+    path = directory / EXACT_FILE
+    notes = read_json(path).get("exact", {}) if path.is_file() else {}
+    lists = notes.values() if isinstance(notes, dict) else [None]
+    if not all(isinstance(note, list) and all(isinstance(x, int | float) for x in note) for note in lists):
+        raise ConfigError(f"{path} cannot be read: exact must hold a list of numbers by name")
+    return notes
+
+
 def _import_pieces(run: Config, mtp: bool, imported: hf_config.Imported, found: Mapping[str, object]) -> list[hf.Piece]:
     one = run.model.expert_size * run.model.hidden_size * 2 * PARAMS_DTYPES[run.model.dtype].itemsize
     return list(
@@ -90,7 +101,12 @@ def _import_pieces(run: Config, mtp: bool, imported: hf_config.Imported, found: 
 
 
 def _write_checkpoint(
-    pieces: list[hf.Piece], reader: SafetensorsReader, notes: dict[str, Any], path: Path, dtype: torch.dtype, where: str
+    pieces: list[hf.Piece],
+    reader: SafetensorsReader,
+    notes: dict[str, list[float]],
+    path: Path,
+    dtype: torch.dtype,
+    where: str,
 ) -> None:
     broken: list[str] = []
     size = sum(entry.end - entry.begin for entry in reader.entries.values())

@@ -4,6 +4,7 @@ The format is 8 bytes of length, a JSON header with each tensor's type, shape an
 header is known before its numbers are. Nothing but that header and numbers is read: no pickle, no code.
 """
 
+import itertools
 import json
 import math
 import os
@@ -204,6 +205,10 @@ def _read_header(file: Path) -> dict[str, Entry]:
             if not (start <= begin <= end <= size and end - begin == wanted and min(shape, default=1) > 0):
                 raise ValueError(f"{name} lies outside it")
             found[name] = Entry(file, dtype, shape, begin, end)
+        placed = sorted(found.items(), key=lambda item: item[1].begin)
+        for (before, first), (name, second) in itertools.pairwise(placed):
+            if second.begin < first.end:
+                raise ValueError(f"{name} lies where {before} is")
         return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{file} is not a whole safetensors file: {one_line(error)}") from error

@@ -1,0 +1,194 @@
+"""A miniature of each recipe of Qwen3.5's family trains on from an import, and resumes: the recipes' own lines, cut.
+
+A miniature keeps what makes its model the one it is: pattern, head ratios, tied ends, experts, MTP, the numbers' type.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from math import gcd
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.config import ModelConfig
+from model.hf.families import QWEN3_5_MOE, QWEN3_NEXT, family_of
+from tests.dist import run_ranks
+from tests.layout import ROOT
+from tests.train.hf_runs import (
+    VOCAB,
+    add_checkpoint,
+    export_run,
+    import_as,
+    make_corpus,
+    make_run,
+    read_all,
+    telling,
+)
+from tests.train.logs import read_metrics
+from train.__main__ import compose
+from train.__main__ import run as command
+from train.job.shelf import Shelf
+from train.settings.tree import to_dict
+
+# Value heads a key head, query heads a key head of attention, tied ends: of their config.json.
+FAMILY = {
+    "qwen3_5_0_8b": (1, 4, True),
+    "qwen3_5_2b": (1, 4, True),
+    "qwen3_5_4b": (2, 4, True),
+    "qwen3_5_9b": (2, 4, False),
+    "qwen3_5_35b_a3b": (2, 8, False),
+    "qwen3_5_122b_a10b": (4, 16, False),
+    "qwen3_coder_next": (2, 8, False),
+}
+WIDTHS = {"hidden_size": 32, "vocab_size": VOCAB, "head_dim": 16, "linear_key_dim": 16, "linear_value_dim": 16}
+SECOND = {
+    "-": {"dense_size": 48},
+    "E": {"experts": 8, "experts_per_token": 2, "expert_size": 16, "shared_expert_size": 24},
+}
+STEPS, SAVED, LR = 3, 2, 1e-4
+SHORT = [
+    *(f"run.steps={STEPS}", f"run.save_every={SAVED}", "run.log_every=1", "run.eval_samples=1", "run.eval_prompts=0"),
+    *("optim.warmup_steps=1", f"optim.lr={LR}", "optim.min_lr=0", "data.seq_length=64", "batch.global=4"),
+    *("batch.micro=2", "wandb.mode=disabled"),
+]
+ALONE = ["parallel.world=null", "parallel.expert=1", "parallel.tensor=1"]
+
+
+def miniature(recipe: str) -> ModelConfig:
+    """The recipe's model with one repeat of its pattern, few heads and narrow layers."""
+    model = compose(["-cn", recipe], planned=True).model
+    heads = gcd(model.attention_heads, model.key_value_heads) // 2
+    linear = gcd(model.linear_key_heads, model.linear_value_heads) // 2
+    return replace(
+        model,
+        repeats=1,
+        attention_heads=model.attention_heads // heads,
+        key_value_heads=model.key_value_heads // heads,
+        linear_key_heads=model.linear_key_heads // linear,
+        linear_value_heads=model.linear_value_heads // linear,
+        **WIDTHS,
+        **SECOND["E" if "E" in model.layers else "-"],
+    )
+
+
+def start_from(recipe: str, place: Path, corpus: Path) -> dict[str, torch.Tensor]:
+    """Makes the run ``RECIPE-base``: an import of a checkpoint with the recipe's model, as it is published."""
+    shape = miniature(recipe)
+    run = make_run(place / "trained", recipe, shape, corpus)
+    add_checkpoint(run.run.path, telling(shape))
+    published = QWEN3_NEXT if recipe == "qwen3_coder_next" else QWEN3_5_MOE
+    family = published if "E" in shape.layers else family_of(shape)
+    files = export_run(run, place / "files" / recipe, model_type=family.model_type)
+    assert (files / "config.json").is_file()
+    import_as(files, place / "runs", f"{recipe}-base")
+    return telling(shape)
+
+
+def line(recipe: str, place: Path, corpus: Path, *changes: str) -> list[str]:
+    """The command line of a miniature. Its model is that of the import."""
+    own = [f"run.dir={place / 'runs'}", f"data.corpus={corpus}", f"run.init={recipe}-base"]
+    return ["train", "-cn", recipe, *SHORT, *own, *changes]
+
+
+def lose_the_end(run: Path) -> None:
+    """The run's last checkpoint is lost; what it had logged stays beside it."""
+    shutil.copy(run / "metrics.jsonl", run / "first.jsonl")
+    shutil.rmtree(Shelf(run / "checkpoints").path(STEPS))
+
+
+def train_and_resume(place: Path, corpus: Path) -> None:
+    """In a process of its own: each miniature to its end, and again from the checkpoint before it."""
+    for recipe in FAMILY:
+        assert command(line(recipe, place, corpus, *ALONE)) == 0
+        lose_the_end(place / "runs" / recipe)
+        assert command(line(recipe, place, corpus, *ALONE)) == 0
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, corpus: Path) -> tuple[Path, dict[str, dict[str, torch.Tensor]]]:
+    """Where the runs are, and the weights that each was imported with."""
+    place = tmp_path_factory.mktemp("miniatures")
+    imported = {recipe: start_from(recipe, place, corpus) for recipe in FAMILY}
+    run_ranks(train_and_resume, 1, place, corpus, timeout=300)
+    return place, imported
+
+
+def assert_trained_and_resumed(run: Path) -> None:
+    """Every step has its numbers, and those after the checkpoint came out twice alike."""
+    first, last = (read_metrics(run / name) for name in ("first.jsonl", "metrics.jsonl"))
+    numbers = [[entry[name] for name in ("step", "lm_loss", "mtp_loss/1", "grad_norm")] for entry in first]
+    assert [step for step, *_ in numbers] == list(range(1, STEPS + 1))
+    assert all(0 < number < 1e3 for entry in numbers for number in entry)
+    again = [[entry[name] for name in ("step", "lm_loss", "mtp_loss/1", "grad_norm")] for entry in last]
+    assert again[-1] == numbers[-1]
+    starts = [json.loads(text)["step"] for text in (run / "history.jsonl").read_text().splitlines()]
+    assert starts == [0, SAVED]
+
+
+@pytest.mark.parametrize("recipe", FAMILY)
+def test_a_miniature_trains_on_from_an_import_and_resumes(trained, recipe: str) -> None:
+    place, imported = trained
+    run = place / "runs" / recipe
+    assert_trained_and_resumed(run)
+    shape = miniature(recipe)
+    ratios = shape.linear_value_heads // shape.linear_key_heads, shape.attention_heads // shape.key_value_heads
+    assert (*ratios, shape.tied_embeddings) == FAMILY[recipe]
+    weights = {
+        name: x for name, x in read_all(Shelf(run / "checkpoints").path(SAVED)).items() if name in imported[recipe]
+    }
+    assert weights.keys() == imported[recipe].keys()
+    for name, start in imported[recipe].items():
+        # Two steps of AdamW change a weight by their rates at most; bfloat16 rounds what is kept by 2^-9.
+        moved = (weights[name].float() - start.float()).abs()
+        assert (moved <= 2.5 * LR + start.float().abs() / 256).all(), name
+    assert any(not torch.equal(weights[name], start) for name, start in imported[recipe].items())
+
+
+MOE = ["model_type=qwen3_5_moe_text"]  # an export's own choice for experts is Qwen3-Next's
+# What each recipe's layout comes to on two processes.
+ON_TWO = {
+    "qwen3_5_9b": ["parallel.expert=1", "parallel.tensor=2"],
+    "qwen3_5_35b_a3b": ["parallel.expert=2", "parallel.tensor=2"],
+    "qwen3_5_122b_a10b": ["parallel.expert=2"],
+    "qwen3_coder_next": ["parallel.expert=2"],
+}
+
+
+def on_two(*arguments: str) -> str:
+    """A real command in two processes; what it said."""
+    environment = os.environ | {"NPROC": "2", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "train", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("recipe", FAMILY)
+def test_a_trained_miniature_goes_through_files_and_trains_on_in_two_processes(
+    tmp_path: Path, corpus: Path, recipe: str
+) -> None:
+    place, files = f"run.dir={tmp_path / 'runs'}", tmp_path / "files"
+    layout = ["parallel.world=2", *ON_TWO.get(recipe, ["parallel.expert=1"])]
+    cut = miniature(recipe)
+    whole = to_dict(compose(["-cn", recipe], planned=True).model)
+    sizes = [f"model.{key}={value}" for key, value in to_dict(cut).items() if whole[key] != value]
+    on_two("train", "-cn", recipe, *SHORT, place, f"data.corpus={corpus}", "run.name=seed", *sizes, *layout)
+    on_two("export", "run=seed", place, f"out={files}", *(MOE if "a3b" in recipe or "a10b" in recipe else []))
+    on_two("import", f"hf={files}", f"run={recipe}-base", place)
+    first = on_two(*line(recipe, tmp_path, corpus, *layout))
+    lose_the_end(tmp_path / "runs" / recipe)
+    again = on_two(*line(recipe, tmp_path, corpus, *layout))
+    assert "starting after step 0" in first and f"starting after step {SAVED}" in again
+    assert_trained_and_resumed(tmp_path / "runs" / recipe)
