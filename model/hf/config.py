@@ -97,7 +97,7 @@ def to_hf(
         "num_hidden_layers": len(kinds),
         "layer_types": kinds,
         "max_position_embeddings": max_length,
-        **_rope_to_hf(model, family, old_text.get("rope_parameters") or {}),
+        **_rope_to_hf(model, family, old_text.get("rope_parameters") or {}, wrapped),
         family.mtp_key: int(mtp),
         "bos_token_id": None,
         "eos_token_id": eod_id,
@@ -126,8 +126,12 @@ def to_hf(
     }
 
 
-def _rope_to_hf(model: ModelConfig, family: Family, old: dict[str, Any]) -> dict[str, Any]:
-    """RoPE, for Qwen3-Next twice: as ``rope_parameters``, and as the older single keys that SGLang reads."""
+def _rope_to_hf(model: ModelConfig, family: Family, old: dict[str, Any], wrapped: bool) -> dict[str, Any]:
+    """RoPE, for Qwen3-Next twice: as ``rope_parameters``, and as the older single keys that SGLang reads.
+
+    Only a model that sees has positions on three axes. Where text stands alone vLLM 0.32 gives its drafts three
+    positions a token if these keys are there, and a layer that takes one: on a CPU it writes past the end of them.
+    """
     rope: dict[str, Any] = {"rope_theta": model.rope_base, "partial_rotary_factor": model.rotary_fraction}
     scaling = None
     if model.yarn_factor > 1:
@@ -139,6 +143,8 @@ def _rope_to_hf(model: ModelConfig, family: Family, old: dict[str, Any]) -> dict
     parameters = (scaling or {"rope_type": "default"}) | rope
     if family is QWEN3_NEXT:
         return {"rope_parameters": parameters, "rope_scaling": scaling and scaling | rope, **rope}
+    if not wrapped:
+        return {"rope_parameters": parameters}
     pairs = model.rotary_dim // 2
     sections = old.get("mrope_section")
     if sections is None or sum(sections) != pairs:

@@ -122,6 +122,7 @@ def test_what_is_not_known_goes_on_and_the_text_model_returns_to_its_place(
     inner = new["text_config"] if wrapped else new
     assert inner["mamba_ssm_dtype"] == "float32" and inner["max_position_embeddings"] == 2048
     assert inner["mtp_num_hidden_layers"] == 0 and inner["rope_parameters"]["rope_type"] == "yarn"
+    assert ("mrope_section" in inner["rope_parameters"]) == wrapped, "three axes only where there is more than text"
     if wrapped:
         assert (new["vision_config"], new["image_token_id"]) == ({"depth": 3}, 9)
         assert new["tie_word_embeddings"] == model.tied_embeddings

@@ -67,38 +67,26 @@ def likely(shape: ModelConfig) -> dict[str, torch.Tensor]:
     return weights
 
 
-def measure(runs: dict[str, Path], place: Path) -> dict[str, tuple[dict, list[list[int]], list[list[float]]]]:
+def measure(run: Path, output: Path) -> tuple[dict, list[list[int]], list[list[float]]]:
     """In a process of its own: the drafts that `evaluate` counts, some texts, and the log-probabilities of them."""
-    found = {}
-    for kind, run in runs.items():
-        output = place / f"{run.name}.json"
-        asked = [f"prompts={PROMPTS}", f"prompt_tokens={PROMPT_TOKENS}", f"tokens={TOKENS}", "samples=2"]
-        assert command(["evaluate", f"run={run}", "draft=2", "dtype=bfloat16", *asked, f"output={output}"]) == 0
-        drafts = json.loads(output.read_text())["drafts"]
-        texts = [prompt + text for prompt, text in zip(drafts["prompts"], drafts["texts"], strict=True)]
-        texts = [text[:TEXT_TOKENS] for text in texts if len(text) >= TEXT_TOKENS][:TEXTS]
-        found[kind] = drafts, texts, answer(checkpoint_of(run), texts, texts, 1)[0]
-    return found
-
-
-@pytest.fixture(scope="module")
-def exported(python, tmp_path_factory) -> tuple[dict[str, Path], dict]:  # noqa: F811
-    """The files of each kind, and what ours says of them, from the files too."""
-    place = tmp_path_factory.mktemp("kinds")
-    corpus, files, runs = make_corpus(place), {}, {}
-    for number, (kind, (shape, settings)) in enumerate(KINDS.items()):
-        run = make_run(place / "runs", f"kind{number}", shape, corpus)
-        add_checkpoint(run.run.path, likely(shape))
-        files[kind] = export_run(run, place / f"kind{number}", max_length=LENGTH, **settings)
-        runs[kind] = import_as(files[kind], place / "imported", f"kind{number}", corpus=str(corpus), seq_length=64)
-    return files, run_ranks(measure, 1, runs, place, timeout=600)[0]
+    asked = [f"prompts={PROMPTS}", f"prompt_tokens={PROMPT_TOKENS}", f"tokens={TOKENS}", "samples=2"]
+    assert command(["evaluate", f"run={run}", "draft=2", "dtype=bfloat16", *asked, f"output={output}"]) == 0
+    drafts = json.loads(output.read_text())["drafts"]
+    texts = [prompt + text for prompt, text in zip(drafts["prompts"], drafts["texts"], strict=True)]
+    texts = [text[:TEXT_TOKENS] for text in texts if len(text) >= TEXT_TOKENS][:TEXTS]
+    return drafts, texts, answer(checkpoint_of(run), texts, texts, 1)[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_kind_is_served_with_drafts(exported, python: Path, tmp_path: Path, kind: str) -> None:  # noqa: F811
-    files, ours = exported
-    drafts, texts, of_texts = ours[kind]
-    with serve(python, files[kind], tmp_path / "server.log", LENGTH, drafts=2) as server:
+def test_a_kind_is_served_with_drafts(python: Path, tmp_path: Path, kind: str) -> None:  # noqa: F811
+    shape, settings = KINDS[kind]
+    corpus = make_corpus(tmp_path)
+    run = make_run(tmp_path / "runs", "made", shape, corpus)
+    add_checkpoint(run.run.path, likely(shape))
+    files = export_run(run, tmp_path / "files", max_length=LENGTH, **settings)
+    back = import_as(files, tmp_path / "runs", "back", corpus=str(corpus), seq_length=64)
+    ((drafts, texts, of_texts),) = run_ranks(measure, 1, back, tmp_path / "drafts.json", timeout=600)
+    with serve(python, files, tmp_path / "server.log", LENGTH, drafts=2) as server:
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(server.greedy, drafts["prompts"], map(len, drafts["texts"])))
         counted = server.drafts()
