@@ -245,7 +245,7 @@ def _fp8_block(quantization: dict[str, Any] | None) -> tuple[int, int] | None:
         return None
     if not isinstance(quantization, dict):
         _refuse("quantization_config", quantization, "it must be the settings of a quantization")
-    block = quantization.get("weight_block_size")
+    block = quantization.get("weight_block_size") or []
     known = all(quantization.get(key, value) == value for key, value in FP8_FORMAT.items())
     sized = isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)
     if "quant_method" not in quantization or not known or not sized:

@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 import torch
 
+from data.config import PrepareConfig
+from data.prepare.prepare import prepare
 from model.config import ModelConfig
 from tests.dist import run_ranks
 from tests.serving.ours import answer, checkpoint_of
 from tests.serving.server import serve
 from tests.serving.test_vllm import LENGTH, MEAN_DIFFERENCE, SMALL, python  # noqa: F401 (fixture)
-from tests.train.hf_runs import VOCAB, add_checkpoint, export_run, import_as, make_corpus, make_run, telling
+from tests.train.hf_runs import VOCAB, add_checkpoint, export_run, import_as, make_run, telling
 from train.__main__ import run as command
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -67,6 +69,13 @@ def likely(shape: ModelConfig) -> dict[str, torch.Tensor]:
     return weights
 
 
+def counting(place: Path) -> Path:
+    """A corpus of lines, a fifth of which are held out: prompts begin there."""
+    (place / "text.txt").write_text("".join(f"{i} bottles and {i + 1} foxes jump over it\n" for i in range(2000)))
+    settings = {"vocab_size": 300, "sample_by": "line", "heldout_fraction": 0.2}
+    return prepare(PrepareConfig(input=str(place / "text.txt"), output=str(place / "corpus"), **settings))
+
+
 def measure(run: Path, output: Path) -> tuple[dict, list[list[int]], list[list[float]]]:
     """In a process of its own: the drafts that `evaluate` counts, some texts, and the log-probabilities of them."""
     asked = [f"prompts={PROMPTS}", f"prompt_tokens={PROMPT_TOKENS}", f"tokens={TOKENS}", "samples=2"]
@@ -80,7 +89,7 @@ def measure(run: Path, output: Path) -> tuple[dict, list[list[int]], list[list[f
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_kind_is_served_with_drafts(python: Path, tmp_path: Path, kind: str) -> None:  # noqa: F811
     shape, settings = KINDS[kind]
-    corpus = make_corpus(tmp_path)
+    corpus = counting(tmp_path)
     run = make_run(tmp_path / "runs", "made", shape, corpus)
     add_checkpoint(run.run.path, likely(shape))
     files = export_run(run, tmp_path / "files", max_length=LENGTH, **settings)
