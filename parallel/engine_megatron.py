@@ -53,12 +53,15 @@ def buffer_layout(chunk: MegatronModule, groups: ProcessGroupCollection, paralle
 
     def buckets(key: BufferKey) -> PerBufferParamLayout:
         """Of one buffer: as large as its own group wants them, unless then they were too few to overlap anything."""
-        size = max(parallel.bucket, parallel.bucket_share * _sharers(key, groups).size())
-        while len((found := cut(size)[key]).bucket_indices) < layout_cost.FEWEST_BUCKETS and size > parallel.bucket:
-            size = max(parallel.bucket, size // 2)
+        size, fewest = max(parallel.bucket, parallel.bucket_share * _sharers(key, groups).size()), 1
+        if smallest[key].bucket_indices[-1][1] >= layout_cost.FEWEST_BUCKETS * parallel.bucket:
+            fewest = layout_cost.FEWEST_BUCKETS
+        while len((found := cut(size)[key]).bucket_indices) < fewest and size > 1:
+            size //= 2
         return found
 
-    layout = FullParamLayout({key: buckets(key) for key in cut(parallel.bucket)})
+    smallest = cut(parallel.bucket)
+    layout = FullParamLayout({key: buckets(key) for key in smallest})
     for buffer in layout.layouts.values():
         # megatron-core counts the alignment before a pipeline's second embedding into the bucket before it, and then
         # saves more numbers than it declares.

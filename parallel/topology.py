@@ -82,7 +82,7 @@ class ParallelConfig:
         "numbers of a bucket of gradients or weights, which travels while others are computed; at least",
     ] = 40_000_000
     bucket_share: Annotated[
-        int, "numbers of each data-parallel rank's share of a bucket, at least, unless that left fewer than 8 buckets"
+        int, "numbers of each data-parallel rank's share of a bucket, at least, unless a large buffer had fewer than 8"
     ] = 1_000_000
     world: Annotated[int | None, "processes of the whole job; null takes what is started"] = None
 

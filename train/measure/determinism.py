@@ -8,6 +8,7 @@ and has FlashAttention's add in one order; cuBLAS wants fixed workspaces for it 
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -32,7 +33,8 @@ def make_deterministic(config: Config, device: torch.device) -> None:
             f"model.dtype=bfloat16, or run.deterministic=false"
         )
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # with NaN, a pass over memory that changes no result
+    settings: Any = torch.utils.deterministic
+    settings.fill_uninitialized_memory = False  # with NaN, a pass over memory that changes no result
 
 
 @contextmanager
