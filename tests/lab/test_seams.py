@@ -8,8 +8,11 @@ import torch
 from model import init
 from model.config import ModelConfig
 from model.layers import balance, norm, router
+from tests.lab.one import Unchecked
 from tests.lab.seams import SEAMS
+from train import loop, training
 from train.job import build
+from train.settings.run import Config
 from train.watch import gauges
 
 CHANGED = (
@@ -90,3 +93,9 @@ def test_the_router_rounds_to_bfloat16() -> None:
     assert not torch.equal(logits, exact) and torch.allclose(logits, exact, atol=0.1)
     assert experts.shape == (5, 4)
     assert balance.load_fractions(torch.tensor([257, 1])).tolist() == [256 / 257, 1 / 257]
+
+
+def test_what_a_run_of_the_lab_replaces_is_there() -> None:
+    with Unchecked(Config(), torch.device("cpu")) as kernels:
+        kernels.require_right(show=True)
+    assert "Kernels" in vars(loop) and "evaluation" in vars(training) and "save" in vars(training.Training)
