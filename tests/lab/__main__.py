@@ -6,9 +6,12 @@
     python -m tests.lab page                               tests/lab/RESULTS.md and its plots from the kept runs
     python -m tests.lab unpack DIR                         kept runs as run directories, for ./launch.sh report
 
-`run` trains what is not kept yet of the comparisons that it names, of all by default, and may be given again. With
-``--steps auto`` it first measures how fast the machine is and chooses how long the runs are; all kept runs must be
-of the same length. ``--miniature`` is for a machine without a GPU: every arm in little, for three steps.
+`run` trains what is not kept yet of the comparisons that it names, of all by default, and may be given again: all runs
+that are kept are equally long. With ``--steps auto`` it first measures how fast the machine is and chooses how long.
+``--miniature`` is for a machine without a GPU: every arm in little, for three steps. A lease of a whole GPU, of which
+one file comes back:
+
+    python -m tests.lab run --check --slots 14 --seconds 560 --steps auto --bundle runs/lab.tar
 """
 
 import argparse
@@ -17,9 +20,10 @@ import time
 from pathlib import Path
 
 from tests.lab import kept
-from tests.lab.arms import ARMS, COMPARISONS, MINIATURE
+from tests.lab.arms import ARMS, COMPARISONS, MINIATURE, STEPS
 from tests.lab.lease import RESERVE_S, Lease, order, pace, steps_for
 from tests.lab.page import PAGE, write_page
+from train.watch import metrics
 
 MINIATURE_STEPS, CHECKED_STEPS = 3, 30  # the first evaluations and packed batches compile kernels too
 
@@ -31,6 +35,23 @@ def list_all() -> None:
         for base, arm in comparison.pairs:
             differs = " ".join((*ARMS[arm].overrides, *ARMS[arm].seams)) or "the recipe"
             print(f"     {arm} against {base}: {differs}")
+
+
+def number_of_steps(asked: argparse.Namespace, lease: Lease) -> int:
+    """How long the runs are: as long as those that are kept, or as asked, or as the machine is fast.
+
+    Raises:
+        ValueError: those that are kept are of another length than what is asked for.
+    """
+    lengths = {run["metrics"][-1][metrics.STEP] for run in kept.read_all(asked.kept).values()}
+    asked_for = {int(asked.steps)} if asked.steps.isdecimal() else set()
+    if len(lengths | asked_for) > 1:
+        raise ValueError(f"--steps {asked.steps} beside kept runs of {sorted(lengths)} steps: choose another --kept")
+    if lengths or asked_for:
+        return max(lengths | asked_for)
+    if asked.steps == "auto":
+        return steps_for(pace(lease), lease.left(), asked.slots)
+    return MINIATURE_STEPS if asked.miniature else STEPS
 
 
 def run(asked: argparse.Namespace) -> int:
@@ -47,14 +68,9 @@ def run(asked: argparse.Namespace) -> int:
         if failed:
             print("\n".join(failed), file=sys.stderr)
             return 1
-    steps = asked.steps
-    if steps == "auto":
-        steps = str(steps_for(pace(lease), lease.left(), asked.slots))
-    if asked.miniature and not steps:
-        steps = str(MINIATURE_STEPS)
-    length = [f"run.steps={steps}"] if steps else []
-    print(f"{len(wanted)} runs of {steps or 'the recipe`s'} steps; {lease.left():.0f} s left", flush=True)
-    missed = lease.train(wanted, *length)
+    steps = number_of_steps(asked, lease)
+    print(f"{len(wanted)} runs of {steps} steps; {lease.left():.0f} s left", flush=True)
+    missed = lease.train(wanted, f"run.steps={steps}")
     print("\n".join(["all done"] if not missed else ["not done:", *missed]), flush=True)
     return 0
 
@@ -68,7 +84,7 @@ def main() -> int:
     runs.add_argument("comparisons", nargs="*", metavar="LETTER", help=f"of {', '.join(COMPARISONS)}; all by default")
     runs.add_argument("--slots", type=int, default=1, help="runs at once")
     runs.add_argument("--seconds", type=float, default=1e9, help="after which all is over")
-    runs.add_argument("--steps", default="", help="of each run, or auto; the recipe's by default")
+    runs.add_argument("--steps", default="", help=f"of each run, or auto; {STEPS} by default")
     runs.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     runs.add_argument("--scratch", type=Path, default=Path("runs/lab"), help="directory for what is not kept")
     runs.add_argument("--bundle", type=Path, help="archive of what is kept, written anew after each run")
@@ -82,15 +98,19 @@ def main() -> int:
     for command in (runs, page, unpack):
         command.add_argument("--kept", type=Path, default=kept.KEPT, help="directory of kept runs")
     asked = parser.parse_args()
-    if asked.command == "run":
-        unknown = sorted(set(asked.comparisons) - set(COMPARISONS))
-        return parser.error(f"no comparison {unknown[0]}: {', '.join(COMPARISONS)}") if unknown else run(asked)
-    if asked.command == "list":
-        list_all()
-    elif asked.command == "page":
-        write_page(kept.read_all(asked.kept), asked.output)
-    else:
-        print("\n".join(map(str, kept.unpack(asked.kept, asked.output))))
+    if asked.command == "run" and (unknown := sorted(set(asked.comparisons) - set(COMPARISONS))):
+        parser.error(f"no comparison {unknown[0]}: {', '.join(COMPARISONS)}")
+    try:
+        if asked.command == "run":
+            return run(asked)
+        if asked.command == "list":
+            list_all()
+        elif asked.command == "page":
+            write_page(kept.read_all(asked.kept), asked.output)
+        else:
+            print("\n".join(map(str, kept.unpack(asked.kept, asked.output))))
+    except ValueError as error:
+        parser.error(str(error))
     return 0
 
 

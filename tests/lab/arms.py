@@ -6,6 +6,7 @@ from train.watch import metrics
 
 RECIPE = "lab/hybrid"
 SEEDS = (1, 2, 3)
+STEPS = 1200  # of each run, unless a lease is shorter
 BASE = "base"
 # What everything is on a machine without a GPU, and how little it trains there, to see that all arms run.
 MINIATURE = (

@@ -3,12 +3,26 @@
 import itertools
 import json
 import math
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
 from tests.lab import corpus, kept, page
-from tests.lab.arms import ARMS, BASE, COMPARISONS, EARLY, GAIN_LEAST, GAIN_SPREAD, MINIATURE, ORDER, RECIPE, SHARPEST
+from tests.lab.__main__ import number_of_steps
+from tests.lab.arms import (
+    ARMS,
+    BASE,
+    COMPARISONS,
+    EARLY,
+    GAIN_LEAST,
+    GAIN_SPREAD,
+    MINIATURE,
+    ORDER,
+    RECIPE,
+    SHARPEST,
+    STEPS,
+)
 from tests.lab.lease import Lease, order, steps_for
 from tests.lab.plot import svg, ticks
 from train.__main__ import compose
@@ -120,6 +134,16 @@ def test_no_run_starts_that_would_not_end_in_time(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(Lease, "left", lambda self: 200.0)
     monkeypatch.setattr(Lease, "start", lambda self, *_, **__: pytest.fail("it was started"))
     assert lease.train([("3 steps", 1)]) == ["3_steps_1: no time"]
+
+
+def test_all_kept_runs_are_equally_long(tmp_path: Path) -> None:
+    lease = Lease(tmp_path, tmp_path, 1, deadline=1e12)
+    asked = Namespace(kept=tmp_path, steps="", miniature=False, slots=1)
+    assert number_of_steps(asked, lease) == compose(["-cn", RECIPE]).run.steps == STEPS
+    kept.keep(tmp_path, "base_1", made(BASE, 1, 1.0))  # of 400 steps
+    assert number_of_steps(Namespace(**vars(asked) | {"steps": "auto"}), lease) == 400
+    with pytest.raises(ValueError, match="--steps 300 beside kept runs of \\[400\\] steps"):
+        number_of_steps(Namespace(**vars(asked) | {"steps": "300"}), lease)
 
 
 def test_runs_are_as_long_as_the_lease_allows() -> None:
