@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from parallel.engine import AdamW, State
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-CHUNK = 2**24  # numbers of a shard that are worked on at once
+CHUNK = 2**23  # numbers of a shard that are worked on at once: what is made of them stays in a GPU's cache
 MASTER = "master"  # the float32 copy of a parameter of another type
 type Box = tuple[tuple[int, ...], tuple[int, ...]]  # first index and size in each dimension
 
@@ -88,16 +88,22 @@ class OptimizerShard:
                 numbers now: 1 where weights are stored as their distance from it.
         """
         (beta1, beta2), decay = adamw.betas, lr * adamw.weight_decay * decayed
+        mean_scale, square_scale, back = lr / (1 - beta1**steps), 1 / (1 - beta2**steps), decay / (1 - decay)
         total = torch.zeros(3, dtype=torch.float64, device=self.main.device)
         for part in () if self.main.grad is None else self.main.grad.flatten().split(CHUNK):
-            total[0] += part.double().square().sum()
+            total[0] += _sum_of_squares(part)
         parts = (self.main, *(self.moments[name] for name in MOMENTS))
         for now, mean, square in zip(*(x.flatten().split(CHUNK) for x in parts), strict=True):
-            step = lr / (1 - beta1**steps) * mean / ((square / (1 - beta2**steps)).sqrt() + adamw.eps)
-            before = (now + step) / (1 - decay)
-            total[1] += (step + decay * before).double().square().sum()
-            total[2] += (now.double() + centre).square().sum()
+            step = (mean * mean_scale).div_((square * square_scale).sqrt_().add_(adamw.eps))
+            # Decay took ``decay`` of what the numbers were before, (now + step) / (1 - decay).
+            total[1] += _sum_of_squares(step.mul_(1 + back).add_(now, alpha=back))
+            total[2] += _sum_of_squares(now + centre if centre else now)
         return total
+
+
+def _sum_of_squares(x: Tensor) -> Tensor:
+    """float64 [], in one pass: nothing of x is kept in float64."""
+    return torch.linalg.vector_norm(x, dtype=torch.float64).square()
 
 
 def distributed_shards(optimizers: list[DistributedOptimizer], held_as: HeldAs) -> Iterator[OptimizerShard]:
