@@ -3,7 +3,8 @@
 The batch is packed with documents of random lengths and padding, so that ranks hold unequal numbers of valid targets.
 One process over all of it in one micro-batch is the reference. Two comparisons complete each other: gradients of the
 first step in float64 are exact to rounding and show any wrong factor or missing sum, which AdamW's steps would hide;
-twenty steps in float32 put the optimizer, the clipping and the reported losses to the test.
+twenty steps in float32 put the optimizer, the clipping and the reported losses to the test. The gauges of the step in
+float64 are compared with those that are computed by hand on the reference (`gauges_by_hand`).
 
 The balance loss of the global batch is exact in every layout (balance.mode=exact). Its online estimate depends on how
 many micro-batches a pipeline holds, so layouts without one are held to one process with the same micro-batches.
@@ -14,16 +15,17 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
 from model.batch import count_targets
 from model.config import BalanceConfig, ModelConfig, MtpConfig
+from model.layers import gauges as layer_gauges
 from parallel import groups as process_groups
 from parallel.engine_megatron import _finalize
 from parallel.stages import run_schedule
 from parallel.topology import ParallelConfig
 from tests.dist import run_ranks
+from tests.parallel import gauges_by_hand
 from tests.parallel.tiny import (
     INTERLEAVED,
     MODEL,
@@ -39,7 +41,7 @@ from tests.parallel.tiny import (
 from train.job.build import Job
 from train.loop import micro_batches, train_step
 from train.observe import step_metrics
-from train.routing import balances, begin_step, end_step
+from train.routing import balances, begin_step, detailed_metrics, end_step, layer_loads
 from train.settings.run import BatchConfig
 from train.watch import metrics
 from train.watch.catalog import Cadence, find
@@ -160,19 +162,40 @@ def _in_float64(case: Case, balance: BalanceConfig) -> tuple[Job, list[Distribut
     return job, [DistributedDataParallel(config, ddp_config, chunk, pg_collection=job.groups) for chunk in chunks]
 
 
-def _gradients(case: Case, balance: BalanceConfig) -> list[tuple]:
-    """(name, shape of the whole, where this part starts, gradient) of every parameter of this rank, in float64."""
+def _gradients(case: Case, balance: BalanceConfig) -> dict:
+    """A forward and backward pass in float64, of weights and activations that are not even: its gauges, those by hand
+    where one process holds the model, and (name, shape of the whole, where this part starts, gradient) of every
+    parameter of this rank.
+    """
     job, ddp = _in_float64(case, balance)
+    gauges_by_hand.vary(job)
+    layer_gauges.MASSIVE, layer_gauges.TIMES_MEDIAN = 1.0, 5.0  # so that some are massive
+    seen = gauges_by_hand.Seen(job) if case == REFERENCE else None
+    gauges = Gauges(job, gauges_by_hand.OneStep(job))
+    gauges.begin_step(sampled=True)
     ready = micro_batches(job, _batches(job, case, seed=0))
-    begin_step(job, ready, recording=False)
+    begin_step(job, ready, recording=True)
     run_schedule(ddp, ready, job.microbatch_tokens, forward_only=False)
-    states = [entry for chunk in job.chunks for entry in chunk.sharded_state_dict().values()]
-    whole = {id(entry.data): entry for entry in states if isinstance(entry, ShardedTensor)}
-    found = []
+    end_step(job)
+    of_step = gauges.values(gauges_by_hand.LR, gauges_by_hand.GRAD_NORM)
+    of_routers = detailed_metrics(job, layer_loads(job))
+    found: dict = {"gradients": [], "gauges": of_step | _of_trunk(of_routers)}
+    if seen:
+        valid = ready[0].documents.ids_RL.flatten() >= 0
+        of_layers = gauges_by_hand.of_activations(job, seen, valid) | gauges_by_hand.of_routing(seen, valid)
+        found["by hand"] = of_layers | gauges_by_hand.of_parameters(job)
+    whole = gauges_by_hand.whole_places(job)
     for parameter in (parameter for chunk in job.chunks for parameter in chunk.parameters()):
         entry = whole[id(parameter)]
-        found.append((entry.key, entry.global_shape, entry.global_offset, parameter.main_grad.clone()))
+        part = entry.key, entry.global_shape, entry.global_offset, parameter.main_grad.clone()
+        found["gradients"].append(part)
     return found
+
+
+def _of_trunk(of_routers: dict) -> dict:
+    """What does not depend on how a batch is cut into micro-batches."""
+    micro = (metrics.BALANCE_LOSS_MICRO, metrics.MAX_VIOLATION_MICRO)
+    return {name: x for name, x in of_routers.items() if name[-1].isdigit() and not name.startswith(micro)}
 
 
 def _biases(case: Case) -> dict[int, torch.Tensor]:
@@ -281,10 +304,10 @@ AFTER_A_CHOICE = {
 
 
 def _assert_same_gradients(results: dict, case: Case, kind: str, reference: Case = REFERENCE) -> None:
-    whole = {name: gradient for name, _, _, gradient in results[reference, kind][0]}
+    whole = {name: gradient for name, _, _, gradient in results[reference, kind][0]["gradients"]}
     covered = {name: torch.zeros(gradient.shape, dtype=torch.bool) for name, gradient in whole.items()}
     for rank in results[case, kind]:
-        for name, shape, offset, gradient in rank:
+        for name, shape, offset, gradient in rank["gradients"]:
             assert shape == whole[name].shape
             part = tuple(slice(start, start + size) for start, size in zip(offset, gradient.shape, strict=True))
             covered[name][part] = True
@@ -304,6 +327,28 @@ GAUGE = 2e-5
 @pytest.mark.parametrize("case", LAYOUTS, ids=lambda case: case.name)
 def test_gradients_of_the_first_step_in_float64(results, case: Case):
     _assert_same_gradients(results, case, GRADIENTS)
+
+
+@pytest.mark.parametrize("case", [REFERENCE, *LAYOUTS], ids=lambda case: case.name)
+def test_gauges_are_those_computed_by_hand_in_float64(results, case: Case):
+    expected, ranks = results[REFERENCE, GRADIENTS][0]["by hand"], [rank["gauges"] for rank in results[case, GRADIENTS]]
+    assert all(found == ranks[0] for found in ranks), "ranks report different gauges"
+    assert ranks[0].keys() == expected.keys()
+    for name, value in expected.items():
+        # Sums of thousands of float64 terms in another order: 1e-14 was seen. Means of routers take one over the number
+        # of tokens from a float32, which rounds it by half of 2^-23. A wrong count or mask shows as 1e-2.
+        relative = 2**-24 if name.startswith(OVER_TOKENS) else 1e-11
+        assert ranks[0][name] == pytest.approx(value, rel=relative, abs=1e-12), name
+
+
+OVER_TOKENS = (metrics.BALANCE_LOSS, metrics.ROUTER_ENTROPY, metrics.TOP_K_MASS)
+
+
+def test_the_gauges_by_hand_are_no_trivial_ones(results):
+    found = results[REFERENCE, GRADIENTS][0]["by hand"]
+    assert 0.01 < found[metrics.GATE_LOW] < 0.99 and 0.005 < found[metrics.ATTENTION_SINK] < 0.95
+    assert found[metrics.MASSIVE_ACTIVATIONS] > 10
+    assert found[metrics.DECAY_MIN] < 0.1 and found[metrics.DECAY_MAX] > 0.9
 
 
 @pytest.mark.parametrize("case", [DEPTH], ids=lambda case: case.name)
@@ -351,11 +396,10 @@ def test_gradients_with_other_numbers_of_mtp_steps(results, case: Case):
 def test_gradients_of_a_balance_loss_by_sequence(results, case: Case):
     """Sequences are the same in every layout, whole or cut into parts, so this loss is exact without a count ahead."""
     _assert_same_gradients(results, case, BY_SEQUENCE)
-    router = "decoder.layers.1.mlp.router.weight"
-    of_whole, by_sequence = (
-        {name: x for name, _, _, x in results[REFERENCE, kind][0]}[router] for kind in (GRADIENTS, BY_SEQUENCE)
-    )
-    assert (of_whole - by_sequence).abs().max() > 1e-3 * of_whole.abs().max(), "the balance loss plays no part here"
+    found = [results[REFERENCE, kind][0]["gradients"] for kind in (GRADIENTS, BY_SEQUENCE)]
+    of_whole, by_sequence = ({name: x for name, _, _, x in parts if "router." in name} for parts in found)
+    effects = [float((by_sequence[name] - x).abs().max() / x.abs().max()) for name, x in of_whole.items()]
+    assert max(effects) > 1e-3, "the balance loss plays no part here"
 
 
 @pytest.mark.parametrize("case", BOUNDED, ids=lambda case: case.name)
@@ -363,7 +407,7 @@ def test_the_same_tokens_are_dropped_in_every_layout(results, case: Case):
     """With balance.capacity, which looks at a micro-batch of all processes."""
     _assert_same_gradients(results, case, DROPPING, TWO_MICRO_BATCHES)
     weight = "decoder.layers.1.mlp.experts.weight1"
-    all_of_them, kept = ({name: x for name, _, _, x in results[of][0]}[weight] for of in BOTH)
+    all_of_them, kept = ({name: x for name, _, _, x in results[of][0]["gradients"]}[weight] for of in BOTH)
     assert (all_of_them - kept).abs().max() > 0.1 * all_of_them.abs().max(), "hardly any token was dropped"
 
 
