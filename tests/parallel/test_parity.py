@@ -12,6 +12,7 @@ many micro-batches a pipeline holds, so layouts without one are held to one proc
 
 import itertools
 from dataclasses import dataclass, replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -162,6 +163,7 @@ def _in_float64(case: Case, balance: BalanceConfig) -> tuple[Job, list[Distribut
     return job, [DistributedDataParallel(config, ddp_config, chunk, pg_collection=job.groups) for chunk in chunks]
 
 
+@patch.multiple(layer_gauges, MASSIVE=1.0, TIMES_MEDIAN=5.0)  # some activations are massive then
 def _gradients(case: Case, balance: BalanceConfig) -> dict:
     """A forward and backward pass in float64, of weights and activations that are not even: its gauges, those by hand
     where one process holds the model, and (name, shape of the whole, where this part starts, gradient) of every
@@ -169,7 +171,6 @@ def _gradients(case: Case, balance: BalanceConfig) -> dict:
     """
     job, ddp = _in_float64(case, balance)
     gauges_by_hand.vary(job)
-    layer_gauges.MASSIVE, layer_gauges.TIMES_MEDIAN = 1.0, 5.0  # so that some are massive
     seen = gauges_by_hand.Seen(job) if case == REFERENCE else None
     gauges = Gauges(job, gauges_by_hand.OneStep(job))
     gauges.begin_step(sampled=True)
