@@ -42,6 +42,7 @@ KINDS = {
     "experts one by one, ratio 4": (replace(EXPERTS, linear_value_heads=8), MOE | {"experts": "separate"}),
     "experts in FP8": (EXPERTS, MOE | {"quantize": "fp8"}),
 }
+AMX = "requires AMX tile support"  # which vLLM's FP8 on a CPU wants
 DISTURBANCE = 0.12  # of what layers add, beside telling weights: about half of the drafts are right
 ADDS = ("out_proj.weight", "linear_proj.weight", "experts.weight2", "linear_fc2.weight")
 PROMPTS, PROMPT_TOKENS, TOKENS, TEXTS, TEXT_TOKENS = 100, 8, 32, 6, 24
@@ -95,6 +96,11 @@ def test_a_kind_is_served_with_drafts(python: Path, tmp_path: Path, kind: str) -
     files = export_run(run, tmp_path / "files", max_length=LENGTH, **settings)
     back = import_as(files, tmp_path / "runs", "back", corpus=str(corpus), seq_length=64)
     ((drafts, texts, of_texts),) = run_ranks(measure, 1, back, tmp_path / "drafts.json", timeout=600)
+    if settings.get("quantize") and "amx_tile" not in Path("/proc/cpuinfo").read_text():
+        with pytest.raises(RuntimeError, match="did not come up"), serve(python, files, tmp_path / "server.log"):
+            pass
+        assert AMX in (tmp_path / "server.log").read_text()
+        return
     with serve(python, files, tmp_path / "server.log", LENGTH, drafts=2) as server:
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(server.greedy, drafts["prompts"], map(len, drafts["texts"])))

@@ -50,7 +50,7 @@ SECOND = {
     "-": {"dense_size": 48},
     "E": {"experts": 8, "experts_per_token": 2, "expert_size": 16, "shared_expert_size": 24},
 }
-STEPS, SAVED, LR = 3, 2, 1e-4
+STEPS, SAVED, LR = 2, 1, 1e-4
 SHORT = [
     *(f"run.steps={STEPS}", f"run.save_every={SAVED}", "run.log_every=1", "run.eval_samples=1", "run.eval_prompts=0"),
     *("optim.warmup_steps=1", f"optim.lr={LR}", "optim.min_lr=0", "data.seq_length=64", "batch.global=4"),
@@ -148,9 +148,9 @@ def test_a_miniature_trains_on_from_an_import_and_resumes(trained, recipe: str) 
     }
     assert weights.keys() == imported[recipe].keys()
     for name, start in imported[recipe].items():
-        # Two steps of AdamW change a weight by their rates at most; bfloat16 rounds what is kept by 2^-9.
+        # A step of AdamW changes a weight by its rate at most; bfloat16 rounds what is kept by 2^-9.
         moved = (weights[name].float() - start.float()).abs()
-        assert (moved <= 2.5 * LR + start.float().abs() / 256).all(), name
+        assert (moved <= 1.5 * LR + start.float().abs() / 256).all(), name
     assert any(not torch.equal(weights[name], start) for name, start in imported[recipe].items())
 
 
