@@ -33,16 +33,12 @@ MOE = {"model_type": "qwen3_5_moe_text"}
 # Of each kind: the model, by its value heads a key head, and what `export` is asked for.
 KINDS = {
     "qwen3_next": (EXPERTS, {"model_type": "qwen3_next"}),
-    "qwen3_next in FP8": (EXPERTS, {"model_type": "qwen3_next", "quantize": "fp8"}),
     "dense, tied, ratio 1": (replace(DENSE, tied_embeddings=True, linear_value_heads=2), {}),
     "dense, untied, ratio 3": (replace(DENSE, linear_value_heads=6), {}),
-    "dense in FP8": (DENSE, {"quantize": "fp8"}),
     "experts as published": (EXPERTS, MOE),
     "experts packed, MTP's too": (EXPERTS, MOE | {"experts": "stacked"}),
     "experts one by one, ratio 4": (replace(EXPERTS, linear_value_heads=8), MOE | {"experts": "separate"}),
-    "experts in FP8": (EXPERTS, MOE | {"quantize": "fp8"}),
 }
-AMX = "requires AMX tile support"  # which vLLM's FP8 on a CPU wants
 DISTURBANCE = 0.12  # of what layers add, beside telling weights: about half of the drafts are right
 ADDS = ("out_proj.weight", "linear_proj.weight", "experts.weight2", "linear_fc2.weight")
 PROMPTS, PROMPT_TOKENS, TOKENS, TEXTS, TEXT_TOKENS = 100, 8, 32, 6, 24
@@ -96,11 +92,6 @@ def test_a_kind_is_served_with_drafts(python: Path, tmp_path: Path, kind: str) -
     files = export_run(run, tmp_path / "files", max_length=LENGTH, **settings)
     back = import_as(files, tmp_path / "runs", "back", corpus=str(corpus), seq_length=64)
     ((drafts, texts, of_texts),) = run_ranks(measure, 1, back, tmp_path / "drafts.json", timeout=600)
-    if settings.get("quantize") and "amx_tile" not in Path("/proc/cpuinfo").read_text():
-        with pytest.raises(RuntimeError, match="did not come up"), serve(python, files, tmp_path / "server.log"):
-            pass
-        assert AMX in (tmp_path / "server.log").read_text()
-        return
     with serve(python, files, tmp_path / "server.log", LENGTH, drafts=2) as server:
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(server.greedy, drafts["prompts"], map(len, drafts["texts"])))
@@ -114,6 +105,6 @@ def test_a_kind_is_served_with_drafts(python: Path, tmp_path: Path, kind: str) -
     )
     assert difference.mean() <= MEAN_DIFFERENCE
     assert counted["drafts"] >= PROMPTS
-    assert 0.05 < drafts["cumulative"][0] < 0.98, "else it says little that both accept the same share"
+    assert 0.02 < drafts["cumulative"][1] < 0.98, "else it says little that both accept the same share"
     # A share of a thousand drafts has a standard deviation of 1.6 points; texts part at near ties of bfloat16.
     assert accepted == pytest.approx(drafts["cumulative"], abs=0.05)
