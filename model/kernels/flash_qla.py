@@ -15,7 +15,9 @@ from torch import Tensor
 from model.documents import Documents
 
 HEAD_DIM, CHUNK = 128, 64
-PARTS = ("backward", "forward", "states", "scores", "sums")  # the slowest to compile first
+# The slowest to compile first. The forward kernel is another one where there are few sequences for the multiprocessors.
+PARTS = ("backward", "forward", "forward, few", "forward, fewest", "states", "scores", "sums")
+FILLED = 0.7  # of the multiprocessors: what FlashQLA wants sequences times heads to be, or half of it
 
 
 def applies(key_dim: int, value_dim: int) -> bool:
@@ -37,7 +39,8 @@ def kernels(
     pieces = -(-q.shape[1] // CHUNK) + (0 if starts is None else starts.numel() - 1)
     a = v.new_zeros(*v.shape[:3], CHUNK)
     h = v.new_zeros(v.shape[0], pieces, v.shape[2], HEAD_DIM, HEAD_DIM)
-    rows = {"k": k, "v": v, "a": a, "g": g, "b": b, "cu_seqlens": starts}
+    tensors = {"k": k, "v": v, "a": a, "g": g, "b": b}
+    rows = {**tensors, "cu_seqlens": starts}
 
     def sums() -> None:
         chunk_local_cumsum(g, CHUNK, starts)
@@ -45,8 +48,16 @@ def kernels(
         if k.shape[2] < v.shape[2]:
             group_reduce_vector(torch.zeros_like(v), k.shape[2])
 
+    def forward(sequences: int) -> None:
+        where = (sequences, CHUNK) if starts is None else (1, sequences * CHUNK)
+        own = {name: x.new_zeros(*where, *x.shape[2:]) for name, x in {"q": q, **tensors}.items()}
+        borders = None if starts is None else CHUNK * torch.arange(sequences + 1, dtype=starts.dtype, device=q.device)
+        fused_gdr_fwd(**own, output_final_state=False, cu_seqlens=borders, raw_cu_seqlens=borders)
+
+    filled = int(FILLED * torch.cuda.get_device_properties(q.device).multi_processor_count)
+    many, few = -(-filled // v.shape[2]), -(-filled // (2 * v.shape[2]))
     backward = partial(fused_gdr_bwd, q=q, do=torch.zeros_like(v), dht=None, h=h, **rows)
-    forward = partial(fused_gdr_fwd, q=q, output_final_state=False, raw_cu_seqlens=starts, **rows)
     states = partial(fused_gdr_h, output_final_state=False, output_h=True, **rows)
     scores = partial(kkt_solve, k=k, b=b, cu_seqlens=starts)
-    return dict(zip(PARTS, (backward, forward, states, scores, sums), strict=True))
+    forwards = [partial(forward, sequences) for sequences in (many, few, 1)]
+    return dict(zip(PARTS, (backward, *forwards, states, scores, sums), strict=True))

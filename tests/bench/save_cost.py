@@ -25,7 +25,7 @@ from parallel import groups as process_groups
 from parallel.collectives import from_first
 from parallel.topology import resolve
 from train.__main__ import compose
-from train.job.build import Job, build_chunks, engine_of
+from train.job.build import Job, build_chunks, engine_of, gpu_or_cpu
 from train.job.checkpoint import Checkpoints
 from train.job.footprint import planned_vocab
 from train.job.shelf import Shelf
@@ -38,7 +38,7 @@ WARM_UP = 3
 
 def _job(config: Config) -> Job:
     """A process's part of the job, without a corpus."""
-    device = process_groups.local_device()
+    device = gpu_or_cpu(config)
     process_groups.start(device)
     topology = resolve(config.parallel, config.model, torch.distributed.get_world_size())
     groups, vocab_size = process_groups.lay_out(topology), planned_vocab(config, topology)
