@@ -231,7 +231,10 @@ def speed(node: Node, cell: Cell) -> dict[str, Any]:
         config = node.config(cell, "parallel.recompute=full")
     groups = process_groups.lay_out(topology)
     settings = BenchSettings(
-        sequences=cell.sequences, repeats=3, peers=False, project=0 if topology.context > 1 else 12
+        sequences=cell.sequences,
+        repeats=1 if node.asked.miniature else 3,
+        peers=False,
+        project=0 if topology.context > 1 else 12,
     )
     result = bench_model(config, settings, topology, groups)
     node.results.about = {**result.about, "processes": str(node.asked.cards), "model": "proxy"} | node.results.about
