@@ -4,10 +4,7 @@ A miniature keeps what makes its model the one it is: pattern, head ratios, tied
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from math import gcd
 from pathlib import Path
@@ -18,7 +15,6 @@ import torch
 from model.config import ModelConfig
 from model.hf.families import QWEN3_5_MOE, QWEN3_NEXT, family_of
 from tests.dist import run_ranks
-from tests.layout import ROOT
 from tests.train.hf_runs import (
     VOCAB,
     add_checkpoint,
@@ -33,7 +29,6 @@ from tests.train.logs import read_metrics
 from train.__main__ import compose
 from train.__main__ import run as command
 from train.job.shelf import Shelf
-from train.settings.tree import to_dict
 
 # Value heads a key head, query heads a key head of attention, tied ends: of their config.json.
 FAMILY = {
@@ -152,43 +147,3 @@ def test_a_miniature_trains_on_from_an_import_and_resumes(trained, recipe: str) 
         moved = (weights[name].float() - start.float()).abs()
         assert (moved <= 1.5 * LR + start.float().abs() / 256).all(), name
     assert any(not torch.equal(weights[name], start) for name, start in imported[recipe].items())
-
-
-MOE = ["model_type=qwen3_5_moe_text"]  # an export's own choice for experts is Qwen3-Next's
-# What each recipe's layout comes to on two processes.
-ON_TWO = {
-    "qwen3_5_9b": ["parallel.expert=1", "parallel.tensor=2"],
-    "qwen3_5_35b_a3b": ["parallel.expert=2", "parallel.tensor=2"],
-    "qwen3_5_122b_a10b": ["parallel.expert=2"],
-    "qwen3_coder_next": ["parallel.expert=2"],
-}
-
-
-def on_two(*arguments: str) -> str:
-    """A real command in two processes; what it said."""
-    environment = os.environ | {"NPROC": "2", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "train", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("recipe", FAMILY)
-def test_a_trained_miniature_goes_through_files_and_trains_on_in_two_processes(
-    tmp_path: Path, corpus: Path, recipe: str
-) -> None:
-    place, files = f"run.dir={tmp_path / 'runs'}", tmp_path / "files"
-    layout = ["parallel.world=2", *ON_TWO.get(recipe, ["parallel.expert=1"])]
-    cut = miniature(recipe)
-    whole = to_dict(compose(["-cn", recipe], planned=True).model)
-    sizes = [f"model.{key}={value}" for key, value in to_dict(cut).items() if whole[key] != value]
-    on_two("train", "-cn", recipe, *SHORT, place, f"data.corpus={corpus}", "run.name=seed", *sizes, *layout)
-    on_two("export", "run=seed", place, f"out={files}", *(MOE if "a3b" in recipe or "a10b" in recipe else []))
-    on_two("import", f"hf={files}", f"run={recipe}-base", place)
-    first = on_two(*line(recipe, tmp_path, corpus, *layout))
-    lose_the_end(tmp_path / "runs" / recipe)
-    again = on_two(*line(recipe, tmp_path, corpus, *layout))
-    assert "starting after step 0" in first and f"starting after step {SAVED}" in again
-    assert_trained_and_resumed(tmp_path / "runs" / recipe)
