@@ -53,7 +53,7 @@ class RunConfig:
     log_every: Annotated[int, "steps between logged lines"] = 10
     detail_every: Annotated[
         int, "steps between those that are logged with the gauges of every layer and group of parameters; 0: the last"
-    ] = 100
+    ] = 200
     tensorboard: Annotated[
         bool, "writes what is logged for TensorBoard too, which needs no account: tensorboard --logdir runs/NAME"
     ] = False
