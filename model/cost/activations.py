@@ -97,8 +97,8 @@ def working_bytes(shape: ModelConfig, vocab_size: int, tokens: float, tensor: in
     they leave.
     """
     element = ELEMENT_BYTES[shape.dtype]
-    width = shape.experts_per_token * (expert_tensor * shape.hidden_size + 4 * shape.expert_size)
-    width += 2 * arriving * shape.hidden_size
+    computed = shape.experts_per_token * (expert_tensor * shape.hidden_size + 4 * shape.expert_size)
+    width = computed + 2 * arriving * shape.hidden_size
     mixture = element * tokens / tensor * width if "E" in shape.layers else 0.0
     head = vocab_size / tensor * (FLOAT32_BYTES * shape.hidden_size + element * min(tokens, KERNEL_HEAD_CHUNK))
     return max(mixture, head if last else 0.0)

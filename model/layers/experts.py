@@ -277,13 +277,16 @@ class MixtureOfExperts(MegatronModule):
         send = plan.sent_to_all(plan.parts)
         # Small and first, so that what is made of them is ready when the rows are.
         routes = repeat_parts(routes[: sum(plan.choices)], plan.choices, copies)
-        routes = start_all_to_all(routes, plan.sent_to_all(plan.choices), plan.received_choices, group)
+        pending_routes = start_all_to_all(routes, plan.sent_to_all(plan.choices), plan.received_choices, group)
         source = plan.source_M()
-        rows = permute(flat, source, plan.inverse_TK)
-        rows = start_all_to_all(repeat_parts(rows, plan.parts, copies), send, plan.received, group)
+        rows = repeat_parts(permute(flat, source, plan.inverse_TK), plan.parts, copies)
+        pending_rows = start_all_to_all(rows, send, plan.received, group)
+        del rows
         gated = self.shared_expert.up_gate(hidden_T1H) if self.shared_expert else None
-        probs, arrived, places = plan.arrived(routes.wait())
-        results = self.experts(rows.wait(), probs, plan.received_E, arrived, places, plan.chunk)
-        results = start_all_to_all(results, plan.received, send, group)
+        probs, arrived, places = plan.arrived(pending_routes.wait())
+        results = self.experts(pending_rows.wait(), probs, plan.received_E, arrived, places, plan.chunk)
+        pending_results = start_all_to_all(results, plan.received, send, group)
+        del results
         shared = self.shared_expert(hidden_T1H, gated) if self.shared_expert else None
-        return unpermute(add_parts(results.wait(), plan.parts, copies), source, plan.inverse_TK), shared
+        results = add_parts(pending_results.wait(), plan.parts, copies)
+        return unpermute(results, source, plan.inverse_TK), shared

@@ -244,12 +244,13 @@ def _layer_traffic(config: Config, topology: Topology, pipeline_rank: int, steps
     last = numbers[-1] == len(model.stages) - 1
     cut = sum(symbol != "E" or model.shared_expert_size > 0 for symbol in symbols)
     edges = (1 if numbers[0] == 0 else 0) + (1 + 2 * mtp.steps if last else 0)
-    routed, mixtures = tokens / topology.tensor, symbols.count("E")
+    mixtures, exchanged = symbols.count("E"), 0.0
     if mixtures:
-        rows, choices = routed * activations.used_parts(model, topology.expert), routed * model.experts_per_token
-        mixtures *= layout_cost.expert_traffic(rows, row, choices, topology, again)
+        rows = tokens / topology.tensor * activations.used_parts(model, topology.expert)
+        choices = tokens / topology.tensor * model.experts_per_token
+        exchanged = mixtures * layout_cost.expert_traffic(rows, row, choices, topology, again)
     sent = {
-        "expert all-to-all": mixtures,
+        "expert all-to-all": exchanged,
         "tensor gathers and scatters": cut * layout_cost.tensor_traffic(tokens * row, topology, again)
         + edges * layout_cost.boundary_traffic(tokens * row, topology),
         "context exchanges": sum(_context_bytes(symbol, config, topology, again) for symbol in symbols),
