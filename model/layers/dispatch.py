@@ -15,8 +15,9 @@ from model.layers.rows import invert, reorder
 from parallel.collectives import HostNumbers, gather_counts
 
 # Times an even share, which every rank works out from the same numbers. Where one receives more assignments, experts
-# compute about an even share at a time, and ranks ask each other whether all have memory for what comes.
-UNEVEN = 2.0
+# compute about an even share at a time, and ranks ask each other whether all have memory for what comes. All tokens on
+# one of two ranks are 2 even shares, so that the bound lies below.
+UNEVEN = 1.5
 EXACT = 2**24  # whole numbers up to this are exact in float32
 # Of a row's width, at most, for each row that arrives: itself, its result, the gradients of both. Of an expert's, for
 # each assignment that is computed at once: both halves of its first product, their product, the gradients of the three.

@@ -26,7 +26,8 @@ LAYOUTS = {
 }
 EXPERTS = 8
 # Experts that tokens choose from, and what counts as uneven: above, experts compute a few tokens at a time.
-LOADS = {("even", EXPERTS): 2.0, ("collapsed", EXPERTS // 2): 2.0, ("collapsed, in chunks", EXPERTS // 2): 1.5}
+OWN = dispatch.UNEVEN
+LOADS = {("even", EXPERTS): OWN, ("collapsed, at once", EXPERTS // 2): 2.0, ("collapsed, in chunks", EXPERTS // 2): OWN}
 # Where rows belong and the rows themselves travel to the experts, and results back; the halves of the shared expert lie
 # in between.
 FORWARD = ["launch", "launch", "first half", "wait", "wait", "launch", "second half", "wait"]
@@ -135,9 +136,10 @@ def _against_a_loop(parallel: ParallelConfig, favoured: int, uneven: float) -> d
         _routed(moe, favoured) as (weights, chosen),
         patch.object(dispatch, "UNEVEN", uneven),
         patch.object(dist, "all_to_all_single", exchange),
+        patch("model.layers.experts.checkpoint", wraps=checkpoint) as again,
     ):
         out, _ = moe(hidden)
-        rows = sent[1][0]
+        rows, chunks = sent[1][0], again.call_count
         out.backward(grad)
     dim = WIDTH_DIM if parallel.expert_tensor > 1 else 0
     up, down = _whole(experts.weight1, dim), _whole(experts.weight2, dim)
@@ -152,7 +154,12 @@ def _against_a_loop(parallel: ParallelConfig, favoured: int, uneven: float) -> d
     names = ("out", "x", "weights", "up", "down")
     found = {name: float((a - b).detach().abs().max()) for name, (a, b) in zip(names, pairs, strict=True)}
     places = {(token, expert // experts.local) for token, row in enumerate(chosen.tolist()) for expert in row}
-    return found | {"rows": rows, "by right": len(places) * experts.etp_group.size(), "fullest": moe.fullest}
+    return found | {
+        "rows": rows,
+        "by right": len(places) * experts.etp_group.size(),
+        "fullest": moe.fullest,
+        "chunks": chunks,
+    }
 
 
 def _refusal(parallel: ParallelConfig) -> str:
@@ -161,7 +168,6 @@ def _refusal(parallel: ParallelConfig) -> str:
     room = 2**62 if dist.get_rank() else 1000
     with (
         _routed(moe, moe.router.k),
-        patch.object(dispatch, "UNEVEN", 1.5),
         patch.object(dispatch, "free_bytes", lambda _: room),
         patch.object(dist, "all_to_all_single", side_effect=AssertionError("a row was sent")),
         pytest.raises(RuntimeError) as error,
@@ -193,12 +199,14 @@ def events() -> list[dict[str, dict]]:
 @pytest.mark.parametrize(("kind", "favoured"), LOADS)
 def test_experts_over_ranks_are_those_of_a_loop(events, name: str, kind: str, favoured: int) -> None:
     """Each token is sent once to each part of the experts, whatever the load: even, or all on the first rank."""
-    for found in (rank[name][kind] for rank in events):
+    for rank, found in enumerate(rank[name][kind] for rank in events):
         # Sums of a few dozen float64 terms of order one, in another order.
         assert max(found[part] for part in ("out", "x", "weights", "up", "down")) < 1e-12
         assert found["rows"] == found["by right"]
         spread = LAYOUTS[name].expert_tensor == 1
         assert found["fullest"] == (2.0 if spread and favoured < EXPERTS else pytest.approx(1, abs=0.5))
+        # As many as there are even shares, where the rows arrive.
+        assert found["chunks"] == (2 if spread and kind.endswith("in chunks") and rank == 0 else 0)
 
 
 def test_what_does_not_fit_is_refused_by_all_before_a_row_is_sent(events) -> None:
