@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from model.kernels.grouped import grouped_gradient, grouped_product, tile_rows
+from model.kernels.moves import Permute, Unpermute
 from parallel.main_grads import dummy_gradient
 
 BLOCK = 1024
@@ -39,36 +40,14 @@ def sum_rows(x_NH: Tensor, index_TK: Tensor) -> Tensor:
     return out_TH
 
 
-class _Permute(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_TH: Tensor, source_N: Tensor, inverse_TK: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse_TK)
-        return x_TH.index_select(0, source_N)
-
-    @staticmethod
-    def backward(ctx, grad_NH: Tensor):
-        return sum_rows(grad_NH, *ctx.saved_tensors), None, None
-
-
 def permute(x_TH: Tensor, source_N: Tensor, inverse_TK: Tensor) -> Tensor:
     """See `model.layers.rows.permute`."""
-    return _Permute.apply(x_TH, source_N, inverse_TK)
-
-
-class _Unpermute(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, y_NH: Tensor, source_N: Tensor, inverse_TK: Tensor) -> Tensor:
-        ctx.save_for_backward(source_N)
-        return sum_rows(y_NH, inverse_TK)
-
-    @staticmethod
-    def backward(ctx, grad_TH: Tensor):
-        return grad_TH.index_select(0, *ctx.saved_tensors), None, None
+    return Permute.apply(x_TH, source_N, inverse_TK, sum_rows)
 
 
 def unpermute(y_NH: Tensor, source_N: Tensor, inverse_TK: Tensor) -> Tensor:
     """See `model.layers.rows.unpermute`."""
-    return _Unpermute.apply(y_NH, source_N, inverse_TK)
+    return Unpermute.apply(y_NH, source_N, inverse_TK, sum_rows)
 
 
 @triton.jit

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from model.kernels.backends import accelerated
+from model.kernels.moves import Permute, Unpermute
 
 
 def count_sorted(ordered_N: Tensor, values: int) -> Tensor:
@@ -33,40 +34,18 @@ def sum_rows(x_NH: Tensor, index_TK: Tensor) -> Tensor:
     return x_NH[index_TK].sum(dim=1)
 
 
-class _Permute(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_TH: Tensor, source_N: Tensor, inverse_TK: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse_TK)
-        return x_TH.index_select(0, source_N)
-
-    @staticmethod
-    def backward(ctx, grad_NH: Tensor):
-        return sum_rows(grad_NH, *ctx.saved_tensors), None, None
-
-
-class _Unpermute(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, y_NH: Tensor, source_N: Tensor, inverse_TK: Tensor) -> Tensor:
-        ctx.save_for_backward(source_N)
-        return sum_rows(y_NH, inverse_TK)
-
-    @staticmethod
-    def backward(ctx, grad_TH: Tensor):
-        return grad_TH.index_select(0, *ctx.saved_tensors), None, None
-
-
 def reorder(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     """Reorders rows by a permutation, with its inverse for the gradient."""
-    return _Permute.apply(x, order, inverse[:, None])
+    return Permute.apply(x, order, inverse[:, None], sum_rows)
 
 
 @accelerated("model.kernels.experts")
 def permute(x_TH: Tensor, source_N: Tensor, inverse_TK: Tensor) -> Tensor:
     """A copy of a token's row for each of its places that has one: out[n] = x[source[n]]."""
-    return _Permute.apply(x_TH, source_N, inverse_TK)
+    return Permute.apply(x_TH, source_N, inverse_TK, sum_rows)
 
 
 @accelerated("model.kernels.experts")
 def unpermute(y_NH: Tensor, source_N: Tensor, inverse_TK: Tensor) -> Tensor:
     """The sum of each token's rows, the way back of `permute`: out[t] = sum_k y[inverse[t, k]]."""
-    return _Unpermute.apply(y_NH, source_N, inverse_TK)
+    return Unpermute.apply(y_NH, source_N, inverse_TK, sum_rows)

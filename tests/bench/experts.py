@@ -14,7 +14,6 @@ import argparse
 import json
 import multiprocessing
 import statistics
-import traceback
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -22,7 +21,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from triton import TritonError
 
+from data.secrets import one_line
 from model.kernels import grouped
 from model.kernels.grouped import GRADIENT_TILE, TILE, GradientTile, Tile
 from model.layers.experts import fused_moe
@@ -138,20 +139,21 @@ def error(found: list[Tensor], expected: list[Tensor]) -> float:
 
 
 def measured(tokens: int, contestants: dict[str, Layer], rounds: int, device: torch.device) -> dict[str, dict]:
-    """Times all that run here in turns, and says how far each is from ours, the first."""
+    """Times all that run here in turns, and says how far each is from ours, the first, or why it failed."""
     contest, rows = Contest(tokens, device), {}
-    first, *_ = contestants.values()
-    for name, layer in list(contestants.items()):
+    (own, layer), *_ = contestants.items()
+    expected = contest.results(layer)  # ours: where it fails, there is nothing to compare
+    for name, layer in contestants.items():
         try:
             # The sums of thousands of products of bfloat16 in two orders: a per cent.
-            rows[name] = {"error": error(contest.results(layer), contest.results(first))}
-        except Exception:
-            print(f"{name} at {tokens} tokens: {traceback.format_exc(limit=-2)}", flush=True)
-            del contestants[name]
+            rows[name] = {"error": error(contest.results(layer), expected)}
+        except (RuntimeError, TritonError) as failure:  # too little memory, or tiles that do not fit: a result too
+            rows[name] = {"failed": one_line(failure)}
+    able = {name: layer for name, layer in contestants.items() if "failed" not in rows[name]}
     for _ in range(rounds):
-        for name, layer in contestants.items():
+        for name, layer in able.items():
             contest.turn(name, layer)
-    base = contest.times[next(iter(contestants))]
+    base = contest.times[own]
     for name, times in contest.times.items():
         ratios = sorted(other / mine for mine, other in zip(base, times, strict=True))  # of speeds
         milliseconds = statistics.median(times)
@@ -176,6 +178,9 @@ def table(tokens: int, rows: dict[str, dict]) -> str:
     lines = [f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {tokens} tokens:"]
     lines += ["| | ms | TFLOP/s | ours over it (least, most) | error |", "|---|---|---|---|---|"]
     for name, row in rows.items():
+        if "failed" in row:
+            lines.append(f"| {name} | failed: {row['failed']} | | | |")
+            continue
         least, most = row["least_and_most"]
         numbers = f"{row['milliseconds']:.2f} | {row['tflops']:.0f} | {row['ours_over_it']:.3f}"
         lines.append(f"| {name} | {numbers} ({least:.3f}, {most:.3f}) | {row['error']:.1e} |")

@@ -63,6 +63,7 @@ GAIN_SPREAD = "largest gain - 1"  # of all norms, in size
 GAIN_LEAST = "least gain"
 SHARPEST = "largest attention sink"  # of the layers
 INFORMATION = "mutual information"
+FAILED_PROBE = "failed probe"
 
 
 @dataclass(frozen=True)

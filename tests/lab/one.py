@@ -26,7 +26,7 @@ import yaml
 from model.batch import MicroBatch, count_targets
 from model.layers.balance import load_fractions
 from tests.lab import kept
-from tests.lab.arms import ARMS, INFORMATION, RECIPE, run_name
+from tests.lab.arms import ARMS, FAILED_PROBE, INFORMATION, RECIPE, run_name
 from tests.lab.seams import SEAMS
 from train import __main__ as command_line
 from train import front, loop, routing, training
@@ -78,23 +78,28 @@ def acceptance(job: Job) -> dict[str, float]:
     return measure_acceptance(job, job.chunks[0], prompts, DRAFT, TEXT_TOKENS).values() if prompts else {}
 
 
-PROBES: tuple[Callable[[Job], dict[str, float]], ...] = (
-    losses,
-    acceptance,
-    lambda job: source_metrics(job, SOURCE_ROWS),
-    lambda job: needle_metrics(job, NEEDLE_ROWS),
-    information,
-)
+PROBES: dict[str, Callable[[Job], dict[str, float]]] = {
+    "losses": losses,
+    "acceptance": acceptance,
+    "sources": lambda job: source_metrics(job, SOURCE_ROWS),
+    "needles": lambda job: needle_metrics(job, NEEDLE_ROWS),
+    "information": information,
+}
 
 
 def measured(job: Job) -> dict[str, float]:
-    """What is read of a trained model. A probe that fails says so, and costs neither the others nor the run."""
+    """What is read of a trained model.
+
+    A probe that cannot be computed or read, on this machine or of this text, costs neither the others nor the run: it
+    is kept as failed, and the page says so. Any other error is a mistake and ends the run.
+    """
     values: dict[str, float] = {}
-    for probe in PROBES:
+    for name, probe in PROBES.items():
         try:
             values |= probe(job)
-        except Exception:
+        except (RuntimeError, OSError, ValueError):  # CUDA's among the first, CorpusError among the last
             traceback.print_exc()
+            values[f"{FAILED_PROBE}/{name}"] = 1.0
     return values
 
 

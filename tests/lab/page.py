@@ -10,10 +10,12 @@ from tests.lab.arms import (
     COMPARISONS,
     EARLY,
     EARLY_STEPS,
+    FAILED_PROBE,
     GAIN_LEAST,
     GAIN_SPREAD,
     SHARPEST,
     Comparison,
+    run_name,
 )
 from tests.lab.kept import KEPT
 from tests.lab.plot import Band, svg
@@ -143,7 +145,14 @@ def where(runs: Runs) -> str:
     sizes = sorted({(run["metrics"][-1][metrics.STEP], run["metrics"][-1][metrics.TOKENS]) for run in runs.values()})
     told = "; ".join(f"{steps:,} steps, {tokens:,} tokens" for steps, tokens in sizes)
     unequal = "" if len({steps for steps, _ in sizes}) == 1 else " Their lengths differ: nothing here may be compared."
-    return f"{len(runs)} runs of {told} each.{unequal}\n\n" + "\n".join(f"- {text}" for text in sorted(machines))
+    failed = "".join(
+        f" {run_name(*pair)} lacks what a probe that failed would say: {key.removeprefix(f'{FAILED_PROBE}/')}."
+        for pair, run in runs.items()
+        for key in run["metrics"][-1]
+        if key.startswith(f"{FAILED_PROBE}/")
+    )
+    machines_told = "\n".join(f"- {text}" for text in sorted(machines))
+    return f"{len(runs)} runs of {told} each.{unequal}{failed}\n\n{machines_told}"
 
 
 def page(runs: Runs) -> str:

@@ -4,11 +4,13 @@ import itertools
 import json
 import math
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.lab import corpus, kept, page
+from tests.lab import corpus, kept, one, page
 from tests.lab.__main__ import number_of_steps
 from tests.lab.arms import (
     ARMS,
@@ -22,6 +24,7 @@ from tests.lab.arms import (
     RECIPE,
     SHARPEST,
     STEPS,
+    run_name,
 )
 from tests.lab.lease import Lease, order, steps_for
 from tests.lab.plot import svg, ticks
@@ -59,6 +62,25 @@ def test_what_is_read_is_measured() -> None:
         for name in (*comparison.measures, comparison.curve):
             plain = name.removesuffix(EARLY)
             assert plain in own or catalog.find(plain) or plain.startswith(("heldout_needle", "heldout_lm_loss/")), name
+
+
+def test_a_probe_that_fails_is_kept_and_told_and_a_mistake_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(error: Exception) -> Callable[[object], dict[str, float]]:
+        def probe(_: object) -> dict[str, float]:
+            raise error
+
+        return probe
+
+    there = {"sources": broken(torch.OutOfMemoryError("no memory")), "losses": lambda job: {"heldout_lm_loss": 3.0}}
+    monkeypatch.setattr(one, "PROBES", there)
+    values = one.measured(None)
+    assert values == {"heldout_lm_loss": 3.0, "failed probe/sources": 1.0} and all(map(kept.is_kept, values))
+    line = {"step": 5, "tokens": 9} | values
+    told = page.where({(BASE, 3): {"machine": {}, "metrics": [line]}})
+    assert f"{run_name(BASE, 3)} lacks what a probe that failed would say: sources." in told
+    monkeypatch.setattr(one, "PROBES", there | {"needles": broken(KeyError("a mistake"))})
+    with pytest.raises(KeyError):
+        one.measured(None)
 
 
 def test_attention_alone_has_as_many_weights_as_deltanet() -> None:
