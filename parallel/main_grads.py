@@ -46,7 +46,13 @@ def dummy_gradient(weight: Any) -> Tensor | None:
 
     megatron-core drops it unread, so the weight's own memory will do. One for each pass: autograd would add up those of
     a weight that is used several times, as the MTP layer's are, and experts' in chunks.
+
+    Args:
+        weight: the parameter itself, as the forward pass had it. What a forward pass has saved of it is another tensor
+            where it was computed under `torch.utils.checkpoint`: the hook would find no mark and add the weight.
     """
+    if not weight.requires_grad:
+        raise ValueError("a dummy gradient stands for a parameter's, and this is a saved copy of one")
     weight.grad_added_to_main_grad = True
     backward_pass = torch._C._current_graph_task_id()
     if vars(weight).get("dummy_given_in") == backward_pass:

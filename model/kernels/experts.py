@@ -152,9 +152,9 @@ def _weight_gradient(left_NO, right_NI, ends_E, weight, total):
     return dummy_gradient(weight)
 
 
-def _backward(grad_TH, main_grads, x_TH, inner_NG, source_N, weight1_E2FH, weight2_EHF, probs_N, ends_E, tiles):
+def _backward(grad_TH, weights, main_grads, x_TH, inner_NG, source_N, probs_N, ends_E, tiles):
     """Gradients of the rows [N, H] that were read, of both weights and of the probabilities."""
-    rows = probs_N.numel()
+    (weight1_E2FH, weight2_EHF), rows = weights, probs_N.numel()
     # A gradient's product reads its rows once for every tile: there gathering on the way costs more than a copy.
     grad_NH = grad_TH.index_select(0, source_N)
     grad_active_NF = grouped_product(grad_NH, weight2_EHF, tiles, rows, False)
@@ -176,14 +176,14 @@ class _FusedMoE(torch.autograd.Function):
         ends_E = counts_E.cumsum(0).int()
         tiles = tile_rows(ends_E, source_N.numel())
         inner_NG, out_NH = _forward(x_TH, source_N, weight1_E2FH, weight2_EHF, probs_N, tiles)
-        ctx.save_for_backward(inverse_TK, x_TH, inner_NG, source_N, weight1_E2FH, weight2_EHF, probs_N, ends_E, tiles)
-        ctx.main_grads = main_grads
+        ctx.save_for_backward(inverse_TK, x_TH, inner_NG, source_N, probs_N, ends_E, tiles)
+        ctx.weights, ctx.main_grads = (weight1_E2FH, weight2_EHF), main_grads  # themselves, see `dummy_gradient`
         return sum_rows(out_NH, inverse_TK)
 
     @staticmethod
     def backward(ctx, grad_TH: Tensor):
         inverse_TK, *rest = ctx.saved_tensors
-        grad_x_NH, *grads = _backward(grad_TH.contiguous(), ctx.main_grads, *rest)
+        grad_x_NH, *grads = _backward(grad_TH.contiguous(), ctx.weights, ctx.main_grads, *rest)
         return sum_rows(grad_x_NH, inverse_TK), *grads, None, None, None, None
 
 

@@ -39,8 +39,8 @@ class _LoopedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_NI: Tensor, weight: Tensor, counts: list[int], total: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x_NI, weight)
-        ctx.counts, ctx.total = counts, total
+        ctx.save_for_backward(x_NI)
+        ctx.weight, ctx.counts, ctx.total = weight, counts, total  # itself, see `dummy_gradient`
         matrices_EOI = weight.view(len(counts), -1, x_NI.shape[1])
         out = x_NI.new_empty(x_NI.shape[0], matrices_EOI.shape[1])
         for rows, matrix, x in zip(out.split(counts), matrices_EOI, x_NI.split(counts), strict=True):
@@ -49,7 +49,7 @@ class _LoopedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_NO: Tensor):
-        x_NI, weight = ctx.saved_tensors
+        (x_NI,), weight = ctx.saved_tensors, ctx.weight
         grad_x, grad_NO = torch.empty_like(x_NI), grad_NO.contiguous()
         sums = torch.zeros_like(weight) if ctx.total is None else ctx.total
         matrices_EOI, sums_EOI = (x.view(len(ctx.counts), -1, x_NI.shape[1]) for x in (weight, sums))

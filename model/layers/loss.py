@@ -93,18 +93,18 @@ class _LinearCrossEntropies(torch.autograd.Function):
             grads_hidden.append(grad_hidden)
         if grad_head is not None and main_grad_VH is None:
             grad_head = grad_head.to(head_VH.dtype)
-        ctx.save_for_backward(head_VH, grad_head, *grads_hidden)
-        ctx.main_grad_VH = main_grad_VH
+        ctx.save_for_backward(grad_head, *grads_hidden)
+        ctx.head_VH, ctx.main_grad_VH = head_VH, main_grad_VH  # itself, see `dummy_gradient`
         tokens = torch.stack(losses)
         ctx.mark_non_differentiable(tokens)
         return torch.stack(sums).sum(), tokens
 
     @staticmethod
     def backward(ctx, grad_total: Tensor, _):
-        head_VH, grad_head, *grads_hidden = ctx.saved_tensors
+        grad_head, *grads_hidden = ctx.saved_tensors
         if grad_head is not None and ctx.main_grad_VH is not None:
             ctx.main_grad_VH.addcmul_(grad_head, grad_total)
-            grad_head = dummy_gradient(head_VH)
+            grad_head = dummy_gradient(ctx.head_VH)
         elif grad_head is not None:
             grad_head = scaled(grad_head, grad_total)
         grads = [None if grad is None else scaled(grad, grad_total) for grad in grads_hidden]

@@ -65,6 +65,23 @@ def test_a_weight_that_is_used_several_times_has_one_sum_and_one_dummy_gradient(
         assert_close(total, passes * 3 * own, FLOAT64_TOLERANCE, "the sum of gradients")
 
 
+def test_in_chunks_the_weights_themselves_are_marked_as_added_to_their_sums(groups) -> None:
+    """Else megatron-core's hook adds the dummy gradient, which is the weight, to the sum."""
+    module = Experts(hybrid_config(SMALL, MtpConfig()), groups).double()
+    randomise(module)
+    x, counts, source = normal(6, SMALL.hidden_size), torch.tensor([0, 2, 0, 1, 3, 0]), torch.tensor([0, 3, 5, 1, 2, 4])
+    arguments = (x, torch.ones(6), counts, source, invert(source)[:, None])
+    module(*arguments).square().sum().backward()
+    expected = [weight.grad for weight in module.parameters()]
+    for weight in module.parameters():
+        weight.grad, weight.main_grad = None, torch.zeros_like(weight)
+    module(*arguments, 2).square().sum().backward()
+    for weight, gradient in zip(module.parameters(), expected, strict=True):
+        assert weight.grad_added_to_main_grad
+        assert torch.equal(weight.grad, weight)
+        assert_close(weight.main_grad, gradient, FLOAT64_TOLERANCE, "the sum of gradients")
+
+
 def test_permute_and_its_gradient() -> None:
     order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
     inverse = invert(order)
