@@ -208,12 +208,10 @@ READERS: dict[str, Callable[[Path], Iterator[Tensor]]] = {
     "GPTDataset": gpt_dataset,
     "GPTDataset with document boundaries": gpt_dataset_documents,
 }
-OURS = {
-    "ours, prepared shards": "prepared/train-*.parquet",
-    "ours, parquet token lists": "tokens.parquet",
-    "ours, arrow token lists": "tokens.arrow",
-    "ours, `.bin` and `.idx`": "megatron.*",
-}
+OURS = [name for name in READERS if name.startswith("ours")]
+FILES = {prepared: "prepared/train-*.parquet", arrow: "tokens.arrow", parquet: "tokens.parquet"}
+FILES |= dict.fromkeys((streamed, streamed_lists), "tokens.parquet")
+FILES |= dict.fromkeys((megatron, gpt_dataset, gpt_dataset_documents), "megatron.*")
 
 
 def measure(reader: Callable[[Path], Iterator[Tensor]], root: Path) -> Reading:
@@ -242,7 +240,7 @@ def speed_table(root: Path, repeats: int) -> str:
         found = [in_process(measure, reader, root) for _ in range(repeats)]
         cores = sorted(reading.tokens / reading.cpu / 1e6 for reading in found)
         wall = median(reading.tokens / reading.wall / 1e6 for reading in found)
-        size = sum(path.stat().st_size for path in root.glob(OURS.get(name, "no files of ours")))
+        size = sum(path.stat().st_size for path in root.glob(FILES[reader]))
         least = f"{cores[0]:.1f} to {cores[-1]:.1f} M"
         lines.append(f"| {name} | {median(cores):.1f} M | {wall:.1f} M | {least} | {size / TOKENS:.2f} |")
         print(lines[-1], file=sys.stderr, flush=True)

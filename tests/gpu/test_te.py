@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -59,6 +60,7 @@ RUN = [
     "wandb.mode=disabled",
 ]
 STEPS, LAST = 200, 50
+SWITCHED = ("torch", "block")
 
 
 @pytest.fixture(scope="module")
@@ -182,17 +184,25 @@ def test_gradients_go_into_the_sums_of_data_parallelism(networks, groups) -> Non
         assert norms["block"][key] == pytest.approx(norm, rel=0.3), key
 
 
-def _start(directory: Path, name: str, backend: str, steps: int) -> subprocess.Popen:
-    kind, fp8 = BACKENDS[backend]
+class Run(NamedTuple):
+    """One run: its backend, and whose last checkpoint it goes on from (`run.fork`), if any."""
+
+    backend: str
+    fork: str | None = None
+
+
+def _start(directory: Path, name: str, run: Run, steps: int) -> subprocess.Popen:
+    kind, fp8 = BACKENDS[run.backend]
     settings = [*RUN, f"model.backend={kind}", f"model.fp8={fp8}", f"run.steps={steps}", f"run.name={name}"]
     settings += [f"run.dir={directory}", f"data.cache={directory / f'cache_{name}'}"]
+    settings += [f"run.fork={run.fork}@{STEPS}"] if run.fork else []
     command = [sys.executable, "-m", "train", "train", *settings]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def _train(directory: Path, backends: dict[str, str], steps: int) -> dict[str, dict[int, float]]:
+def _train(directory: Path, runs: dict[str, Run], steps: int) -> dict[str, dict[int, float]]:
     """The losses of runs at once on one GPU, by step."""
-    processes = {name: _start(directory, name, backend, steps) for name, backend in backends.items()}
+    processes = {name: _start(directory, name, run, steps) for name, run in runs.items()}
     losses = {}
     for name, process in processes.items():
         output, _ = process.communicate(timeout=500)
@@ -205,7 +215,7 @@ def _train(directory: Path, backends: dict[str, str], steps: int) -> dict[str, d
 @pytest.fixture(scope="module")
 def text_runs(tmp_path_factory) -> tuple[Path, dict[str, dict[int, float]]]:
     directory = tmp_path_factory.mktemp("runs")
-    return directory, _train(directory, {name: name for name in ("torch", "te", "block")}, STEPS)
+    return directory, _train(directory, {name: Run(name) for name in ("torch", "te", "block")}, STEPS)
 
 
 @pytest.mark.timeout(600)
@@ -219,11 +229,14 @@ def test_two_hundred_steps_of_text_end_at_the_loss_of_torch(text_runs) -> None:
 
 @pytest.mark.timeout(600)
 def test_a_run_goes_on_with_another_backend(text_runs) -> None:
+    """A checkpoint of either backend goes on with the other as it does with its own, over the same text."""
     directory, _ = text_runs
-    found = _train(directory, {"torch": "block", "block": "torch", "te": "te"}, STEPS + 5)
+    runs = {f"{fork}_with_{backend}": Run(backend, fork) for fork in SWITCHED for backend in SWITCHED}
+    found = _train(directory, runs, STEPS + 5)
     ends = {
         name: statistics.mean(losses[step] for step in range(STEPS + 1, STEPS + 6)) for name, losses in found.items()
     }
     print(f"mean loss of 5 steps with another backend: {ends}")
-    for name in ("torch", "block"):  # the same text; without the moments or the masters they would part
-        assert ends[name] == pytest.approx(ends["te"], rel=1e-2), name
+    for fork in SWITCHED:  # without the moments or the masters they would part
+        with_torch, with_block = (ends[f"{fork}_with_{backend}"] for backend in SWITCHED)
+        assert with_block == pytest.approx(with_torch, rel=1e-2), fork
