@@ -147,6 +147,8 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=5, help="steps between saves")
     parser.add_argument("--saves", type=int, default=6, help="how many saves")
     asked, settings = parser.parse_known_args()
+    if "RANK" not in os.environ:
+        parser.error("start it with torchrun, as above")
     place = Path(tempfile.gettempdir()) / f"save_cost_{os.environ['MASTER_PORT']}"  # the same on every process
     config = compose(["-cn", asked.cn, f"run.dir={place}", "run.keep=1", *settings], planned=True)
     job = _job(config)
