@@ -59,7 +59,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """What the tests of serving need that no test can make for itself."""
     parser.addoption("--vllm", metavar="PYTHON", help="python of an environment with vLLM, for tests/serving")
     parser.addoption("--served-run", metavar="DIR", help="run that tests/serving serves; else they train tiny first")
-    parser.addoption("--served-runs", metavar="DIR", help="runs dense and moe of tests/serving/test_vllm_families.py")
 
 
 def pytest_configure() -> None:
