@@ -5,12 +5,14 @@ really hold.
 """
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Protocol
 
 from parallel.topology import Topology
 
 FLOAT32_BYTES = 4
 REDUCED, GATHERED = "gradient reduce-scatter", "parameter all-gather"
+EMBEDDINGS = "embedding all-reduce"
 NUM_MOMENTS = 2
 ROUTE_BYTES = 8  # of a probability and a place, in float32
 FEWEST_BUCKETS = 8  # of a buffer of gradients, so that all but an eighth of them travels while others are computed
@@ -89,16 +91,27 @@ def state_bytes(
     return total
 
 
-def in_flight(topology: Topology, pipeline_rank: int, microbatches: int) -> int:
-    """Micro-batches of one stage whose activations a process holds at once, over all of its interleaved stages.
+@cache
+def in_flight(topology: Topology, pipeline_rank: int, microbatches: int) -> tuple[tuple[int, ...], ...]:
+    """Micro-batches of each of a process's stages whose activations it holds at once, at all moments that differ.
 
-    megatron-core's schedules: one forward, one backward after a warm-up that is longest on the first process.
+    megatron-core's schedules: one forward, one backward after a warm-up that is longest on the first process. Of
+    interleaved stages as many micro-batches as there are processes pass each, forwards from the first, backwards from
+    the last.
     """
-    behind = topology.pipeline - pipeline_rank - 1
-    if topology.virtual == 1:
-        return min(behind + 1, microbatches)
-    warm_up = 2 * behind + (topology.virtual - 1) * topology.pipeline
-    return min(warm_up + 1, microbatches * topology.virtual)
+    pipeline, virtual = topology.pipeline, topology.virtual
+    behind = pipeline - pipeline_rank - 1
+    if virtual == 1:
+        return ((min(behind + 1, microbatches),),)
+    passes = microbatches * virtual
+    warm_up = min(2 * behind + (virtual - 1) * pipeline, passes - 1)
+    held, moments = [0] * virtual, []
+    for done in range(warm_up + min(passes - warm_up, pipeline * virtual)):
+        held[done // pipeline % virtual] += 1
+        if done >= warm_up:
+            moments.append(tuple(held))
+            held[virtual - 1 - (done - warm_up) // pipeline % virtual] -= 1
+    return tuple(moments)
 
 
 def bubble(topology: Topology, microbatches: int) -> float:
@@ -125,6 +138,13 @@ def gradient_traffic(weights: Iterable[WeightSize], topology: Topology, element:
         each = FLOAT32_BYTES if weight.float32 else element
         total[kind + GATHERED] += ring_bytes(numel * each, processes)
     return total
+
+
+def embedding_traffic(numel: int, topology: Topology, pipeline_rank: int) -> float:
+    """Bytes that the first or the last process of a pipeline, which both hold the embedding, sends once a step: its
+    float32 gradients, summed over the two."""
+    at_end = pipeline_rank in (0, topology.pipeline - 1) and topology.pipeline > 1
+    return 2 * ring_bytes(numel * FLOAT32_BYTES / topology.tensor, 2) if at_end else 0.0
 
 
 def expert_traffic(rows: float, row_bytes: float, choices: float, topology: Topology, recomputed: bool) -> float:

@@ -23,7 +23,7 @@ from data.dataset import check_data
 from data.errors import StorageError
 from data.secrets import hidden, hide, one_line
 from model.backend import check_backend, require_backend
-from model.config import check_model
+from model.config import ModelConfig, check_model
 from parallel.engine import require_package
 from parallel.quiet import quiet_upstream
 from train import arguments as command_line
@@ -67,7 +67,7 @@ def compose(arguments: list[str], planned: bool = False) -> Config:
     try:
         values = _composed(line)
         if {"init", "fork"} & {key for key, value in values["run"].items() if value not in (None, MISSING)}:
-            model = _origin_model(values["run"], name)
+            model = _origin_model(values, name)
             values = _composed(replace(line, overrides=(*model, *line.overrides)))
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(f"{' '.join(line.arguments)} cannot be composed: {one_line(error)}") from error
@@ -93,12 +93,22 @@ def _composed(line: CommandLine) -> dict[str, Any]:
     return resolved
 
 
-def _origin_model(run: dict[str, Any], recipe: str) -> list[str]:
-    """The model of the run that `run.init` or `run.fork` names, as overrides; of the run itself once it has begun."""
+def _origin_model(values: dict[str, Any], recipe: str) -> list[str]:
+    """The model of the run that `run.init` or `run.fork` names, as overrides; of the run itself once it has begun.
+
+    Where the same layers are cut for a pipeline here, the cut stays.
+    """
+    run, stages = values["run"], values["parallel"]["pipeline"]
     config = RunConfig(**{key: run[key] for key in ("name", "dir", "init", "fork") if run.get(key)})
     begun = RunReference(config.name or recipe, config.dir)
     source = load_config(begun if (begun.path / CONFIG_FILE).is_file() else config.origin)
-    return [f"model.{key}={'null' if value is None else value}" for key, value in to_dict(source.model).items()]
+    model, own = (
+        to_dict(source.model),
+        ModelConfig(pattern=values["model"]["pattern"], repeats=values["model"]["repeats"]),
+    )
+    if own.layers == source.model.layers and stages > 1 and len(own.stages) % stages == 0:
+        model |= {"pattern": own.pattern, "repeats": own.repeats}
+    return [f"model.{key}={'null' if value is None else value}" for key, value in model.items()]
 
 
 def _choices(override: str) -> list[str]:

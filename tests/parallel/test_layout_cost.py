@@ -290,18 +290,25 @@ def test_traffic_by_hand() -> None:
     assert [layout_cost.pipeline_traffic(1000, TOPOLOGY, rank) for rank in range(4)] == [500, 1000, 1000, 500]
     interleaved = replace(TOPOLOGY, virtual=2)
     assert [layout_cost.pipeline_traffic(1000, interleaved, rank) for rank in range(4)] == [1500, 2000, 2000, 1500]
+    # Both ends of a pipeline send the gradients of their half of the embedding, and its sum.
+    assert [layout_cost.embedding_traffic(1000, TOPOLOGY, rank) for rank in range(4)] == [2000, 0, 0, 2000]
     alone = Topology(world=1, tensor=1, pipeline=1, context=1, expert=1, data=1)
     assert (
         layout_cost.expert_traffic(80, 16, 200, alone, recomputed=False)
         == layout_cost.pipeline_traffic(1000, alone, 0)
+        == layout_cost.embedding_traffic(1000, alone, 0)
         == 0
     )
 
 
 def test_micro_batches_in_flight() -> None:
-    assert [layout_cost.in_flight(TOPOLOGY, rank, 16) for rank in range(4)] == [4, 3, 2, 1]
-    assert layout_cost.in_flight(TOPOLOGY, 0, 2) == 2
+    assert [layout_cost.in_flight(TOPOLOGY, rank, 16) for rank in range(4)] == [((n,),) for n in (4, 3, 2, 1)]
+    assert layout_cost.in_flight(TOPOLOGY, 0, 2) == ((2,),)
     # Two stages a process: 2 x 3 + 4 forward passes of a stage before the first backward pass, and it runs one more.
-    assert [layout_cost.in_flight(replace(TOPOLOGY, virtual=2), rank, 16) for rank in (0, 3)] == [11, 5]
+    first, last = (layout_cost.in_flight(replace(TOPOLOGY, virtual=2), rank, 16) for rank in (0, 3))
+    assert {sum(held) for held in first} == {11} and {sum(held) for held in last} == {5}
+    assert first[0] == (7, 4)  # 4 of the first stage, 4 of the second, and 3 more of the first
+    assert {held[1] for held in last} == {1, 0}  # behind the last stage nothing is waited for
+    assert layout_cost.in_flight(replace(TOPOLOGY, virtual=2), 0, 4) == ((4, 4),)
     assert layout_cost.bubble(TOPOLOGY, 9) == 3 / 12
     assert layout_cost.bubble(replace(TOPOLOGY, virtual=3), 9) == 1 / 10

@@ -9,6 +9,7 @@ import yaml
 from data.errors import CorpusError
 from model.config import ModelError
 from parallel.topology import ParallelConfig, TopologyError, resolve
+from train.__main__ import compose
 from train.job.footprint import fewest_processes, held_weights, recomputed
 from train.settings import optim
 from train.settings.commands import (
@@ -260,3 +261,14 @@ def test_the_fewest_processes_that_hold_a_model(config):
     dense = changed(config, "model.pattern", "*-")
     size = sum(weight.numel for weight in held_weights(dense, resolve(whole, dense.model, 1), 2048, 0)) * 4
     assert fewest_processes(dense, 2048, 0.9 * size, 2) == ParallelConfig(tensor=2, expert=1)
+
+
+def test_weights_of_another_run_come_into_a_pipelines_cuts(tmp_path):
+    place = f"run.dir={tmp_path}"
+    base = compose(["-cn", "qwen3_next_80b_a3b", place, "run.name=base", "model.rope_base=5e6"], planned=True)
+    base.run.path.mkdir()
+    save_config(base)
+    ours = ["-cn", "qwen3_next_80b_a3b_512gpu", place, "run.init=base", "data.corpus=corpora/mine"]
+    cut = compose(ours).model
+    assert len(cut.stages) == 16 and cut.layers == base.model.layers and cut.rope_base == 5e6
+    assert compose([*ours, "parallel.pipeline=1"]).model.stages == (base.model.layers,)

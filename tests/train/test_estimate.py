@@ -75,6 +75,32 @@ def test_what_travels_unhidden_stands_in_the_time_and_the_gpu_hours(said) -> Non
     assert step_time(config, topology, 151936, places, alone).seconds == pytest.approx(step.arithmetic)
 
 
+def test_batches_that_grow_count_as_long_as_they_are_read(said) -> None:
+    base = ["-cn", "qwen3_next_80b_a3b_512gpu", "estimate.gpu=H100"]
+
+    def hours(*arguments: str) -> float:
+        return float(re.search(r"  ([\d,.]+) GPU-hours", said(*base, *arguments))[1].replace(",", ""))
+
+    grows = ["batch.global=512", "batch.schedule=[[10000000000,4096]]"]
+    parts = hours("batch.global=512", "estimate.tokens=1e10"), hours("batch.global=4096", "estimate.tokens=3e10")
+    assert parts[0] > 1.2 * parts[1] / 3  # few micro-batches wait longer for a pipeline
+    assert hours(*grows, "estimate.tokens=4e10") == pytest.approx(sum(parts), abs=2)  # rounded to hours
+    assert "of a step of 4096 sequences, with" in said(*base, *grows, "estimate.tokens=4e10")
+    assert "of a step, with" in said(*base, *grows, "estimate.tokens=1e10")
+    # Memory is that of the largest batch, of which a pipeline holds the most micro-batches.
+    small, both, large = (
+        footprint(config, check_plan(config, 512), 151936, 0).memory
+        for config in (compose([*base[:2], *own], planned=True) for own in (grows[:1], grows, ["batch.global=4096"]))
+    )
+    assert small["activations"] < both["activations"] == large["activations"]
+
+
+def test_both_ends_of_a_pipeline_sum_the_gradients_of_their_embedding() -> None:
+    config = compose(["-cn", "qwen3_next_80b_a3b_512gpu"], planned=True)
+    sent = [footprint(config, check_plan(config, 512), 151936, rank).traffic for rank in range(4)]
+    assert [place.get("embedding all-reduce") for place in sent] == [151936 * 2048 * 4, None, None, 151936 * 2048 * 4]
+
+
 def test_the_disk_of_a_whole_run(said) -> None:
     line = next(x for x in said("-cn", "qwen3_next_80b_a3b").splitlines() if x.startswith("checkpoints:"))
     # 3,576,279 steps, of which every 100,000th stays, and the newest three; kept all, they would be 4 PB.

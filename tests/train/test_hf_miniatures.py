@@ -40,6 +40,7 @@ FAMILY = {
     "qwen3_5_122b_a10b": (4, 16, False),
     "qwen3_coder_next": (2, 8, False),
 }
+BLOCKS = 8  # layers: three of Gated DeltaNet, one of attention, and what stands behind each
 WIDTHS = {"hidden_size": 32, "vocab_size": VOCAB, "head_dim": 16, "linear_key_dim": 16, "linear_value_dim": 16}
 SECOND = {
     "-": {"dense_size": 48},
@@ -51,16 +52,17 @@ SHORT = [
     *("optim.warmup_steps=1", f"optim.lr={LR}", "optim.min_lr=0", "data.seq_length=64", "batch.global=4"),
     *("batch.micro=2", "wandb.mode=disabled"),
 ]
-ALONE = ["parallel.world=null", "parallel.expert=1", "parallel.tensor=1"]
+ALONE = [f"parallel.{size}" for size in ("world=null", "expert=1", "tensor=1", "pipeline=1")]
 
 
 def miniature(recipe: str) -> ModelConfig:
-    """The recipe's model with one repeat of its pattern, few heads and narrow layers."""
+    """The recipe's model with its first layers, few heads and narrow ones."""
     model = compose(["-cn", recipe], planned=True).model
     heads = gcd(model.attention_heads, model.key_value_heads) // 2
     linear = gcd(model.linear_key_heads, model.linear_value_heads) // 2
     return replace(
         model,
+        pattern=model.layers[:BLOCKS],
         repeats=1,
         attention_heads=model.attention_heads // heads,
         key_value_heads=model.key_value_heads // heads,

@@ -83,7 +83,8 @@ def test_the_settings_of_a_proposal_can_be_typed(proposals) -> None:
 def test_arithmetic_of_one_process() -> None:
     tokens = 32 * 1024
     whole = training_flops(CONFIG.model, CONFIG.mtp, 4096, 1024)
-    again = sum(forward_flops(CONFIG.model, CONFIG.mtp, 4096, 1024).values())
+    forward = forward_flops(CONFIG.model, CONFIG.mtp, 4096, 1024)
+    again = sum(forward.values()) - forward["head"]  # whose gradients are there after the forward pass
     assert forced(world=1, expert=1).step.seconds == pytest.approx(tokens * whole / GPU.flops)
     full = forced(world=1, expert=1, recompute="full")
     assert full.step.seconds == pytest.approx(tokens * (whole + again) / GPU.flops)
@@ -174,6 +175,12 @@ def test_512_h100s_get_a_layout_of_kernels_with_its_traffic_in_the_time() -> Non
     spread = replace(config, parallel=replace(config.parallel, world=512))
     wide = predict(spread, resolve(spread.parallel, spread.model, 512), machine)
     assert wide.step.arithmetic < first.step.seconds < wide.step.seconds
+
+
+def test_a_dense_model_gets_layouts_that_differ() -> None:
+    dense = replace(CONFIG, model=replace(CONFIG.model, pattern="G-G-G-*-"))
+    found = [(x.topology, x.config.batch.micro) for x in propose(dense, WORLD, replace(GPU, memory=1e11))]
+    assert len({*found}) == 5 and {topology.expert for topology, _ in found} == {1}
 
 
 def test_the_command(capsys) -> None:

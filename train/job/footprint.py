@@ -133,15 +133,20 @@ def fewest_processes(config: Config, vocab_size: int, room: float, most: int) ->
 
 
 def footprint(config: Config, topology: Topology, vocab_size: int, pipeline_rank: int) -> Footprint:
-    """What a process at this place of the pipeline holds and sends in a step of the first batch size."""
+    """What a process at this place of the pipeline holds at the most, and sends in a step of ``batch.global``."""
     model, element = config.model, ELEMENT_BYTES[config.model.dtype]
     weights = held_weights(config, topology, vocab_size, pipeline_rank)
     steps = microbatches(topology, config.batch.global_, config.batch.micro)
+    largest = max([config.batch.global_, *(size for _, size in config.batch.schedule)])
+    most = microbatches(topology, largest, config.batch.micro)
     held = layout_cost.state_bytes(weights, topology, element, config.optim.moments == BFLOAT16)
-    held["activations"] = _activations(config, topology, vocab_size, pipeline_rank, steps)
+    held["activations"] = _activations(config, topology, vocab_size, pipeline_rank, most)
     held["a layer computed again"] = _recomputed_bytes(config, topology, pipeline_rank)
     held["working space"] = _working_bytes(config, topology, vocab_size, pipeline_rank)
     traffic = layout_cost.gradient_traffic(weights, topology, element)
+    if config.mtp.steps or model.tied_embeddings:
+        embedding = vocab_size * model.hidden_size
+        traffic[layout_cost.EMBEDDINGS] = layout_cost.embedding_traffic(embedding, topology, pipeline_rank)
     traffic |= _layer_traffic(config, topology, pipeline_rank, steps)
     work = stage_work(model, config.mtp, vocab_size, config.data.seq_length)
     return Footprint(
@@ -202,7 +207,8 @@ def _activations(config: Config, topology: Topology, vocab_size: int, pipeline_r
         )
         for number in numbers
     ]
-    return layout_cost.in_flight(topology, pipeline_rank, steps) * sum(each) / len(each)
+    moments = layout_cost.in_flight(topology, pipeline_rank, steps)
+    return max(sum(number * kept for number, kept in zip(held, each, strict=True)) for held in moments)
 
 
 def _recomputed_bytes(config: Config, topology: Topology, pipeline_rank: int) -> float:

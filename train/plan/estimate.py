@@ -143,16 +143,34 @@ def traffic_lines(places: list[Footprint]) -> list[str]:
     return lines
 
 
-def cost_lines(
-    config: Config, topology: Topology, vocab_size: int, places: list[Footprint], budget: Budget
-) -> list[str]:
+def phases(config: Config, tokens: float) -> list[tuple[Config, float]]:
+    """The sizes of batch that so many tokens are read in, each as a configuration, and the tokens of each."""
+    sizes = [(0, config.batch.global_), *config.batch.schedule]
+    ends = [begin for begin, _ in sizes[1:]] + [float("inf")]
+    return [
+        (replace(config, batch=replace(config.batch, global_=size)), min(end, tokens) - begin)
+        for (begin, size), end in zip(sizes, ends, strict=True)
+        if begin < tokens
+    ]
+
+
+def longest_phase(config: Config, tokens: float) -> Config:
+    """The configuration of the size of batch that most of so many tokens are read in."""
+    return max(phases(config, tokens), key=lambda phase: phase[1])[0]
+
+
+def cost_lines(config: Config, topology: Topology, vocab_size: int, budget: Budget) -> list[str]:
     """Where the time of a step goes, and the GPU-hours, days and money of the token budget."""
-    machine = machine_of(budget.gpu, budget.mfu)
-    step = step_time(config, topology, vocab_size, places, machine)
-    tokens = config.batch.global_ * config.data.seq_length
-    hours = budget.tokens / tokens * step.seconds * topology.world / HOUR
-    flops = cost.training_flops(config.model, config.mtp, vocab_size, config.data.seq_length) * tokens
-    share = flops / topology.world / step.seconds / GPUS[budget.gpu].peak
+    machine, length = machine_of(budget.gpu, budget.mfu), config.data.seq_length
+    steps = []
+    for phase, tokens in phases(config, budget.tokens):
+        places = [footprint(phase, topology, vocab_size, rank) for rank in range(topology.pipeline)]
+        size, time = phase.batch.global_, step_time(phase, topology, vocab_size, places, machine)
+        steps.append((tokens, size, tokens / (size * length) * time.seconds * topology.world / HOUR, time))
+    _, size, _, step = max(steps, key=lambda phase: phase[0])
+    hours = sum(phase[2] for phase in steps)
+    flops = cost.training_flops(config.model, config.mtp, vocab_size, length) * budget.tokens
+    share = flops / (hours * HOUR) / GPUS[budget.gpu].peak
     money = "" if budget.price is None else f" = {hours * budget.price:,.0f} USD at {budget.price:g} a GPU-hour"
     shown = f"{hours:,.0f}" if hours >= 100 else f"{hours:.2f}"
     links = f"{machine.node_bandwidth / 1e9:.0f} GB/s in a node of {machine.per_node}"
@@ -162,7 +180,7 @@ def cost_lines(
     return [
         f"{budget.tokens:.3g} tokens on {budget.gpu}, arithmetic at {budget.mfu:.0%} of "
         f"{GPUS[budget.gpu].peak / 1e12:.0f} TFLOP/s, {links} and {machine.network_bandwidth / 1e9:.0f} beyond",
-        "  of a step, with the transfers that nothing hides:",
+        f"  of a step{f' of {size} sequences' * (len(steps) > 1)}, with the transfers that nothing hides:",
         *number_lines(((name, seconds) for name, seconds in rows if seconds), "ms", 1e-3, share=True),
         *number_lines([("total", step.seconds)], "ms", 1e-3),
         f"  {shown} GPU-hours{money}; {hours / topology.world / 24:,.1f} days on {topology.world} GPUs; {share:.1%} of "
@@ -222,15 +240,16 @@ def estimate_text(config: Config, topology: Topology, budget: Budget, peers: dic
     require_planned(config.engine)
     vocab_size = planned_vocab(config, topology)
     budget = replace(budget, tokens=budget.tokens or run_tokens(config))
-    places = [footprint(config, topology, vocab_size, rank) for rank in range(topology.pipeline)]
-    exact = exact_balance(config, topology, vocab_size)
+    phase = longest_phase(config, budget.tokens)
+    places = [footprint(phase, topology, vocab_size, rank) for rank in range(topology.pipeline)]
+    exact = exact_balance(phase, topology, vocab_size)
     fullest = max(places, key=lambda place: sum(place.memory.values()))
     parts = [
         parameter_lines(config, vocab_size),
         [*flop_lines(config, vocab_size), *([f"  {exact}"] if exact else [])],
         memory_lines(config, topology, fullest, budget.gpu),
         traffic_lines(places),
-        cost_lines(config, topology, vocab_size, places, budget),
+        cost_lines(config, topology, vocab_size, budget),
         disk_lines(config, vocab_size),
     ]
     if peers:

@@ -13,9 +13,9 @@ from model.config import ModelConfig, ModelError, MtpConfig, check_kernels, chec
 from model.cost.cost import layer_flops
 from parallel.topology import RECOMPUTE_POLICIES, Topology, TopologyError, check_length, divisors, microbatches, resolve
 from train.job.footprint import footprint, planned_vocab, stage_work
-from train.plan.estimate import Budget
+from train.plan.estimate import Budget, longest_phase
 from train.plan.step_time import Machine, StepTime, machine_of, step_time
-from train.settings.run import Config
+from train.settings.run import Config, run_tokens
 from train.settings.tree import ConfigError
 
 GB = 1e9
@@ -94,6 +94,7 @@ def proposals(config: Config, budget: Budget) -> list[str]:
     if world is None or world < 1:
         raise ConfigError(f"parallel.world={world}: estimate.propose needs the number of GPUs, as in parallel.world=64")
     machine = machine_of(budget.gpu, budget.mfu)
+    config = longest_phase(config, budget.tokens or run_tokens(config))
     return proposal_lines(propose(config, world, machine, budget.propose), machine)
 
 
@@ -153,7 +154,7 @@ def layouts(config: Config, world: int, machine: Machine) -> Iterator[list[list[
     for (pipeline, virtual), tensor, context in product(stages, near, near):
         if tensor * context > machine.per_node or (cut := cuts(config, pipeline * virtual)) is None:
             continue
-        for expert in divisors(world // pipeline):
+        for expert in divisors(world // pipeline) if "E" in cut.model.layers + cut.model.mtp_layers else (1,):
             sizes: dict[str, Any] = {"tensor": tensor, "pipeline": pipeline, "context": context, "expert": expert}
             parallels = [replace(cut.parallel, **sizes, recompute=policy, world=world) for policy in RECOMPUTE_POLICIES]
             found = []
@@ -179,12 +180,13 @@ def valid(config: Config, world: int) -> Topology | None:
 
 
 def predict(config: Config, topology: Topology, machine: Machine) -> Proposal:
-    """Memory and time of a layout: those of the first, the fullest and the last processes of a pipeline."""
+    """Memory and time of a layout: those of a pipeline's first and last processes, and of its busiest between them."""
     vocab = planned_vocab(config, topology)
     first = footprint(config, topology, vocab, 0)
-    ranks = range(topology.pipeline)
-    busiest = max(ranks, key=lambda rank: sum(first.balance[rank :: topology.pipeline]))
-    others = (footprint(config, topology, vocab, rank) for rank in sorted({busiest, topology.pipeline - 1} - {0}))
+    last = topology.pipeline - 1
+    # Those between send to both sides.
+    between = sorted(range(1, last), key=lambda rank: sum(first.balance[rank :: topology.pipeline]))[-1:]
+    others = (footprint(config, topology, vocab, rank) for rank in sorted({*between, last} - {0}))
     places = [first, *others]
     memory = max(sum(place.memory.values()) for place in places)
     return Proposal(config, topology, memory, step_time(config, topology, vocab, places, machine))

@@ -7,14 +7,15 @@ last micro-batch, new weights behind the forward pass of the next one. All other
 parallelism hides in part. It ranks layouts; how fast one is, only running it tells.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from model.config import LAYER
-from model.cost.cost import ROUTED, TRAINING_FACTOR, forward_flops, layer_flops
-from parallel.layout_cost import FEWEST_BUCKETS, GATHERED, REDUCED
+from model.cost.cost import HEAD, ROUTED, TRAINING_FACTOR, layer_flops, stage_flops
+from parallel.layout_cost import EMBEDDINGS, FEWEST_BUCKETS, GATHERED, REDUCED
 from parallel.topology import Topology, microbatches
-from train.job.footprint import Footprint, held_symbols, recomputed
+from train.job.footprint import Footprint, held_symbols, recomputed, stage_numbers, stage_work
 from train.job.gpus import GPUS
 from train.settings.run import Config
 
@@ -68,6 +69,7 @@ LINKS: dict[str, Callable[[Topology], Link]] = {
     "tensor gathers and scatters": lambda sizes: Link(sizes.tensor),
     "context exchanges": lambda sizes: Link(sizes.context, sizes.tensor, to_all=True),
     "pipeline sends": lambda sizes: Link(sizes.pipeline, sizes.world // sizes.pipeline),
+    EMBEDDINGS: lambda sizes: Link(2, sizes.world - sizes.world // sizes.pipeline),
     REDUCED: lambda sizes: Link(sizes.data * sizes.context, sizes.tensor),
     GATHERED: lambda sizes: Link(sizes.data * sizes.context, sizes.tensor),
     f"expert {REDUCED}": lambda sizes: Link(sizes.expert_replicas, sizes.expert_owners),
@@ -76,6 +78,7 @@ LINKS: dict[str, Callable[[Topology], Link]] = {
 # Transfers of gradients and of new weights, and the share of a micro-batch that may hide them.
 ONCE_A_STEP = {REDUCED: BACKWARD, GATHERED: 1 - BACKWARD}
 ONCE_A_STEP |= {f"expert {name}": share for name, share in ONCE_A_STEP.items()}
+ONCE_A_STEP[EMBEDDINGS] = 0.0  # once all other gradients are there
 
 
 @dataclass(frozen=True)
@@ -108,8 +111,8 @@ def step_time(
     config: Config, topology: Topology, vocab_size: int, places: Iterable[Footprint], machine: Machine
 ) -> StepTime:
     """The step of the slowest of some places of the pipeline, for which the others wait."""
-    whole = _arithmetic_seconds(config, topology, vocab_size, machine)
-    return max((_at(config, topology, whole, place, machine) for place in places), key=lambda time: time.seconds)
+    times = (_at(config, topology, vocab_size, place, machine) for place in places)
+    return max(times, key=lambda time: time.seconds)
 
 
 def transfer_seconds(count: float, link: Link, machine: Machine) -> float:
@@ -127,18 +130,30 @@ def transfer_seconds(count: float, link: Link, machine: Machine) -> float:
     return count / min(machine.node_bandwidth, near * machine.network_bandwidth)
 
 
-def _arithmetic_seconds(config: Config, topology: Topology, vocab_size: int, machine: Machine) -> float:
-    """Arithmetic of a process of a pipeline whose stages all take equally long."""
-    parts = forward_flops(config.model, config.mtp, vocab_size, config.data.seq_length)
-    again = recomputed(config.parallel)
-    names = parts if LAYER in again else [name for part in again for name in REPEATED[part]]
-    repeated = sum(parts.get(name, 0.0) for name in names)
-    tokens = config.batch.global_ * config.data.seq_length
-    return tokens * (TRAINING_FACTOR * sum(parts.values()) + repeated) / topology.world / machine.flops
+def _arithmetic_seconds(
+    config: Config, topology: Topology, vocab_size: int, pipeline_rank: int, machine: Machine
+) -> float:
+    """Arithmetic of a process's stages, what is computed again included.
+
+    The head is not: its gradients are worked out on the way forward.
+    """
+    model, length, again = config.model, config.data.seq_length, recomputed(config.parallel)
+    numbers = stage_numbers(topology, pipeline_rank)
+    once = sum(stage_work(model, config.mtp, vocab_size, length)[number] for number in numbers)
+    if LAYER in again:
+        last = numbers[-1] == len(model.stages) - 1
+        repeated = once - (stage_flops("", model, config.mtp, vocab_size, length, last)[HEAD] if last else 0.0)
+    else:
+        names = [name for part in again for name in REPEATED[part]]
+        layers = Counter(held_symbols(config, topology, pipeline_rank)).items()
+        parts = [(layer_flops(symbol, model, length), number) for symbol, number in layers]
+        repeated = sum(number * own.get(name, 0.0) for own, number in parts for name in names)
+    tokens = config.batch.global_ * length * topology.pipeline / topology.world
+    return tokens * (TRAINING_FACTOR * once + repeated) / machine.flops
 
 
-def _at(config: Config, topology: Topology, whole: float, place: Footprint, machine: Machine) -> StepTime:
-    arithmetic = whole * sum(place.balance[place.pipeline_rank :: topology.pipeline]) * topology.pipeline
+def _at(config: Config, topology: Topology, vocab_size: int, place: Footprint, machine: Machine) -> StepTime:
+    arithmetic = _arithmetic_seconds(config, topology, vocab_size, place.pipeline_rank, machine)
     spent = {name: transfer_seconds(count, LINKS[name](topology), machine) for name, count in place.traffic.items()}
     shared = _shared_seconds(config, topology, place, machine)
     number = microbatches(topology, config.batch.global_, config.batch.micro)
@@ -160,4 +175,5 @@ def _shared_seconds(config: Config, topology: Topology, place: Footprint, machin
     each = layer_flops("E", config.model, config.data.seq_length)["shared_expert"]
     tokens = config.batch.global_ * config.data.seq_length * topology.pipeline / topology.world
     experts = held_symbols(config, topology, place.pipeline_rank).count("E")
-    return TRAINING_FACTOR * each * experts * tokens / machine.flops
+    passes = TRAINING_FACTOR + (LAYER in recomputed(config.parallel))  # each hides an exchange
+    return passes * each * experts * tokens / machine.flops
