@@ -1,6 +1,7 @@
 """The bench and doctor commands on a CPU, and what they must not call well."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from model.config import BalanceConfig, MtpConfig
+from model.cost.cost import chain_flops, training_flops
 from model.layers.experts import Experts
 from model.layers.norm import ResidualRMSNorm, ZeroCentredRMSNorm
 from model.stack import hybrid_config
@@ -15,7 +17,7 @@ from tests.model.helpers import SMALL
 from train.__main__ import compose, run
 from train.measure import doctor
 from train.measure.bench import Result, Timing, random_batches, results_page, run_bench
-from train.measure.breakdown import Stopwatch
+from train.measure.breakdown import Stopwatch, operations
 from train.measure.peers import missing
 from train.measure.timing import WARM_UP, run_steps
 from train.settings.commands import BenchSettings
@@ -100,6 +102,17 @@ def test_bench_times_one_process_of_a_layout_without_the_others(tmp_path: Path, 
     assert torch.distributed.all_to_all_single.__module__.startswith("torch")
 
 
+def test_the_floors_are_of_what_a_process_computes() -> None:
+    config = compose(["model.vocab_size=128", "data.seq_length=32", "mtp.steps=2"])
+    found = operations(config, 128, 640)
+    # All but the projections before the MTP layer, and what its later steps read of earlier ones.
+    besides = 3 * (config.mtp.steps * 4 * config.model.hidden_size**2 + chain_flops(config.model, config.mtp))
+    whole = training_flops(config.model, config.mtp, 128, 32)
+    assert sum(found.values()) == pytest.approx(640 * (whole - besides))
+    shared = compose(["model.vocab_size=128", "data.seq_length=32", "parallel.tensor=2", "parallel.context=2"])
+    assert operations(shared, 128, 640) == pytest.approx({part: count / 4 for part, count in found.items()})
+
+
 def test_data_parallel_ranks_are_timed_over_tokens_of_their_own() -> None:
     one, other = (random_batches(2, 16, 100, 1, part)[0] for part in range(2))
     assert one.shape == other.shape == (2, 17) and (one != other).any()
@@ -133,8 +146,10 @@ def test_the_table_counts_the_norms_of_layers_too() -> None:
 
 
 def test_a_peer_that_cannot_route_in_turn_is_left_out() -> None:
-    assert missing("transformers", Config(), 1) is None
-    assert missing("transformers", Config(balance=BalanceConfig(forced=True)), 1) == "it has no forced routing"
+    plain = Config(mtp=MtpConfig(steps=0))
+    assert missing("transformers", plain, 1) is None
+    assert missing("transformers", Config(), 1) == "it is timed without multi-token prediction: mtp.steps=0"
+    assert missing("transformers", replace(plain, balance=BalanceConfig(forced=True)), 1) == "it has no forced routing"
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Where the time of a forward and backward pass goes: each kind of module, the head, and what is left."""
 
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from model.cost.cost import TRAINING_FACTOR, forward_flops
+from model.cost import cost
+from model.cost.cost import TRAINING_FACTOR, forward_flops, layer_flops
 from model.layers.attention import GatedAttention
 from model.layers.deltanet import GatedDeltaNet
 from model.layers.experts import Experts, SharedExpert
@@ -77,17 +78,32 @@ class Stopwatch:
         return {kind: sum(self.clock.between(*pair) for pair in pairs) for kind, pairs in self.marks.items()}
 
 
+def operations(config: Config, vocab_size: int, tokens: int) -> dict[str, float]:
+    """Operations of a process's part of a step of so many tokens, by part of `model.cost.cost`; forwards and backwards.
+
+    Those of multi-token prediction stand under the parts that its layers have.
+    """
+    model, mtp, length = config.model, config.mtp, config.data.seq_length
+    here = TRAINING_FACTOR * tokens / (config.parallel.tensor * config.parallel.context)
+    found = {cost.HEAD: here * forward_flops(model, mtp, vocab_size, length)[cost.HEAD]}
+    for symbol, number in Counter(model.layers + model.mtp_layers * mtp.steps).items():
+        for part, each in layer_flops(symbol, model, length).items():
+            found[part] = found.get(part, 0.0) + here * number * each
+    return found
+
+
 def head_milliseconds(network: LanguageModel, tokens: int, device: torch.device) -> float:
-    """The head and its loss alone, forwards and backwards, at this number of tokens."""
+    """The head and its losses alone, forwards and backwards, at this number of tokens."""
     weight = network.head_weight
-    hidden = torch.randn(tokens, weight.shape[1], device=device).to(weight.dtype).requires_grad_()
+    each = range(1 + network.config.mtp.steps)
+    hidden = [torch.randn(tokens, weight.shape[1], device=device).to(weight.dtype).requires_grad_() for _ in each]
     target = torch.randint(0, weight.shape[0], (tokens,), device=device)
     share = torch.full((tokens,), 1 / tokens, device=device)
 
     def step(_: int) -> None:
-        linear_cross_entropy([hidden], weight, [Targets(target, share)], network.tp_group)[0].backward()
+        linear_cross_entropy(hidden, weight, [Targets(target, share) for _ in each], network.tp_group)[0].backward()
 
-    return statistics.median(run_steps(step, [weight, hidden], range(WARM_UP + 3), device))
+    return statistics.median(run_steps(step, [weight, *hidden], range(WARM_UP + 3), device))
 
 
 def parts_of(
@@ -104,13 +120,15 @@ def parts_of(
     found = watch.take()
     for parameter in network.parameters():
         parameter.grad = None
-    tokens, length = tokens_RS[:, 1:].numel(), tokens_RS.shape[1] - 1
-    flops = forward_flops(config.model, config.mtp, network.vocab_size, length)
+    tokens = tokens_RS[:, 1:].numel()
+    needed = operations(config, network.vocab_size, tokens)
 
     def floor(names: Iterable[str]) -> float:
-        return 1e3 * TRAINING_FACTOR * tokens * sum(flops.get(name, 0.0) for name in names) / rate
+        return 1e3 * sum(needed.get(name, 0.0) for name in names) / rate
 
     rows = [ModuleTime(name, found[kind], floor(names)) for kind, (name, names) in PARTS.items() if kind in found]
-    rows.append(ModuleTime(HEAD, head_milliseconds(network, tokens, device), floor(["head"])))
+    rows.append(
+        ModuleTime(HEAD, head_milliseconds(network, tokens // config.parallel.context, device), floor([cost.HEAD]))
+    )
     rest = total - sum(row.milliseconds for row in rows)
     return [*rows, ModuleTime("rows to and from experts, residuals, embedding", rest, 0.0)]

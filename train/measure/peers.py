@@ -158,6 +158,8 @@ def missing(name: str, settings: Config, processes: int) -> str | None:
     package = PEER_PACKAGES[PEERS[name]]
     if find_spec(package) is None:
         return f"{package} is not installed"
+    if settings.mtp.steps:
+        return "it is timed without multi-token prediction: mtp.steps=0"
     if settings.balance.forced and package == "transformers":
         return "it has no forced routing"
     return None
