@@ -13,6 +13,7 @@ from parallel.collectives import sum_over, sum_over_all
 from parallel.engine import Engine
 from train import routing
 from train.job.build import Job
+from train.job.footprint import checkpoint_bytes
 from train.job.progress import Progress
 from train.watch import metrics
 from train.watch.alerts import Alerts
@@ -21,7 +22,7 @@ from train.watch.gauges import Gauges
 from train.watch.goodput import DATA, EVALUATING, SAVING, Clock
 from train.watch.hang import Watchdog
 from train.watch.profile import Profiler
-from train.watch.resources import resource_metrics
+from train.watch.resources import GB, resource_metrics
 from train.watch.speed import Speedometer, slowest_process
 from train.watch.trackers import Tracker
 
@@ -80,11 +81,12 @@ class Observer:
         tracker: Tracker,
     ) -> None:
         self._job, self._progress, self._clock, self._loader = job, progress, clock, loader
-        self._speed, self._every = Speedometer(job), EveryStep(job.config.optim.clip)
+        self._speed, self._every = Speedometer(job), EveryStep(job.config.optim.clip, progress.unlogged)
         engine.gather_weights()  # ZeRO 3 has only parts of them, which say nothing of their places
         self._gauges = Gauges(job, engine)
         self._profiler = Profiler(job)
-        self.alerts = Alerts(job.config, tracker)
+        size = checkpoint_bytes(job.config, job.vocab_size) / GB
+        self.alerts = Alerts(job.config, tracker, size, progress.judge.skipped)
         if job.is_first:
             watchdog.on_idle = self.alerts.idle
         self.logged = self.sampled = False
@@ -115,9 +117,9 @@ class Observer:
         if not self.logged:
             return values
         values |= step_metrics(job, outputs, tokens_before, self.sampled)
-        values |= self._speed.take() | data_metrics(job, self._loader) | clock.metrics()
-        spent = clock.take()
-        waited = {metrics.seconds("data"): spent[DATA] / max(1, len(self._every))}
+        spent, steps = clock.take(), self._speed.steps
+        values |= self._speed.take(spent[DATA]) | data_metrics(job, self._loader) | clock.metrics()
+        waited = {metrics.seconds("data"): spent[DATA] / steps}
         values |= resource_metrics(job, waited) | self._every.take() | progress.source_metrics(step)
         for name, kind in (("save", SAVING), ("eval", EVALUATING)):
             values |= {metrics.seconds(name): spent[kind]} if spent[kind] else {}

@@ -22,7 +22,7 @@ from model.layers.balance import RoutedTokens
 from model.layers.dense import SwiGLU, SwiGLUSubmodules
 from model.layers.dispatch import DispatchPlan, add_parts, repeat_parts
 from model.layers.norm import at_least_float32
-from model.layers.recompute import recomputable
+from model.layers.recompute import in_training, recomputable
 from model.layers.router import Router
 from model.layers.rows import count_sorted, invert, permute, reorder, unpermute
 from parallel.collectives import start_all_to_all
@@ -223,7 +223,7 @@ class MixtureOfExperts(MegatronModule):
         self.tp_ep_group = pg_collection.tp_ep
         self.router = Router(config, pg_collection)
         self.experts = Experts(config, pg_collection)
-        self.fullest = 0.0  # rows that any rank received at once since this was set, over an even share
+        self.fullest = 0.0  # assignments that any rank had in training since this was set, over an even share
         has_shared = config.shape.shared_expert_size > 0
         self.shared_expert = SharedExpert(config, submodules, pg_collection) if has_shared else None
 
@@ -273,7 +273,8 @@ class MixtureOfExperts(MegatronModule):
         # The GPU does this while the host waits for the counts.
         routes = plan.routes(reorder(weights.flatten(), order, invert(order)), order)
         plan.wait()
-        self.fullest = max(self.fullest, plan.fullest)
+        if in_training():  # drafts of an evaluation are a few tokens, which go to a few ranks
+            self.fullest = max(self.fullest, plan.fullest)
         send = plan.sent_to_all(plan.parts)
         # Small and first, so that what is made of them is ready when the rows are.
         routes = repeat_parts(routes[: sum(plan.choices)], plan.choices, copies)

@@ -113,7 +113,8 @@ def test_console_line():
 
 
 def test_every_step_leaves_its_trace(path):
-    every, log = EveryStep(clip=1.0), MetricsLog(path, 0)
+    waits: dict[str, list[float]] = {}
+    every, log = EveryStep(1.0, waits), MetricsLog(path, 0)
     for loss, norm in ((3.0, 0.5), (9.0, 4.0), (float("nan"), float("inf")), (2.0, 1.0)):
         every.add(loss, norm)
     log.log(4, every.take())
@@ -126,7 +127,12 @@ def test_every_step_leaves_its_trace(path):
     assert "grad_norm 0.50..1.83..4.00  ETA" in console_line(4, 9, entry, 1.0)
     every.add(1.0, 0.25)
     assert every.take()["every_step/lm_loss"] == [1.0]
-    assert EveryStep(clip=0.0).take()["clipped_steps"] == 0
+    assert EveryStep(0.0, {}).take()["clipped_steps"] == 0
+    every.add(1.0, 2.0)
+    kept = json.loads(json.dumps(waits))  # as a checkpoint does; a run goes on with it
+    resumed = EveryStep(1.0, kept)
+    resumed.add(5.0, 0.5)
+    assert (resumed.take()["every_step/lm_loss"], resumed.take()["every_step/lm_loss"]) == ([1.0, 5.0], [])
 
 
 @pytest.mark.parametrize(

@@ -238,6 +238,25 @@ def test_a_browser_draws_every_figure_without_a_word_on_its_console(tmp_path, sc
             assert marks and "NaN" not in inside, figure
 
 
+@pytest.mark.slow  # 7 s
+@pytest.mark.skipif(BROWSER is None, reason="needs a Chromium")
+def test_a_curve_of_few_points_shows_its_first_one(tmp_path):
+    config = make_run(tmp_path, "one", lines=60)
+    path = config.run.path / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for number, line in enumerate(lines):
+        of_layers = [name for name in line if name.startswith("attention_sink")]
+        line |= dict.fromkeys(of_layers, 0.5 if number == 0 else 0.1)
+        for name in of_layers if 0 < number < len(lines) - 1 else ():
+            del line[name]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = page_of(config)
+    (tmp_path / "one.html").write_text(text)
+    dom, _ = browse(tmp_path / "one.html", WIDTHS["desk"])
+    (figure,) = re.findall(r"<figcaption>Attention on the first token <.*?</figure>", dom, re.DOTALL)
+    assert 'class="curve"' in figure and 'class="beyond"' not in figure
+
+
 def browse(path: Path, width: int) -> tuple[str, str]:
     """A page's elements once it is drawn, and what the browser wrote to its log."""
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]

@@ -6,6 +6,7 @@ import pytest
 
 from train.__main__ import run
 from train.job.heartbeat import write_beat
+from train.job.lock import RunLock, is_held
 from train.settings.run import Config, save_config
 from train.settings.tree import from_dict
 from train.watch.status import status_lines
@@ -45,12 +46,19 @@ def test_a_run_that_runs_shows_its_speed_and_what_is_left(config):
     assert "health: nothing to complain of" in text
     late = "\n".join(status_lines(config, beat["time"] + 61))
     assert "it does not seem to run; the same command goes on" in late
+    lock = RunLock(config.run)
+    lock.take()
+    late = "\n".join(status_lines(config, beat["time"] + 61))
+    lock.release()
+    assert "a process has the run, so it starts, evaluates or saves, or is stuck" in late
+    assert not is_held(config.run.path)
 
 
 def test_what_is_wrong_is_named(config):
-    log(config, step=100, loss=None, grad_norm=0.5, skipped_steps=3, dead_experts=2.0, data_retries=0)
-    (line,) = [line for line in status_lines(config, 0.0) if line.startswith("health")]
-    assert line == "health: loss is not finite; skipped_steps 3; dead_experts 2"
+    for dead, says in ((3.4, "3 of a layer's 16 experts took no token, a mean over layers; "), (0.4, "")):
+        log(config, step=100, loss=None, grad_norm=0.5, skipped_steps=3, dead_experts=dead, data_retries=0)
+        (line,) = [line for line in status_lines(config, 0.0) if line.startswith("health")]
+        assert line == f"health: loss is not finite; {says}skipped_steps 3"
 
 
 def test_a_finished_run_says_so(config):

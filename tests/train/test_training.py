@@ -101,6 +101,11 @@ def test_a_run_is_repeatable_bit_for_bit_and_keeps_the_contract_of_its_directory
     assert set(commands.metrics("first")[0]) >= CONTRACT
     speeds = commands.metrics("first")[-1]
     assert speeds["every_step/lm_loss"] == [pytest.approx(speeds["lm_loss"])]
+    # A step's time is from step to step: of this process's waiting for samples, passes and update.
+    own = speeds["seconds/step"] - speeds["seconds/forward_backward"] - speeds["seconds/optimizer"]
+    assert 0 < own <= speeds["seconds/data"] * (1 + 1e-9)
+    read = speeds["tokens"] - commands.metrics("first")[-2]["tokens"]
+    assert speeds["tokens_per_second"] * speeds["seconds/step"] == pytest.approx(read)
     # A CPU has no data sheet: the peak is the rate that was measured.
     assert speeds["mfu"] == speeds["matmul_share"] == pytest.approx(speeds["tflops"] / speeds["peak_tflops"])
     assert "heldout_unigram_entropy" in commands.metrics("first")[-1]
@@ -253,16 +258,18 @@ def test_an_interleaved_pipeline_trains_evaluates_and_resumes(commands: Commands
 
 
 def test_ctrl_c_saves_and_the_run_goes_on(commands: Commands):
-    process = commands.start(*commands.settings("run", "run.steps=5000"))
+    process = commands.start(*commands.settings("run", "run.steps=5000", "run.log_every=1000"))
     for line in process.stdout:
-        if line.startswith("step"):
+        if line.startswith("step"):  # the first one
             process.send_signal(signal.SIGINT)
             break
     rest = process.stdout.read()
     assert process.wait(timeout=120) == 128 + signal.SIGINT, rest
-    stopped = commands.metrics("run")[-1]["step"]
-    assert f"stopped after step {stopped} of 5000" in rest
-    assert f"starting after step {stopped}" in commands.train("run", f"run.steps={stopped + 1}")
+    stopped = int(re.search(r"stopped after step (\d+) of 5000", rest)[1])
+    last = ("run.log_every=1000", f"run.steps={stopped + 1}")
+    assert f"starting after step {stopped}" in commands.train("run", *last)
+    # Steps that were done and not logged before the stop are told of now.
+    assert [len(line["every_step/lm_loss"]) for line in commands.metrics("run")] == [1, stopped]
 
 
 def test_a_run_has_one_writer_saves_when_asked_and_leaves_no_worker_behind(commands: Commands):

@@ -11,7 +11,7 @@ import torch
 from parallel.engine_megatron import MegatronEngine
 from tests.faults.harness import checkpoints, losses, start
 from tests.faults.runs import campaign_config, make_corpus
-from train.watch.goodput import DATA, REDONE, TRAINING, Clock
+from train.watch.goodput import DATA, KINDS, REDONE, TRAINING, Clock, seconds
 from train.watch.hang import late
 
 
@@ -78,8 +78,10 @@ def test_the_clock_adds_up_over_starts():
             pass
     totals = clock.totals()
     assert (totals["starting"], totals[TRAINING], totals[REDONE], totals[DATA]) == (2.0, 10.0, 1.0, 0.0)
-    assert totals["wall"] == 8.0 + 12.0
-    assert clock.metrics()["goodput"] == 0.5
+    # One second before this start, two between its begin and its first step's, four after its last one's are neither.
+    assert totals["wall"] == 8.0 + 12.0 == sum(totals[kind] for kind in KINDS)
+    shown = clock.metrics()
+    assert shown["goodput"] == 0.5 == shown["wall_seconds/training"] / sum(shown[seconds(kind)] for kind in KINDS)
 
 
 def test_the_late_process_is_named():

@@ -151,6 +151,26 @@ class _ExclusiveFile:
             self._path.unlink()
 
 
+def is_held(run: Path) -> bool:
+    """Whether a process has a run, as far as this file system tells; changes nothing."""
+    with contextlib.suppress(OSError):
+        if time.time() - (run / EXCLUSIVE_FILE).stat().st_mtime < STALE_S:
+            return True
+    try:
+        handle = os.open(run / LOCK_FILE, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+
+
 def refuse_if_held(run: RunConfig, patience_s: float = PATIENCE_S) -> None:
     """Refuses a run that another process trains, before any work. Its first process takes the lock itself, later.
 

@@ -23,6 +23,8 @@ class Progress:
         step: steps that are done.
         state: what the checkpoint after them says of itself; empty for a new run.
         left_out: windows of samples that the run has left out after bad steps.
+    Attributes:
+        unlogged: numbers of each step since the last logged one, by metric.
     """
 
     def __init__(self, job: Job, step: int, state: dict[str, Any], left_out: list[Window]) -> None:
@@ -31,6 +33,7 @@ class Progress:
         windows = [*job.config.data.skip, *left_out]
         self.skips = Skips(windows, number, data.get("place", number))
         self.judge = Judge(job, data.get("judge"))
+        self.unlogged: dict[str, list[float]] = data.get("unlogged", {})
         self.identity = job.dataset.identity(job.config.seed)
         self.stream: Stream = job.dataset.train_stream(job.config.seed)
         self.start = step
@@ -88,4 +91,5 @@ class Progress:
             "tokens": self.tokens(),
             "sources": self._job.dataset.cursors(place),
             "judge": self.judge.state,
+            "unlogged": {name: list(values) for name, values in self.unlogged.items()},
         }

@@ -27,8 +27,10 @@ SINK = 0.3  # share of a layer's attention that the first tokens get
 GAIN = 10.0  # of a norm
 DROP = 0.7  # of the usual speed
 DRIFT = 2.0  # times the usual violation of balance
-FULL = 0.05  # of the disk's size
-IN_A_ROW = 3  # logged steps with dead experts
+ROOM, LEAST_GB = 2, 1.0  # checkpoints that a disk should have room for, and GB
+IN_A_ROW = 3  # logged steps that are slow, or without tokens for many experts
+COLLAPSED = 1 / 8  # of a layer's experts
+NAMED = 3  # layers that an alert names
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,18 @@ class Alert:
 
 
 class Rules:
-    """Finds alerts in the metrics of one logged step after the other."""
+    """Finds alerts in the metrics of one logged step after the other.
 
-    def __init__(self, log: str) -> None:
-        self._log = log
+    Args:
+        log: where bad steps are told of. experts: of a layer.
+        skipped: bad steps so far; those of earlier starts were told of then.
+    """
+
+    def __init__(self, log: str, experts: int, skipped: float = 0.0) -> None:
+        self._log, self._experts, self._skipped = log, experts, skipped
         self._usual: dict[str, deque[float]] = {}
-        self._dead = 0
-        self._skipped: float | None = None  # bad steps so far; those of earlier starts were told of then
+        self._in_a_row: dict[str, int] = {}
+        self._idle: dict[str, set[int]] = {}  # experts without tokens on the last sampled step, by layer
 
     def look(self, values: Mapping[str, Any]) -> Iterator[Alert]:
         """What holds now."""
@@ -64,7 +71,7 @@ class Rules:
                     "non-finite", f"{name} is not finite", f"the step was skipped; {self._log} names parameters"
                 )
         skipped = values.get(metrics.SKIPPED_STEPS, 0.0)
-        if self._skipped is not None and skipped > self._skipped:
+        if skipped > self._skipped:
             yield Alert("skipped", f"{skipped:.0f} bad steps were skipped so far", f"{self._log} has their samples")
         self._skipped = skipped
         if metrics.LOSS not in values:
@@ -72,12 +79,15 @@ class Rules:
         yield from self._of_loss(values)
         yield from self._of_routers(values)
         yield from self._of_layers(values)
-        speed, usual = values[metrics.TOKENS_PER_SECOND], self._median(metrics.TOKENS_PER_SECOND, values)
-        if usual and speed < DROP * usual:
+        # In operations: longer sequences have fewer tokens a second. One slow step may be a sampled or verified one.
+        speed, usual = values[metrics.TFLOPS], self._median(metrics.TFLOPS, values)
+        if self._goes_on("throughput", bool(usual) and speed < DROP * usual):
             slow = values.get(metrics.SLOWEST_PROCESS)
             where = f"process {slow:.0f} multiplies matrices most slowly; " if slow is not None else ""
             mend = f"{where}compare seconds/* with earlier steps; a trace: run.profile=[first,last]"
-            yield Alert("throughput", f"{speed:,.0f} tokens/s, {speed / usual:.0%} of the usual", mend)
+            tokens = values[metrics.TOKENS_PER_SECOND]
+            text = f"{tokens:,.0f} tokens/s; {speed / usual:.0%} of the usual operations a second"
+            yield Alert("throughput", f"{text}, {IN_A_ROW} logged steps on", mend)
 
     def _of_loss(self, values: Mapping[str, Any]) -> Iterator[Alert]:
         usual = self._median(metrics.LM_LOSS, values)
@@ -88,13 +98,16 @@ class Rules:
             yield Alert("spike", f"lm_loss reached {largest:.3f}, usually {usual:.3f}", mend)
 
     def _of_routers(self, values: Mapping[str, Any]) -> Iterator[Alert]:
+        mend = "raise balance.weight, or steer with balance.bias_rate"
         dead = values.get(metrics.DEAD_EXPERTS, 0.0)
-        self._dead = self._dead + 1 if dead else 0
-        if self._dead >= IN_A_ROW:
-            mend = "raise balance.weight, or steer with balance.bias_rate; expert_load says which"
-            yield Alert(
-                "dead experts", f"{dead:.2g} experts of a layer took no token, {IN_A_ROW} logged steps on", mend
-            )
+        if self._goes_on("collapse", collapsed(dead, self._experts)):
+            text = f"{dead:.0f} of a layer's {self._experts} experts took no token, a mean over layers"
+            yield Alert("collapse", f"{text}, {IN_A_ROW} logged steps on", mend)
+        if still := self._still_idle(values):
+            shown = [f"layer {layer}: {', '.join(map(str, sorted(own)[:8]))}" for layer, own in still.items()]
+            more = f" and in {len(shown) - NAMED} more layers" if len(shown) > NAMED else ""
+            text = f"experts that took no token on two sampled steps in a row: {'; '.join(shown[:NAMED])}{more}"
+            yield Alert("dead experts", text, mend)
         drifted, usual = values.get(metrics.MAX_VIOLATION, 0.0), self._median(metrics.MAX_VIOLATION, values)
         if usual and drifted > max(1.0, DRIFT * usual):
             mend = "the fullest expert slows all down: raise balance.weight, and look at max_violation by layer"
@@ -115,6 +128,24 @@ class Rules:
                 "norm gain", f"{worst} has grown to {gain:.1f}", "raise optim.weight_decay, which norms take part in"
             )
 
+    def _still_idle(self, values: Mapping[str, Any]) -> dict[str, set[int]]:
+        """By layer, the numbers of experts that took no token on this sampled step, nor on the one before it.
+
+        Experts that a batch leaves out now and then are none of them: while routers learn they are many.
+        """
+        prefix = f"{metrics.EXPERT_LOAD}/"
+        loads = {name.removeprefix(prefix): load for name, load in values.items() if name.startswith(prefix)}
+        if not loads:
+            return {}
+        idle = {layer: {number for number, one in enumerate(load) if not one} for layer, load in loads.items()}
+        before, self._idle = self._idle, idle
+        return {layer: both for layer, own in idle.items() if (both := own & before.get(layer, set()))}
+
+    def _goes_on(self, rule: str, holds: bool) -> bool:
+        """Whether something has held on so many logged steps in a row."""
+        self._in_a_row[rule] = self._in_a_row.get(rule, 0) + 1 if holds else 0
+        return self._in_a_row[rule] >= IN_A_ROW
+
     def _median(self, name: str, values: Mapping[str, Any]) -> float:
         """The median of a metric's last values before this one, which is noted; 0 without half of them."""
         past = self._usual.setdefault(name, deque(maxlen=USUAL))
@@ -131,12 +162,29 @@ def _largest(values: Mapping[str, Any], name: str) -> tuple[str, float]:
     return worst, found.get(worst, 0.0)
 
 
-class Alerts:
-    """Tells of alerts; from any thread of the first process."""
+def collapsed(dead: float, experts: int) -> bool:
+    """Whether so many of a layer's experts without tokens are a router's collapse, not chance."""
+    return dead > COLLAPSED * experts
 
-    def __init__(self, config: Config, tracker: Tracker, now: Callable[[], float] = time.monotonic) -> None:
+
+class Alerts:
+    """Tells of alerts; from any thread of the first process.
+
+    Args:
+        checkpoint_gb: size of a checkpoint. skipped: bad steps that earlier starts told of.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        tracker: Tracker,
+        checkpoint_gb: float = 0.0,
+        skipped: float = 0.0,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._run, self._tracker, self._now = config.run, tracker, now
-        self._rules = Rules(str(config.run.path / "logs" / "bad_steps.jsonl"))
+        self._rules = Rules(str(config.run.path / "logs" / "bad_steps.jsonl"), config.model.experts, skipped)
+        self._room = max(LEAST_GB, ROOM * checkpoint_gb)
         self._told: dict[str, float] = {}
 
     def look(self, step: int, values: Mapping[str, Any]) -> None:
@@ -168,7 +216,7 @@ class Alerts:
 
     def _of_disk(self, values: Mapping[str, Any]) -> Iterator[Alert]:
         free = values.get(metrics.DISK_FREE)
-        if free is not None and free < FULL * values[metrics.DISK_SIZE]:
+        if free is not None and free < self._room:
             mend = "make room, lower run.keep, or set run.mirror; saves without room are left out"
             yield Alert("disk", f"{free:.1f} GB are left on the disk of {self._run.path}", mend)
 

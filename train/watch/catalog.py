@@ -161,8 +161,8 @@ def _of_machines() -> tuple[Metric, ...]:
     spent = "since the last logged step"
     wall = "of all starts of the run: trained, and waited for instead"
     return (
-        Metric(metrics.TOKENS, "tokens", "trained on since the start of the run, without padding"),
-        Metric(metrics.TOKENS_PER_SECOND, "tokens/s", "over all processes, without padding"),
+        Metric(metrics.TOKENS, "tokens", "read since the start of the run, without padding"),
+        Metric(metrics.TOKENS_PER_SECOND, "tokens/s", "over all processes, without padding, from step to step"),
         Metric(metrics.TFLOPS, "TFLOP/s", "that the model needs on these documents, a process"),
         Metric(metrics.MFU, SHARE, "tflops as a share of peak_tflops"),
         Metric(metrics.PEAK_TFLOPS, "TFLOP/s", "of the GPU's data sheet; elsewhere the measured rate"),
@@ -171,7 +171,7 @@ def _of_machines() -> tuple[Metric, ...]:
                Cadence.DETAIL, when="several processes"),
         Metric(metrics.SLOWEST_PROCESS, "number", "of the process with that rate", Cadence.DETAIL,
                when="several processes", rarely=True),
-        part("step", "a step, from its batches to its updated weights"),
+        part("step", "from step to step: data, forward_backward and optimizer"),
         part("data", "waiting for a step's samples, the process that waited longest"),
         part("forward_backward", "a step, until its gradients are summed"),
         part("optimizer", "a step, clipping and the update"),
@@ -179,7 +179,7 @@ def _of_machines() -> tuple[Metric, ...]:
         part("eval", f"of evaluations {spent}", when="an evaluation", rarely=True),
         Metric(goodput.GOODPUT, SHARE, "of the wall time of all starts that trained"),
         Metric(goodput.WALL_SECONDS, SECONDS, wall, kind=Kind.BY_PART, parts=goodput.KINDS, rarely=True),
-        Metric(metrics.EXPERT_ROWS_MAX, EVEN, "most rows that a process received", when=SPREAD),
+        Metric(metrics.EXPERT_ROWS_MAX, EVEN, "most assignments of a micro-batch that a process computed", when=SPREAD),
         Metric(metrics.MEMORY_PEAK, GB, "of the fullest GPU since the last logged step", when=GPU),
         Metric(metrics.MEMORY_RESERVED, GB, "that its allocator holds", when=GPU),
         Metric(metrics.MEMORY_RETRIES, "times", "it had to free what it held", when=GPU, rarely=True),
@@ -192,7 +192,7 @@ def _of_data() -> tuple[Metric, ...]:
     faults: dict[str, Any] = {"rarely": True}
     return (
         Metric(metrics.EPOCH, "times", "that a source was read", kind=Kind.BY_PART),
-        Metric(metrics.TOKENS, "tokens", "of a source", kind=Kind.BY_PART),
+        Metric(metrics.TOKENS, "tokens", "of a source, padding and left-out samples included", kind=Kind.BY_PART),
         Metric(metrics.DATA_RETRIES, "reads", "that failed and were tried again in this start", **faults),
         Metric(metrics.DATA_RESTARTS, "times", "that killed reading processes were started again", **faults),
         Metric(metrics.DATA_SKIPPED_TOKENS, "tokens", "that damaged parts of the corpus left out", **faults),

@@ -139,7 +139,7 @@ SECTIONS = (
             Panel("Router entropy", (metrics.ROUTER_ENTROPY,)),
             Panel("Top-k mass", (metrics.TOP_K_MASS,)),
             Panel("Router z-loss", (metrics.Z_LOSS,)),
-            Panel("Rows of the fullest process", (metrics.EXPERT_ROWS_MAX,)),
+            Panel("Assignments of the fullest process", (metrics.EXPERT_ROWS_MAX,)),
             Panel("Dropped assignments", (metrics.DROPPED_SHARE,)),
             Panel("Load of each expert", (metrics.EXPERT_LOAD,), View.COLUMNS),
             layer_map("MaxVio by layer", metrics.MAX_VIOLATION),

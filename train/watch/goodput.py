@@ -4,13 +4,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-TRAINING, DATA, SAVING, EVALUATING, STARTING, REDONE = KINDS = (
+TRAINING, DATA, SAVING, EVALUATING, STARTING, REDONE, OTHER = KINDS = (
     "training",  # steps that were taken for the first time
     "data",  # waiting for samples
     "saving",  # blocked by checkpoints
     "evaluating",
     "starting",  # from the start of the command to the first step
     "redone",  # steps that an earlier start had taken and not saved
+    "other",  # between steps: measuring and telling of them, comparing replicas, going back to a checkpoint
 )
 WALL = "wall"  # of all starts of the run, without the time between them
 GOODPUT = "goodput"  # share of the wall time that was training
@@ -61,9 +62,11 @@ class Clock:
         return spent
 
     def totals(self) -> dict[str, float]:
-        """Seconds by kind, and of the wall clock, over all starts of the run."""
+        """Seconds by kind, which add up to those of the wall clock, over all starts of the run."""
         own = self._own | {WALL: self._now() - self._began}
-        return {kind: self._before[kind] + own[kind] for kind in (*KINDS, WALL)}
+        totals = {kind: self._before[kind] + own[kind] for kind in (*KINDS, WALL)}
+        totals[OTHER] = max(0.0, totals[WALL] - sum(totals[kind] for kind in KINDS if kind != OTHER))
+        return totals
 
     def metrics(self) -> dict[str, float]:
         """Metrics of the run so far."""

@@ -1,4 +1,4 @@
-"""What a run takes of its machines: memory of the fullest GPU, and rows of the fullest holder of experts."""
+"""What a run takes of its machines: memory of the fullest GPU, and the load of the fullest holder of experts."""
 
 import shutil
 

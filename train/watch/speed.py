@@ -49,12 +49,15 @@ def slowest_process(job: Job) -> dict[str, float]:
 
 
 class Speedometer:
-    """Counts steps and the seconds spent in them since it was last read; evaluation and saving do not count.
+    """Counts steps and the seconds from step to step since it was last read; evaluation and saving do not count.
 
     ``tflops`` are the operations that the model needs for the documents as they are (`model.cost.cost`: no padding, no
     attention from one document to another, nothing for recomputation). ``mfu`` is their share of the GPU's peak as its
     data sheet gives it, as `estimate.mfu` is; ``matmul_share`` that of what a large matrix product reaches here, in
     every process at once.
+
+    Attributes:
+        steps: counted since it was last read.
     """
 
     def __init__(self, job: Job) -> None:
@@ -78,18 +81,22 @@ class Speedometer:
         self.add(time.perf_counter() - begin, decided() - begin, batches)
 
     def _clear(self) -> None:
-        self._seconds, self._gradient_seconds, self._steps = 0.0, 0.0, 0
+        self._seconds, self._gradient_seconds, self.steps = 0.0, 0.0, 0
         self._pairs = torch.zeros(2, dtype=torch.int64)
 
     def add(self, seconds: float, gradient_seconds: float, batches: list[Batch]) -> None:
         """Counts a step of which this process had these batches."""
         self._seconds, self._gradient_seconds = self._seconds + seconds, self._gradient_seconds + gradient_seconds
-        self._steps += 1
+        self.steps += 1
         self._pairs += sum(count_pairs(batch.documents) for batch in batches)
 
-    def take(self) -> dict[str, float]:
-        """Metrics of the steps since the last call, the same on every process (one reduction)."""
-        job, seconds, steps = self._job, self._seconds, self._steps
+    def take(self, waited: float) -> dict[str, float]:
+        """Metrics of the steps since the last call, the same on every process (one reduction).
+
+        Args:
+            waited: seconds that this process has waited for the samples of these steps.
+        """
+        job, seconds, steps = self._job, self._seconds + waited, self.steps
         tokens, squares = sum_over(self._pairs.to(job.device), job.groups.dp).tolist()
         length = squares / max(1, tokens)  # of documents all alike with as many tokens and pairs
         flops = tokens * training_flops(job.config.model, job.config.mtp, job.vocab_size, length) / job.topology.world
@@ -101,7 +108,7 @@ class Speedometer:
             metrics.MATMUL_SHARE: flops / seconds / self._rate,
             metrics.STEP_SECONDS: seconds / steps,
             metrics.seconds("forward_backward"): self._gradient_seconds / steps,
-            metrics.seconds("optimizer"): (seconds - self._gradient_seconds) / steps,
+            metrics.seconds("optimizer"): (self._seconds - self._gradient_seconds) / steps,
         }
         self._clear()
         return values

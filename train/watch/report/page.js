@@ -112,10 +112,10 @@
   const scale = (low, high, from, to) => (value) => from + ((value - low) / (high - low || 1)) * (to - from);
 
   // The values that a figure of curves spans: all means, and their bands as far as these do not dwarf them.
-  // What a run begins with counts only where it does not dwarf the rest.
+  // What a long curve begins with counts only where it does not dwarf the rest.
   function span(figure, low, high) {
     const settled = low + 0.04 * (high - low), all = spanFrom(figure, low, high, low), later = spanFrom(figure, low, high, settled);
-    const long = data.runs.some((run) => run.steps.length > 100);
+    const long = figure.lines.some((line) => data.runs[line.run].series[line.name].i.length > 25);
     return long && !figure.log && all[1] - later[1] > 1.2 * (later[1] - later[0]) ? [...later, all[1]] : all;
   }
   function spanFrom(figure, low, high, from) {

@@ -52,11 +52,11 @@ def summarise(config: Config, log: Log, events: list[Event], now: float | None =
     step = max(int(beat.get("step", 0)), log.final)
     seconds = entry.get(STEP_SECONDS) or math.nan
     finished = step >= config.run.steps
-    words = life(beat, finished, seconds, now)
+    words = life(config.run.path, beat, finished, seconds, now)
     states = {finished: "finished", step == 0: "not begun"}
     state = states.get(True) or ("stopped" if "does not seem to run" in words else "running")
     numbers = [*_progress(config, log, step), *_quality(log), *_speed(log), *_faults(events)]
-    return Summary(state, words, complaints(entry), numbers)
+    return Summary(state, words, complaints(entry, config.model.experts), numbers)
 
 
 def _progress(config: Config, log: Log, step: int) -> list[Number]:
