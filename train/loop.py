@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from data.errors import StorageError
+from data.errors import CorpusError, StorageError
 from data.loader import Loader
 from data.order.batches import Batch
 from model.batch import MicroBatch, count_targets
@@ -40,10 +40,19 @@ POLL_S = 2.0  # between two looks at whether every process has its samples
 
 
 def micro_batches(job: Job, batches: list[Batch], tokens_before: int = 0) -> list[MicroBatch]:
-    """This rank's micro-batches of a step as the network takes them, with counts over the whole global batch."""
+    """This rank's micro-batches of a step as the network takes them, with counts over the whole global batch.
+
+    Raises:
+        CorpusError: on every process, there is nothing in the batch but padding.
+    """
     steps = job.config.mtp.steps
     counts = torch.stack([count_targets(batch.documents, steps, batch.learned) for batch in batches]).sum(dim=0)
     counts = sum_over(counts.to(job.device), job.groups.dp).cpu()
+    if not counts[0]:  # such steps would go on to the end, moved by the optimizer's memory and decay alone
+        raise CorpusError(
+            "a step has no token to train on: all of its samples lie in parts of the corpus that data.on_corrupt=skip "
+            "leaves out; look whether its storage is there"
+        )
     cut = job.sequence_part
     return [
         MicroBatch.build(batch.tokens, batch.documents, counts, cut, tokens_before, batch.learned).to(job.device)
@@ -131,6 +140,7 @@ def fit(training: Training, loader: Loader, tracker: Tracker, stop: StopRequest)
             training.save(step - 1)
         training.poll()
         if error and not isinstance(error, StorageError):
+            training.finish_saving()  # as all do: a save is complete once every process has finished it
             raise error
         if asked.reason:
             return step - 1, asked.reason
@@ -202,7 +212,8 @@ def train_from(job: Job, start: Start, kernels: Kernels) -> int:
         make_deterministic(config, job.device)
     checkpoint.require_room(job)
     if config.run.init and not start.checkpoint:
-        origin = require_checkpoint(load_config(config.run.origin).run)
+        # That of the first process: in a run that still trains, others may find a newer one already.
+        origin = from_first(lambda: require_checkpoint(load_config(config.run.origin).run))
         checkpoint.require_whole(job, origin)
         checkpoint.load_model(job, origin)
     else:

@@ -11,7 +11,7 @@ from data.config import UNIT_BYTES
 from data.errors import CorpusError
 from data.read.faults import BrokenUnit, Faults, retrying
 from data.read.index import digest_of
-from data.read.readers import Reader
+from data.read.readers import Reader, cut_by
 from data.read.units import Sizes, Unit, ended
 from data.secrets import one_line
 from data.text.tokenizer import Tokenizer
@@ -41,7 +41,7 @@ class MegatronReader(Reader):
         self, path: str, prefix: Path, tokenizer: Tokenizer, unit_bytes: int = UNIT_BYTES, trusts: bool = False
     ) -> None:
         self.path, self.vocab_size = path, tokenizer.vocab_size
-        self._trusts = trusts
+        self._trusts, self._unit_bytes = trusts, unit_bytes
         self._prefix, self._eod_id, self._tokenizer = prefix, tokenizer.eod_id, tokenizer.sha256
         lengths = self._document_lengths
         filled = np.flatnonzero(lengths)
@@ -89,7 +89,7 @@ class MegatronReader(Reader):
     def identity(self) -> list[Any]:
         stats = [Path(f"{self._prefix}{ending}").stat() for ending in (".bin", ".idx")]
         files = [[stat.st_size, 0 if self._trusts else stat.st_mtime_ns] for stat in stats]
-        return ["megatron", self._prefix.name, self._tokenizer, files]
+        return ["megatron", self._prefix.name, self._tokenizer, self._eod_id, files, *cut_by(self._unit_bytes)]
 
     def label(self, unit: int) -> str:
         return f"{self._prefix}.bin (from document {self._firsts[unit]})"
@@ -111,7 +111,7 @@ class MegatronReader(Reader):
         documents = np.add.reduceat(self._document_lengths > 0, firsts, dtype=np.int64)
         empty = np.add.reduceat(self._document_lengths == 0, firsts, dtype=np.int64)
         tokens = np.add.reduceat(self._document_lengths, firsts) + (documents if self._appends else 0)
-        return Sizes(documents, tokens, empty, digest_of([self._index_hash, self.num_bytes]))
+        return Sizes(documents, tokens, empty, digest_of([self._index_hash, self.num_bytes, *cut_by(self._unit_bytes)]))
 
     def _documents(self, unit: int) -> tuple[int, int]:
         last = self._firsts[unit + 1] if unit + 1 < self.num_units else len(self._document_lengths)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from data.config import UNIT_BYTES
 from data.read.faults import Faults
 from data.read.index import digest_of
 from data.read.units import Sizes, Unit
@@ -241,6 +242,11 @@ class Joined(Reader):
         columns = zip(*((part.documents, part.tokens, part.empty) for part in parts), strict=True)
         documents, tokens, empty = map(np.concatenate, columns)
         return Sizes(documents, tokens, empty, digest_of([part.digest for part in parts]))
+
+
+def cut_by(unit_bytes: int) -> list[int]:
+    """What a reader's identity says of data.unit_bytes, by which units are cut: nothing of the usual size."""
+    return [] if unit_bytes == UNIT_BYTES else [unit_bytes]
 
 
 def document_hash(tokens: np.ndarray, seed: int) -> int:

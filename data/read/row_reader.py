@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from data.read.faults import BrokenUnit, Faults
 from data.read.index import Index
-from data.read.readers import Reader
+from data.read.readers import Reader, cut_by
 from data.read.rows import Rows, is_text
 from data.read.units import Sizes, Unit, ended
 from data.secrets import one_line
@@ -42,8 +42,8 @@ class RowReader(Reader):
 
     @property
     def identity(self) -> list[Any]:
-        chat = [] if self.chat is None else self.chat.identity
-        return [*self._rows.identity, self.tokenizer.sha256, self.tokenizer.eod_id, *chat]
+        chat, tokenizer = [] if self.chat is None else self.chat.identity, self.tokenizer
+        return [*self._rows.identity, tokenizer.sha256, tokenizer.eod_id, *chat, *cut_by(self._rows.unit_bytes)]
 
     def label(self, unit: int) -> str:
         return self._rows.label(unit)

@@ -261,8 +261,8 @@ def _fp8_block(quantization: dict[str, Any] | None) -> tuple[int, int] | None:
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
     """Our settings of RoPE; ``rope_scaling``, an older name, counts before ``rope_parameters``, as in transformers."""
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        _refuse("rope_parameters", rope, "it must be the settings of RoPE")
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        _refuse("rope_parameters", rope, "it must be the settings of RoPE, the same for all layers")
     given = {key: rope.get(key, config.get(key, default)) for key, default in ROPE_DEFAULTS.items()}
     base, fraction = (_checked(key, value, 0.0) for key, value in given.items())
     plain = {"rope_base": float(base), "rotary_fraction": fraction}

@@ -82,6 +82,7 @@ class BackgroundSaver:
         try:
             self._queue.schedule_async_request(request._replace(async_fn_args=(directory, buckets, report)))
         except OSError:  # no memory for another process: this one writes
+            self._queue.call_idx -= 1  # the call that did not begin has been counted, and the others count one
             write_files(directory, buckets, report)
             self._queue.schedule_async_request(request._replace(async_fn=None, async_fn_args=()))
 

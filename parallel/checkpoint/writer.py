@@ -217,7 +217,12 @@ def _outcome(report: IO[bytes]) -> Written:
     with report:
         report.seek(0)
         content = report.read()
-    return pickle.loads(content) if content else Written(error="the writing process died")
+    try:
+        written: Written = pickle.loads(content)
+    except Exception as error:  # it was killed, or its report found no room where temporary files lie
+        how = f", and left a report that cannot be read: {error}" if content else ""
+        return Written(error=f"the writing process died{how}")
+    return written
 
 
 def write_contents(directory: Path, metadata: Metadata, parts: list[Written]) -> dict[str, Digest]:

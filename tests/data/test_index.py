@@ -167,6 +167,26 @@ def test_one_process_looks_at_the_files_for_all(files, kind: str, monkeypatch) -
 
 
 @pytest.mark.parametrize("kind", ["jsonl text", "megatron"])
+def test_units_of_another_size_are_counted_again(files, kind: str) -> None:
+    config, cuts, identities = files(kind), set(), set()
+    for unit_bytes in (1500, 1540, 1600):
+        dataset = Dataset(replace(config, unit_bytes=unit_bytes))
+        (source,) = dataset.sources
+        read = [source.train.read(unit, Faults()).num_tokens for unit in range(source.train.num_units)]
+        assert source.sizes.tokens.tolist() == read
+        cuts.add(tuple(read))
+        identities.add(dataset.identity(0)["data.corpus"])
+    assert len(identities) == len(cuts), "whose samples are others"
+    assert len({len(cut) for cut in cuts}) < len(cuts), "as many units, cut elsewhere"
+
+
+def test_another_end_of_a_document_is_counted_again(files) -> None:
+    config = files("megatron")
+    tokens = [Dataset(replace(config, eod_token=token)).sources[0].sizes.num_tokens for token in ("<|endoftext|>", "e")]
+    assert tokens[0] < tokens[1], "documents that end with another token get one more"
+
+
+@pytest.mark.parametrize("kind", ["jsonl text", "megatron"])
 def test_a_copy_is_counted_again_unless_the_index_is_trusted(files, tmp_path: Path, kind: str, monkeypatch) -> None:
     config = replace(files(kind), trust_index=True)
     first = Dataset(config)

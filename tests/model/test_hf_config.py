@@ -150,6 +150,10 @@ def test_what_is_not_known_goes_on_and_the_text_model_returns_to_its_place(
             "config.json's layer_types=['full_attention'] cannot be imported: it",
         ),
         ({"dtype": "float16"}, "config.json's dtype='float16' cannot"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 5e6}}},
+            "config.json's rope_parameters={'full_attention': {",
+        ),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "config.json's rope_scaling={'rope_type': 'linear'"),
         (
             {"rope_scaling": {"rope_type": "yarn"}},

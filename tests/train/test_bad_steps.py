@@ -8,10 +8,10 @@ import pytest
 from tests.faults.harness import Injection, contents, losses, start, tokens
 from tests.faults.injections import HeldoutAway, Poison, Several
 from tests.faults.runs import campaign_config, make_corpus
-from train.job.bad_steps import History
-from train.job.left_out import LEFT_OUT_FILE
-from train.job.shelf import Shelf
-from train.settings.run import Config
+from train.job.bad_steps import History, go_back
+from train.job.left_out import LEFT_OUT_FILE, read_left_out
+from train.job.shelf import Shelf, write_state
+from train.settings.run import Config, RunConfig
 
 TOKENS = 8 * 32  # of a step
 
@@ -76,6 +76,29 @@ def test_without_a_checkpoint_to_go_back_to_the_run_says_what_to_do(tmp_path, co
     output = trained(config, Poison(rank=0, tokens_before=(0, TOKENS), passes="forward"), code=1)
     assert "steps 1 and on are bad, and there is no checkpoint before them" in output
     assert "data.skip=[[0,15]]" in output
+
+
+def test_a_run_that_is_killed_while_it_goes_back_does_its_bad_steps_again(tmp_path, monkeypatch):
+    run = RunConfig(name="run", dir=str(tmp_path))
+    shelf = Shelf(run.checkpoints)
+    for step in (3, 5, 6):
+        write_state(shelf.prepare(step), step, {}, {})
+        shelf.publish(step)
+    delete, done = Shelf.delete, []
+
+    def killed(self: Shelf, step: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+        done.append(step)
+        delete(self, step)
+
+    monkeypatch.setattr(Shelf, "delete", killed)
+    with pytest.raises(KeyboardInterrupt):
+        go_back(run, 5, range(32, 48))
+    assert shelf.steps() == [3, 5] and not read_left_out(run.path)
+    monkeypatch.undo()
+    assert go_back(run, 5, range(32, 48)) == 3
+    assert shelf.steps() == [3] and read_left_out(run.path) == [(32, 47)]
 
 
 def test_a_spike_is_what_lies_far_above_the_steps_before_it():

@@ -102,6 +102,19 @@ def test_a_round_trip_changes_no_bit_and_transformers_loads_it(
     assert {key: config_of(again)[key] for key in kept} == {key: config_of(out)[key] for key in kept}
 
 
+def test_a_head_that_is_called_the_embedding_and_is_another_is_refused(tmp_path: Path, corpus: Path) -> None:
+    out = export_run(made(tmp_path, corpus, DENSE), tmp_path / "out")
+    tensors = tensors_of(out)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, out / "model.safetensors")
+    import_as(out, tmp_path, "repeated")
+    tensors["lm_head.weight"][-1, -1] += 1
+    save_file(tensors, out / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"lm_head\.weight is not model\.embed_tokens\.weight"):
+        import_as(out, tmp_path, "other")
+    assert not (tmp_path / "other").exists()
+
+
 def wrap(text: Path, directory: Path) -> Path:
     """The same text model inside one that also sees, with settings and tensors that we know nothing of."""
     shutil.copytree(text, directory)

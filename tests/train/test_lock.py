@@ -82,6 +82,30 @@ def test_without_flock_a_fresh_file_refuses_and_a_stale_one_is_taken_over(run, n
     assert not path.exists()
 
 
+def test_a_storage_that_is_away_for_a_moment_ends_no_holder(run, no_flock, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT_S", 0.01)
+    touch, touched = os.utime, []
+
+    def away(path):
+        touched.append(path)
+        if len(touched) == 1:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        touch(path)
+
+    monkeypatch.setattr(lock.os, "utime", away)
+    held = RunLock(run, SHORT_S)
+    held.take()
+    deadline = time.monotonic() + 5
+    while len(touched) < 3:
+        assert time.monotonic() < deadline, "it no longer keeps its file fresh"
+        time.sleep(0.01)
+    path = run.path / lock.EXCLUSIVE_FILE
+    monkeypatch.setattr(lock._ExclusiveFile, "_is_ours", lambda self: False)  # another has taken it over
+    monkeypatch.setattr(lock.os, "_exit", lambda code: None)
+    held.release()
+    assert path.exists()
+
+
 def test_of_two_that_take_over_a_stale_file_the_last_has_it(run, no_flock, monkeypatch):
     path = run.path / lock.EXCLUSIVE_FILE
     path.write_text("{}")

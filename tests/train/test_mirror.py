@@ -60,9 +60,21 @@ def test_a_copy_that_was_killed_in_the_middle_or_damaged_is_not_used(tmp_path):
     shutil.rmtree(tmp_path / "runs")
     fetch_lost(run, shelf)
     assert shelf.steps() == [1] and not why_broken(shelf.path(1), deep=True)
-    mirror.retire(keep=1, keep_every=0)
+    mirror.retire(newest=2, keep=1, keep_every=0)
     assert mirror.steps() == [2]
     assert sorted(path.name for path in (tmp_path / "copies" / "mine").iterdir()) == ["step_00000002"]
+
+
+def test_copies_of_steps_that_a_run_has_gone_back_behind_do_not_push_out_later_ones(tmp_path):
+    run = RunConfig(name="mine", dir=str(tmp_path / "runs"), mirror=str(tmp_path / "copies"), keep=1)
+    shelf, copier = Shelf(run.checkpoints), Copier(run)
+    for step in (10, 30):
+        copier.start(step, _put(shelf, step))
+        copier.finish(shelf.path(step))
+    shelf.delete(30)
+    copier.start(20, _put(shelf, 20))
+    copier.finish(shelf.path(20))
+    assert Mirror(str(tmp_path / "copies" / "mine")).steps() == [20]
 
 
 def test_a_place_that_takes_nothing_is_told_and_costs_nothing_else(tmp_path, capsys):

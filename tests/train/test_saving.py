@@ -1,6 +1,8 @@
 """Saves while training goes on: what is saved is the state of its step, and a save that fails costs nothing else."""
 
+import io
 import os
+import pickle
 import signal
 from collections.abc import Callable, Collection
 from dataclasses import replace
@@ -24,6 +26,7 @@ from train.job.checkpoint import Checkpoints, load, starting_point
 from train.job.shelf import Shelf, why_broken
 from train.loop import train_step
 from train.settings.run import BatchConfig, RunConfig
+from train.settings.tree import ConfigError
 
 ROWS, SAVES = 4, 6
 
@@ -95,6 +98,10 @@ def _refuse(shelf: Shelf, step: int) -> Path:
     raise PermissionError(13, "Permission denied")
 
 
+def _no_process(self: object) -> None:
+    raise OSError(12, "Cannot allocate memory")
+
+
 def _failures(job: Job, engine: Engine, checkpoints: Checkpoints) -> dict[str, str]:
     """What the processes hear of saves that one of them cannot write."""
     keep, found = writer._write_file, {}
@@ -112,6 +119,13 @@ def _failures(job: Job, engine: Engine, checkpoints: Checkpoints) -> dict[str, s
         checkpoints.wait()
         found[name] = checkpoints.failed
     writer._write_file = keep
+    with pytest.MonkeyPatch.context() as patch:
+        if job.rank == 1:
+            patch.setattr("multiprocessing.context.ForkProcess.start", _no_process)
+        checkpoints.save(6, {})
+        checkpoints.wait()
+        found["no process"] = checkpoints.failed
+        from_first(lambda: Shelf(job.config.run.checkpoints).delete(6))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("train.job.shelf.shutil.disk_usage", lambda path: SimpleNamespace(free=1))
         patch.setattr(Shelf, "delete", lambda self, step: None)
@@ -152,15 +166,25 @@ def _saves(runs: Path) -> dict:
     found["kept"] = shelf.steps(), sorted(path.name for path in shelf.root.iterdir() if path.suffix)
     found["whole"] = [why_broken(shelf.path(step), deep=True) for step in shelf.steps()]
     torch.distributed.barrier()  # both have read them
-    if job.is_first:  # the two newest are damaged on the disk
-        for step, name in ((7, "__1_0.distcp"), (3, ".metadata")):
-            path = shelf.path(step) / name
-            content = bytearray(path.read_bytes())
-            content[len(content) // 2] ^= 1
-            path.write_bytes(content)
-    torch.distributed.barrier()
+    _damage(job, {7: "__1_0.distcp", 3: ".metadata"})
     found["start"] = starting_point(job)
+    _damage(job, {2: "__0_0.distcp", 1: "__1_1.distcp"})
+    with pytest.raises(ConfigError) as refused:
+        starting_point(job)
+    found["none whole"] = str(refused.value)
+    found["left"] = sorted(path.name for path in shelf.root.iterdir())
     return found
+
+
+def _damage(job: Job, files: dict[int, str]) -> None:
+    """Flips a bit in a file of each of some checkpoints."""
+    torch.distributed.barrier()
+    for step, name in files.items() if job.is_first else ():
+        path = Shelf(job.config.run.checkpoints).path(step) / name
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    torch.distributed.barrier()
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +205,7 @@ def test_a_save_that_one_process_cannot_write_is_told_on_all_and_leaves_nothing(
         assert "the writing process died" in rank["failures"]["killed writer"]
         assert "GB are free, and a checkpoint takes" in rank["failures"]["no room"]
         assert "Permission denied" in rank["failures"]["read-only"]
+        assert rank["failures"]["no process"] == "", "the process itself has written"
         assert rank["failures"]["afterwards"] == ""
         assert rank["kept"] == ([1, 2, 3, 7], [])
         assert rank["whole"] == [""] * 4
@@ -195,11 +220,22 @@ def test_memory_comes_back_after_each_save(ranks):
 
 def test_damaged_checkpoints_are_set_aside_and_the_one_before_is_used(ranks):
     for rank in ranks:
-        start = rank["start"]
-        assert start.name == "step_00000002"
-        assert sorted(path.name for path in start.parent.iterdir()) == [
+        assert rank["start"].name == "step_00000002"
+        assert rank["left"] == [
             "step_00000001",
             "step_00000002",
             "step_00000003.broken",
             "step_00000007.broken",
         ]
+
+
+def test_where_none_is_whole_nothing_begins_anew_and_all_stay(ranks):
+    for rank in ranks:
+        assert "has no checkpoint that is whole (step 2: __0_0.distcp is not as it was written" in rank["none whole"]
+        assert "; step 1: __1_1.distcp is not" in rank["none whole"]
+        assert rank["left"][:2] == ["step_00000001", "step_00000002"]
+
+
+def test_a_writers_torn_report_is_a_failed_save():
+    report = io.BytesIO(pickle.dumps(writer.Written(error="x" * 100))[:50])
+    assert "the writing process died, and left a report that cannot be read" in writer._outcome(report).error

@@ -26,6 +26,8 @@ from train.job.shelf import Shelf, write_state
 from train.settings.run import Config, save_config
 from train.settings.tree import ConfigError
 
+HEAD_NAME = "lm_head.weight"  # some files of tied models repeat the embedding under it
+HEAD_ROWS = 2**14  # compared at once
 CHUNK_BYTES = 64 * 2**20  # of experts that an import writes as one part
 
 
@@ -42,12 +44,13 @@ def import_run(config: ImportConfig, run: Config) -> Path:
     found = {name: x for name, x in reader.entries.items() if not (name.startswith(left_out))}
     mtp = run.mtp.steps > 0 or any(name.startswith("mtp.") for name in found)
     run = replace(run, mtp=replace(run.mtp, steps=int(mtp)))
-    if run.model.tied_embeddings and "lm_head.weight" in found:
-        found.pop("lm_head.weight")  # some files repeat the embedding under this name
+    repeated = found.pop(HEAD_NAME, None) if run.model.tied_embeddings else None
     pieces = _import_pieces(run, mtp, their_config, found)
     wanted = {part.name: part.shape for piece in pieces for part in piece.parts}
     mend = "Without its multi-token-prediction layer: mtp=false." if mtp else f"{HF_CONFIG} says what there should be."
     compare({name: entry.shape for name, entry in found.items()}, wanted, str(directory), mend)
+    if repeated is not None:
+        _require_tied(reader, f"{their_config.family.trunk(their_config.wrapped)}embed_tokens.weight", str(directory))
     if strange := [f"{name} ({entry.dtype})" for name, entry in reader.entries.items() if entry.dtype not in READABLE]:
         raise ConfigError(f"{directory} has tensors of other types than {', '.join(READABLE)}: {listed(strange)}")
     for what, it_is in (("float16", their_config.half), ("FP8", their_config.fp8_block is not None)):
@@ -74,6 +77,19 @@ def import_run(config: ImportConfig, run: Config) -> Path:
             (building / TOKENIZER_DIR).mkdir()
             copy_files(directory, building / TOKENIZER_DIR, TOKENIZER_FILES)
     return run.run.path
+
+
+def _require_tied(reader: SafetensorsReader, embedding: str, where: str) -> None:
+    """Refuses a head that config.json calls the embedding and that is another: transformers would use it (5.23)."""
+    shapes = [reader.entries[name].shape for name in (HEAD_NAME, embedding)]
+    spans = [slice(first, first + HEAD_ROWS) for first in range(0, shapes[1][0], HEAD_ROWS)]
+    if shapes[0] != shapes[1] or not all(
+        torch.equal(reader.read(HEAD_NAME, span), reader.read(embedding, span)) for span in spans
+    ):
+        raise ConfigError(
+            f"{where}: {HEAD_NAME} is not {embedding}, and {HF_CONFIG} says tie_word_embeddings=true, which would "
+            f"leave it out: set that to false there, or delete the tensor"
+        )
 
 
 def _notes(directory: Path) -> dict[str, list[float]]:

@@ -17,13 +17,11 @@ from typing import Any
 
 import torch
 
-from data.files import write_whole
-from data.order.skips import merged
 from model.network import Losses
 from parallel.collectives import gather_objects, sum_over_all
 from parallel.engine import Engine
 from train.job.build import Job
-from train.job.left_out import LEFT_OUT_FILE, LOG_FILE, read_left_out
+from train.job.left_out import LOG_FILE, leave_out
 from train.job.shelf import Shelf
 from train.settings.run import RunConfig
 
@@ -49,11 +47,11 @@ def go_back(run: RunConfig, first_bad: int, samples: range) -> int:
             f"steps {first_bad} and on are bad, and there is no checkpoint before them: look at logs/{LOG_FILE}, set "
             f"run.save_every, or leave their samples out with data.skip=[[{samples[0]},{samples[-1]}]]"
         )
-    windows = merged([*read_left_out(run.path), (samples[0], samples[-1])])
-    write_whole(run.path / LEFT_OUT_FILE, json.dumps(windows))
-    for step in shelf.steps():
+    # Killed in between, a run does the bad steps again; in another order it could go on among them.
+    for step in reversed(shelf.steps()):
         if step >= first_bad:
             shelf.delete(step)
+    leave_out(run.path, [(samples[0], samples[-1])])
     return max(before)
 
 

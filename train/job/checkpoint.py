@@ -1,7 +1,7 @@
 """Checkpoints of a job: saved while it trains on, verified before they are believed, loaded on any layout."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -203,17 +203,35 @@ def newest_whole(job: Job) -> Path | None:
     """The newest checkpoint of a run that is as it was written; newer ones that are not are set aside and named.
 
     The first process decides which there are. Every process calls this before training.
+
+    Raises:
+        ConfigError: on every process, there are some, and none is whole: all stay, since a run that began anew would
+            cost what they hold, and what cannot be read may be a matter of the machine.
     """
-    shelf = Shelf(job.config.run.checkpoints)
+    run, damaged = job.config.run, dict[int, str]()
+    shelf = Shelf(run.checkpoints)
     from_first(shelf.sweep)
     for step in from_first(lambda: list(reversed(shelf.steps()))):
         fault = _fault_of(job, shelf.path(step))
         if not fault:
+            from_first(partial(_set_aside, shelf, damaged))
             return shelf.path(step)
-        aside = from_first(partial(shelf.set_aside, step))
-        if job.is_first:
-            print(f"WARNING: {shelf.path(step)} is damaged: {fault}; it is now {aside.name}", flush=True)
-    return from_first(partial(fetch_lost, job.config.run, shelf))
+        damaged[step] = fault
+    fetched = from_first(partial(fetch_lost, run, shelf))
+    if damaged and fetched is None:
+        names = "; ".join(f"step {step}: {fault}" for step, fault in damaged.items())
+        raise ConfigError(
+            f"run.name={run.name} has no checkpoint that is whole ({names}): bring one back to {shelf.root}, or choose "
+            f"another run.name"
+        )
+    from_first(partial(_set_aside, shelf, {step: x for step, x in damaged.items() if shelf.path(step) != fetched}))
+    return fetched
+
+
+def _set_aside(shelf: Shelf, damaged: Mapping[int, str]) -> None:
+    for step, fault in damaged.items():
+        aside = shelf.set_aside(step)
+        print(f"WARNING: {shelf.path(step)} is damaged: {fault}; it is now {aside.name}", flush=True)
 
 
 def starting_point(job: Job) -> Path | None:

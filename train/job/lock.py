@@ -132,23 +132,21 @@ class _ExclusiveFile:
             raise _refusal(run, self._path)
 
     def _is_ours(self) -> bool:
-        return bool(json.loads(self._path.read_text(encoding="utf-8"))["token"] == self._token)
+        return bool(json.loads(self._path.read_text(encoding="utf-8")).get("token") == self._token)
 
     def _beat(self) -> None:
         while not self._released.wait(BEAT_S):
-            try:
-                ours = self._is_ours()
-            except (OSError, ValueError):
-                continue  # a storage that is away for a moment
-            if not ours:
-                print(f"error: another process has taken {self._path}: this one ends", file=sys.stderr)
-                os._exit(1)
-            os.utime(self._path)
+            with contextlib.suppress(OSError, ValueError):  # a storage that is away for a moment
+                if not self._is_ours():
+                    print(f"error: another process has taken {self._path}: this one ends", file=sys.stderr)
+                    os._exit(1)
+                os.utime(self._path)
 
     def release(self) -> None:
         self._released.set()
-        with contextlib.suppress(OSError):
-            self._path.unlink()
+        with contextlib.suppress(OSError, ValueError):
+            if self._is_ours():  # else another process has taken it over since the last look
+                self._path.unlink()
 
 
 def is_held(run: Path) -> bool:

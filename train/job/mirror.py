@@ -13,7 +13,7 @@ from pathlib import Path
 from fsspec.core import url_to_fs
 
 from data.secrets import hide, one_line
-from train.job.shelf import NAME, STATE_FILE, Shelf, promised, why_broken
+from train.job.shelf import NAME, STATE_FILE, Shelf, promised, read_state, why_broken
 from train.settings.run import RunConfig
 
 
@@ -53,9 +53,14 @@ class Mirror:
             shelf.give_up(step)
         return None
 
-    def retire(self, keep: int, keep_every: int) -> None:
-        """Deletes all copies that are not `promised`, and what was killed in the middle of a copy."""
-        stay = {f"step_{step:08d}" for step in promised(self.steps(), keep, keep_every)}
+    def retire(self, newest: int, keep: int, keep_every: int) -> None:
+        """Deletes all copies that are not `promised`, and what was killed in the middle of a copy.
+
+        Args:
+            newest: a step; the run has gone back behind later ones, which would take its place.
+        """
+        steps = [step for step in self.steps() if step <= newest]
+        stay = {f"step_{step:08d}" for step in promised(steps, keep, keep_every)}
         for place in self.fs.glob(f"{self.root}/step_*"):
             if Path(place).name not in stay:
                 self._delete(place)
@@ -98,8 +103,9 @@ class Copier:
     def _copy(self, url: str, checkpoint: Path) -> None:
         try:
             mirror = Mirror(f"{url.rstrip('/')}/{self._run.name}")
+            step = read_state(checkpoint)["step"]
             mirror.copy(checkpoint)
-            mirror.retire(self._run.keep, self._run.keep_every)
+            mirror.retire(step, self._run.keep, self._run.keep_every)
             print(f"copied {checkpoint.name} to {hide(url)}", flush=True)
         except Exception as error:  # of whatever stands behind a URL; training does not depend on it
             print(f"WARNING: {checkpoint} was not copied to run.mirror={hide(url)}: {one_line(error)}", flush=True)

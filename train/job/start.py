@@ -10,7 +10,7 @@ from train.job import checkpoint
 from train.job.build import Job
 from train.job.directory import layout_change, steps_done
 from train.job.heartbeat import last_beat
-from train.job.left_out import read_left_out
+from train.job.left_out import leave_out, read_left_out
 from train.job.shelf import read_state
 
 
@@ -47,7 +47,9 @@ def agreed_start(job: Job) -> Start:
 
     def choose() -> Start:
         step, state = steps_done(config), read_state(path) if path else {}
-        moved = layout_change(config, job.topology)
-        return Start(step, path, state, moved, read_left_out(config.run.path), last_beat(config.run.path))
+        moved, run = layout_change(config, job.topology), config.run.path
+        # A fork leaves out what its origin has left out so far; from its first checkpoint on it goes its own way.
+        left_out = leave_out(run, read_left_out(path.parents[1])) if path else read_left_out(run)
+        return Start(step, path, state, moved, left_out, last_beat(run))
 
     return from_first(choose)

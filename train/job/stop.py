@@ -46,7 +46,9 @@ class StopRequest:
 
     def __init__(self, device: torch.device, max_minutes: float | None, began: float) -> None:
         self._device, self._signal, self._save = device, 0, False
-        self._deadline = None if max_minutes is None else began + 60 * max_minutes
+        # By a clock that nobody sets.
+        passed = time.time() - began
+        self._deadline = None if max_minutes is None else time.monotonic() - passed + 60 * max_minutes
         for number in (*STOPPING, SAVING):
             signal.signal(number, self._note)
 
@@ -73,7 +75,7 @@ class StopRequest:
             fault: STORAGE_AWAY or DATA_BROKEN, if this process cannot read on.
             in_time: whether to go on even if the time is up.
         """
-        late = not in_time and self._deadline is not None and time.time() > self._deadline - save_seconds
+        late = not in_time and self._deadline is not None and time.monotonic() > self._deadline - save_seconds
         own = torch.tensor(
             [waiting, self._save or save, max(self._signal, TIME_IS_UP * late, fault)], device=self._device
         )

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from parallel.collectives import from_first
 from train.job.build import build_job
 from train.job.checkpoint import load_model, require_whole
 from train.job.directory import require_checkpoint
@@ -17,8 +18,8 @@ from train.use.parts import TextParts, part_lines, source_metrics
 
 def run_evaluation(asked: EvaluateConfig, config: Config) -> int:
     """The evaluate command, in each of its processes."""
-    path = require_checkpoint(config.run, asked.step)
     job = build_job(config)
+    path = from_first(lambda: require_checkpoint(config.run, asked.step))  # while it trains, others may see another
     require_whole(job, path)
     load_model(job, path)
     if asked.dtype:

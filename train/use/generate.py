@@ -8,6 +8,7 @@ import torch
 
 from data.text.tokenizer import Tokenizer
 from model.decode.speculate import Speculator
+from parallel.collectives import from_first
 from train.job.build import Job, build_job
 from train.job.checkpoint import load_model, require_whole
 from train.job.directory import require_checkpoint
@@ -51,6 +52,7 @@ def run_generation(generation: GenerateConfig, config: Config) -> int:
     """The generate command, in each of its processes."""
     path = require_checkpoint(config.run, generation.step)
     job = build_job(config, kept_tokenizer(path))
+    path = from_first(lambda: path)  # while it trains, others may see another
     tokenizer = job.dataset.tokenizer
     (ids,) = tokenizer.encode_batch([generation.text])
     require_whole(job, path)
