@@ -147,24 +147,24 @@ def embedding_traffic(numel: int, topology: Topology, pipeline_rank: int) -> flo
     return 2 * ring_bytes(numel * FLOAT32_BYTES / topology.tensor, 2) if at_end else 0.0
 
 
-def expert_traffic(rows: float, row_bytes: float, choices: float, topology: Topology, recomputed: bool) -> float:
-    """Bytes that a process sends in a mixture's exchanges: rows there and back, forwards, again if the layer is
-    computed again, and backwards; and as often, for each choice of an expert, where it belongs, or its gradient.
+def expert_traffic(rows: float, row_bytes: float, choices: float, topology: Topology, again: int) -> float:
+    """Bytes that a process sends in a mixture's exchanges: rows there and back, in each pass forwards, and backwards;
+    and as often, for each choice of an expert, where it belongs, or its gradient.
 
     Args:
         rows: of its tokens, one for each part of the experts that a token uses; every holder of a part of an expert
-            gets them. choices: its tokens times the experts of each.
+            gets them. choices: its tokens times the experts of each. again: passes forwards beside the first.
     """
     once = (2 * rows * row_bytes + choices * ROUTE_BYTES) * topology.expert_tensor
-    return (3 if recomputed else 2) * ring_bytes(once, topology.expert_owners)
+    return (2 + again) * ring_bytes(once, topology.expert_owners)
 
 
-def tensor_traffic(states: float, topology: Topology, recomputed: bool) -> float:
+def tensor_traffic(states: float, topology: Topology, again: int) -> float:
     """Bytes that a process sends for one layer's pair of cut projections under sequence parallelism.
 
     Forwards a gather and a scatter of all ``states`` bytes; backwards two gathers and a scatter.
     """
-    return (7 if recomputed else 5) * ring_bytes(states, topology.tensor)
+    return (5 + 2 * again) * ring_bytes(states, topology.tensor)
 
 
 def boundary_traffic(states: float, topology: Topology) -> float:
@@ -172,9 +172,13 @@ def boundary_traffic(states: float, topology: Topology) -> float:
     return 2 * ring_bytes(states, topology.tensor)
 
 
-def pipeline_traffic(states: float, topology: Topology, pipeline_rank: int) -> float:
-    """Bytes that a process sends for one micro-batch: states to each next stage, gradients to each previous one."""
+def pipeline_traffic(states: float, topology: Topology, pipeline_rank: int, ahead: int = 0) -> float:
+    """Bytes that a process sends for one micro-batch: states to each next stage, gradients to each previous one.
+
+    Args:
+        ahead: passes forwards, through all stages, before the step's own.
+    """
     stages = topology.pipeline * topology.virtual
     numbers = [chunk * topology.pipeline + pipeline_rank for chunk in range(topology.virtual)]
-    sends = sum((number < stages - 1) + (number > 0) for number in numbers)
+    sends = sum((1 + ahead) * (number < stages - 1) + (number > 0) for number in numbers)
     return sends * states / topology.tensor if topology.pipeline > 1 else 0.0

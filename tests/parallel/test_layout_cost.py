@@ -281,20 +281,21 @@ def test_state_bytes_by_hand() -> None:
 
 def test_traffic_by_hand() -> None:
     sent = 4 * 80 * 16 + 2 * 200 * 8
-    assert layout_cost.expert_traffic(80, 16, 200, TOPOLOGY, recomputed=False) == sent * 7 / 8
-    assert layout_cost.expert_traffic(80, 16, 200, TOPOLOGY, recomputed=True) == 1.5 * sent * 7 / 8
+    assert layout_cost.expert_traffic(80, 16, 200, TOPOLOGY, again=0) == sent * 7 / 8
+    assert layout_cost.expert_traffic(80, 16, 200, TOPOLOGY, again=1) == 1.5 * sent * 7 / 8
     in_parts = replace(TOPOLOGY, expert=4, expert_tensor=2)  # the same 8 holders, each row to two of them
-    assert layout_cost.expert_traffic(80, 16, 200, in_parts, recomputed=False) == 2 * sent * 7 / 8
-    assert layout_cost.tensor_traffic(1000, TOPOLOGY, recomputed=False) == 5 * 500
-    assert layout_cost.tensor_traffic(1000, TOPOLOGY, recomputed=True) == 7 * 500
+    assert layout_cost.expert_traffic(80, 16, 200, in_parts, again=0) == 2 * sent * 7 / 8
+    assert layout_cost.tensor_traffic(1000, TOPOLOGY, again=0) == 5 * 500
+    assert layout_cost.tensor_traffic(1000, TOPOLOGY, again=1) == 7 * 500
     assert [layout_cost.pipeline_traffic(1000, TOPOLOGY, rank) for rank in range(4)] == [500, 1000, 1000, 500]
+    assert [layout_cost.pipeline_traffic(1000, TOPOLOGY, rank, ahead=1) for rank in (0, 1, 3)] == [1000, 1500, 500]
     interleaved = replace(TOPOLOGY, virtual=2)
     assert [layout_cost.pipeline_traffic(1000, interleaved, rank) for rank in range(4)] == [1500, 2000, 2000, 1500]
     # Both ends of a pipeline send the gradients of their half of the embedding, and its sum.
     assert [layout_cost.embedding_traffic(1000, TOPOLOGY, rank) for rank in range(4)] == [2000, 0, 0, 2000]
     alone = Topology(world=1, tensor=1, pipeline=1, context=1, expert=1, data=1)
     assert (
-        layout_cost.expert_traffic(80, 16, 200, alone, recomputed=False)
+        layout_cost.expert_traffic(80, 16, 200, alone, again=0)
         == layout_cost.pipeline_traffic(1000, alone, 0)
         == layout_cost.embedding_traffic(1000, alone, 0)
         == 0

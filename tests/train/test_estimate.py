@@ -246,6 +246,16 @@ def test_what_counting_ahead_costs(said) -> None:
     # 48 mixtures and one MTP step, 512 experts, 1024 / 64 / 4 = 4 micro-batches, 8 bytes, this process's and the sums.
     assert f"{share:.1%} more operations; it keeps {49 * 512 * 4 * 8 * 2 / 2**20:.2f} MiB of counts" in text
     assert "balance.mode=exact" not in said("-cn", "qwen3_next_80b_a3b", "batch.global=256", "batch.micro=4")
+    # Where it is chosen, its time and its exchanges stand in those of a step.
+    steps = []
+    for mode in ("online", "exact"):
+        own = [f"balance.mode={mode}", "parallel.recompute=none"]
+        config = compose(["-cn", "qwen3_next_80b_a3b", *own], planned=True)
+        topology, machine = check_plan(config, 64), machine_of("H200", 0.4)
+        place = footprint(config, topology, 151936, 0)
+        steps.append((step_time(config, topology, 151936, [place], machine), place.traffic["expert all-to-all"]))
+    (plain, sent), (exact, more) = steps
+    assert exact.arithmetic == pytest.approx(plain.arithmetic * (1 + share)) and more == pytest.approx(1.5 * sent)
     assert "balance.mode=exact" not in said("-cn", "qwen3_32b")
 
 

@@ -159,10 +159,22 @@ def footprint(config: Config, topology: Topology, vocab_size: int, pipeline_rank
     )
 
 
+def _could_count_ahead(config: Config, steps: int) -> bool:
+    """Whether balance.mode=exact counts so many micro-batches of a step ahead of it."""
+    balance = config.balance
+    return steps > 1 and "E" in config.model.layers and balance.scope == "global" and balance.weight > 0
+
+
+def counts_ahead(config: Config, topology: Topology) -> bool:
+    """Whether each step is preceded by a forward pass without the head."""
+    steps = microbatches(topology, config.batch.global_, config.batch.micro)
+    return config.balance.mode == "exact" and _could_count_ahead(config, steps)
+
+
 def exact_balance(config: Config, topology: Topology, vocab_size: int) -> str | None:
     """What balance.mode=exact costs, in a line; None where there is nothing to count ahead of a step."""
-    steps, experts = microbatches(topology, config.batch.global_, config.batch.micro), config.model.layers.count("E")
-    if steps == 1 or not experts or config.balance.scope != "global" or not config.balance.weight:
+    steps = microbatches(topology, config.batch.global_, config.batch.micro)
+    if not _could_count_ahead(config, steps):
         return None
     forward = cost.forward_flops(config.model, config.mtp, vocab_size, config.data.seq_length)
     whole = sum(forward.values())
@@ -242,7 +254,8 @@ def _working_bytes(config: Config, topology: Topology, vocab_size: int, pipeline
 
 def _layer_traffic(config: Config, topology: Topology, pipeline_rank: int, steps: int) -> dict[str, float]:
     """Bytes sent for all micro-batches of a step by the layers, the head, and between pipeline stages."""
-    model, mtp, again = config.model, config.mtp, LAYER in recomputed(config.parallel)
+    model, mtp, ahead = config.model, config.mtp, int(counts_ahead(config, topology))
+    again = ahead + (LAYER in recomputed(config.parallel))
     tokens = _tokens(config, topology)
     row = model.hidden_size * ELEMENT_BYTES[model.dtype]
     numbers = stage_numbers(topology, pipeline_rank)
@@ -260,12 +273,12 @@ def _layer_traffic(config: Config, topology: Topology, pipeline_rank: int, steps
         "tensor gathers and scatters": cut * layout_cost.tensor_traffic(tokens * row, topology, again)
         + edges * layout_cost.boundary_traffic(tokens * row, topology),
         "context exchanges": sum(_context_bytes(symbol, config, topology, again) for symbol in symbols),
-        "pipeline sends": layout_cost.pipeline_traffic(tokens * row, topology, pipeline_rank),
+        "pipeline sends": layout_cost.pipeline_traffic(tokens * row, topology, pipeline_rank, ahead),
     }
     return {name: steps * count for name, count in sent.items()}
 
 
-def _context_bytes(symbol: str, config: Config, topology: Topology, again: bool) -> float:
+def _context_bytes(symbol: str, config: Config, topology: Topology, again: int) -> float:
     """Bytes that a token mixer sends for one micro-batch of a sequence cut over the context-parallel processes."""
     model, parts = config.model, topology.context
     if parts == 1 or symbol not in "G*":
@@ -273,7 +286,7 @@ def _context_bytes(symbol: str, config: Config, topology: Topology, again: bool)
     exchanged, gathered = context_numbers(symbol, model, config, topology)
     element = ELEMENT_BYTES[model.dtype]
     once = layout_cost.ring_bytes(exchanged * element, parts) + (parts - 1) * gathered
-    return (3 if again else 2) * once
+    return (2 + again) * once
 
 
 def context_numbers(symbol: str, model: ModelConfig, config: Config, topology: Topology) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from model.config import LAYER
 from model.cost.cost import HEAD, ROUTED, TRAINING_FACTOR, layer_flops, stage_flops
 from parallel.layout_cost import EMBEDDINGS, FEWEST_BUCKETS, GATHERED, REDUCED
 from parallel.topology import Topology, microbatches
-from train.job.footprint import Footprint, held_symbols, recomputed, stage_numbers, stage_work
+from train.job.footprint import Footprint, counts_ahead, held_symbols, recomputed, stage_numbers, stage_work
 from train.job.gpus import GPUS
 from train.settings.run import Config
 
@@ -140,16 +140,21 @@ def _arithmetic_seconds(
     model, length, again = config.model, config.data.seq_length, recomputed(config.parallel)
     numbers = stage_numbers(topology, pipeline_rank)
     once = sum(stage_work(model, config.mtp, vocab_size, length)[number] for number in numbers)
-    if LAYER in again:
-        last = numbers[-1] == len(model.stages) - 1
-        repeated = once - (stage_flops("", model, config.mtp, vocab_size, length, last)[HEAD] if last else 0.0)
-    else:
+    last = numbers[-1] == len(model.stages) - 1
+    no_head = once - (stage_flops("", model, config.mtp, vocab_size, length, last)[HEAD] if last else 0.0)
+    repeated = no_head * _passes_again(config, topology)
+    if LAYER not in again:
         names = [name for part in again for name in REPEATED[part]]
         layers = Counter(held_symbols(config, topology, pipeline_rank)).items()
         parts = [(layer_flops(symbol, model, length), number) for symbol, number in layers]
-        repeated = sum(number * own.get(name, 0.0) for own, number in parts for name in names)
+        repeated += sum(number * own.get(name, 0.0) for own, number in parts for name in names)
     tokens = config.batch.global_ * length * topology.pipeline / topology.world
     return tokens * (TRAINING_FACTOR * once + repeated) / machine.flops
+
+
+def _passes_again(config: Config, topology: Topology) -> int:
+    """Passes forwards through whole layers beside the first: ahead of a step to count experts, and backwards."""
+    return counts_ahead(config, topology) + (LAYER in recomputed(config.parallel))
 
 
 def _at(config: Config, topology: Topology, vocab_size: int, place: Footprint, machine: Machine) -> StepTime:
@@ -157,7 +162,7 @@ def _at(config: Config, topology: Topology, vocab_size: int, place: Footprint, m
     spent = {name: transfer_seconds(count, LINKS[name](topology), machine) for name, count in place.traffic.items()}
     shared = _shared_seconds(config, topology, place, machine)
     number = microbatches(topology, config.batch.global_, config.batch.micro)
-    passes = 1 + (1 - BACKWARD) * (LAYER in recomputed(config.parallel))
+    passes = 1 + (1 - BACKWARD) * _passes_again(config, topology)
     least = number * passes * machine.launch * len(held_symbols(config, topology, place.pipeline_rank))
     launching = max(0.0, least - arithmetic)
     one = (arithmetic + launching) / number
@@ -175,5 +180,5 @@ def _shared_seconds(config: Config, topology: Topology, place: Footprint, machin
     each = layer_flops("E", config.model, config.data.seq_length)["shared_expert"]
     tokens = config.batch.global_ * config.data.seq_length * topology.pipeline / topology.world
     experts = held_symbols(config, topology, place.pipeline_rank).count("E")
-    passes = TRAINING_FACTOR + (LAYER in recomputed(config.parallel))  # each hides an exchange
+    passes = TRAINING_FACTOR + _passes_again(config, topology)  # each hides an exchange
     return passes * each * experts * tokens / machine.flops
