@@ -85,16 +85,16 @@ def test_what_must_go_on_to_be_told_of(odd: dict[str, float], says: str) -> None
     assert told_of(*before, *[usual(tokens_per_second=100.0, dead_experts=1.9)] * 4) == []
 
 
-def test_an_expert_is_dead_that_takes_no_token_on_two_sampled_steps() -> None:
+def test_an_expert_is_dead_that_takes_no_token_on_three_sampled_steps() -> None:
     def sampled(**loads: list[float]) -> dict[str, float]:
         return usual(**{f"expert_load/{layer}": load for layer, load in loads.items()})
 
     first, other = sampled(**{"1": [0.0, 2.0, 0.0], "mtp": [1.0, 0.0, 2.0]}), sampled(**{"1": [1.0, 0.0, 2.0]})
-    assert told_of(first, usual(), other, usual(), first) == []
+    assert told_of(first, usual(), first, other, usual(), first) == []
     second = sampled(**{"1": [1.0, 2.0, 0.0], "mtp": [1.0, 0.0, 2.0]})
-    (heard,) = told_of(first, usual(), second, usual())
+    (heard,) = told_of(first, usual(), first, second, usual())
     assert heard.startswith(
-        "dead experts: step 3: experts that took no token on two sampled steps in a row: layer 1: 2; "
+        "dead experts: step 4: experts that took no token on 3 sampled steps in a row: layer 1: 2; "
     )
     assert "layer mtp: 1: raise balance.weight" in heard
 

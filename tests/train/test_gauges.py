@@ -149,14 +149,16 @@ def test_what_is_planted_shows_and_is_told_of() -> None:
     ((healthy, planted),) = run_ranks(_planted, 1)
     assert [alert for _ in range(4) for alert in Rules("log", 8).look(healthy)] == []
     rules = Rules("log", 8)
-    assert {alert.rule for alert in rules.look(planted)} == {"sink", "massive activations", "norm gain"}
+    for _ in range(2):
+        assert {alert.rule for alert in rules.look(planted)} == {"sink", "massive activations", "norm gain"}
     told = {alert.rule: str(alert) for alert in rules.look(planted)}
-    assert set(told) == {"sink", "massive activations", "norm gain", "dead experts"}
+    # Routers behind the massive activation see little else, and choose alike for all tokens.
+    assert set(told) == {"sink", "massive activations", "norm gain", "dead experts", "collapse"}
     assert told["sink"].startswith("attention_sink/1: ") and "model.attention_gate" in told["sink"]
     assert told["massive activations"].startswith(f"{metrics.MASSIVE_ACTIVATIONS}/3: ")
     assert told["norm gain"].startswith("norm_gain_max/pre_mlp_layernorm has grown to 12.0")
     assert planted[metrics.of_layer(metrics.EXPERT_LOAD, "1")][3] == 0.0
-    assert "on two sampled steps in a row: layer 1: " in told["dead experts"]
+    assert "on 3 sampled steps in a row: layer 1: " in told["dead experts"]
     assert healthy[metrics.MASSIVE_ACTIVATIONS] == 0 and healthy[metrics.ATTENTION_SINK] < 0.3
 
 

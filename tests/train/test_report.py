@@ -18,9 +18,9 @@ from train.settings.tree import ConfigError, from_dict
 from train.watch import catalog
 from train.watch.catalog import METRICS, Cadence, Kind
 from train.watch.dashboard import SECTIONS, View
-from train.watch.report.figures import EACH_STEP
+from train.watch.report.figures import EACH_STEP, Shown, lines_left_out
 from train.watch.report.page import page, read_run
-from train.watch.report.series import BINS, read_log
+from train.watch.report.series import BINS, Log, read_log
 from train.watch.report.summary import short
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -82,6 +82,15 @@ def test_every_metric_of_the_catalog_stands_in_a_panel_and_every_panel_finds_its
             assert any(name.split("/")[: metric.name.count("/") + 1] == metric.name.split("/") for name in shown) != (
                 metric.name in NOT_DRAWN
             ), metric.name
+
+
+def test_a_figure_says_how_many_of_its_lines_it_shows():
+    panel = next(panel for section in SECTIONS for panel in section.panels if "over weight by group" in panel.title)
+    log = Log(1, 1)
+    for group in "abcde":
+        log.add(1, f"update_to_weight/{group}", 1.0)
+    run = Shown("one", log)
+    assert (lines_left_out(panel, [run]), lines_left_out(panel, [run, run])) == ("", "the first 4 of 5")
 
 
 def test_layers_stand_in_their_order():

@@ -28,7 +28,7 @@ GAIN = 10.0  # of a norm
 DROP = 0.7  # of the usual speed
 DRIFT = 2.0  # times the usual violation of balance
 ROOM, LEAST_GB = 2, 1.0  # checkpoints that a disk should have room for, and GB
-IN_A_ROW = 3  # logged steps that are slow, or without tokens for many experts
+IN_A_ROW = 3  # logged steps that are slow, or without tokens for many experts; sampled ones without tokens for one
 COLLAPSED = 1 / 8  # of a layer's experts
 NAMED = 3  # layers that an alert names
 
@@ -61,7 +61,7 @@ class Rules:
         self._log, self._experts, self._skipped = log, experts, skipped
         self._usual: dict[str, deque[float]] = {}
         self._in_a_row: dict[str, int] = {}
-        self._idle: dict[str, set[int]] = {}  # experts without tokens on the last sampled step, by layer
+        self._idle: deque[dict[str, set[int]]] = deque(maxlen=IN_A_ROW)  # by layer, experts without tokens
 
     def look(self, values: Mapping[str, Any]) -> Iterator[Alert]:
         """What holds now."""
@@ -106,7 +106,7 @@ class Rules:
         if still := self._still_idle(values):
             shown = [f"layer {layer}: {', '.join(map(str, sorted(own)[:8]))}" for layer, own in still.items()]
             more = f" and in {len(shown) - NAMED} more layers" if len(shown) > NAMED else ""
-            text = f"experts that took no token on two sampled steps in a row: {'; '.join(shown[:NAMED])}{more}"
+            text = f"experts that took no token on {IN_A_ROW} sampled steps in a row: {'; '.join(shown[:NAMED])}{more}"
             yield Alert("dead experts", text, mend)
         drifted, usual = values.get(metrics.MAX_VIOLATION, 0.0), self._median(metrics.MAX_VIOLATION, values)
         if usual and drifted > max(1.0, DRIFT * usual):
@@ -129,7 +129,7 @@ class Rules:
             )
 
     def _still_idle(self, values: Mapping[str, Any]) -> dict[str, set[int]]:
-        """By layer, the numbers of experts that took no token on this sampled step, nor on the one before it.
+        """By layer, the numbers of experts that took no token on this sampled step, nor on those before it.
 
         Experts that a batch leaves out now and then are none of them: while routers learn they are many.
         """
@@ -137,9 +137,12 @@ class Rules:
         loads = {name.removeprefix(prefix): load for name, load in values.items() if name.startswith(prefix)}
         if not loads:
             return {}
-        idle = {layer: {number for number, one in enumerate(load) if not one} for layer, load in loads.items()}
-        before, self._idle = self._idle, idle
-        return {layer: both for layer, own in idle.items() if (both := own & before.get(layer, set()))}
+        idle = {layer: {place for place, one in enumerate(load) if not one} for layer, load in loads.items()}
+        self._idle.append(idle)
+        if len(self._idle) < IN_A_ROW:
+            return {}
+        always = {layer: set.intersection(*(own.get(layer, set()) for own in self._idle)) for layer in loads}
+        return {layer: found for layer, found in always.items() if found}
 
     def _goes_on(self, rule: str, holds: bool) -> bool:
         """Whether something has held on so many logged steps in a row."""

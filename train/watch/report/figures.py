@@ -71,10 +71,10 @@ def run_data(run: Shown, figures: Sequence[dict[str, Any]], place: int) -> dict[
 
 def _lines(panel: Panel, runs: Sequence[Shown]) -> list[dict[str, Any]]:
     """A line for each metric and run. Colours tell one run's metrics apart; of several runs they tell the runs."""
-    lines = []
+    lines, most = [], _most_lines(runs)
     for place, run in enumerate(runs):
-        names = [name for name in panel.names(run.log.series) if run.log.series[name].last is not None]
-        for number, name in enumerate(names[: LINES if len(runs) == 1 else DASHES]):
+        names = _names(panel, run)
+        for number, name in enumerate(names[:most]):
             several = len(runs) > 1
             short = _row(name) if len(panel.declared) == 1 and panel.declared[0].kind in SEVERAL else name
             label = short if not several else f"{run.name} {short}" if len(names) > 1 else run.name
@@ -82,6 +82,21 @@ def _lines(panel: Panel, runs: Sequence[Shown]) -> list[dict[str, Any]]:
             own = {"colour": place, "dash": number} if several else {"colour": number, "dash": (number // 8) % DASHES}
             lines.append({"run": place, "name": name, "metric": short, "label": label, "says": says} | own)
     return lines
+
+
+def lines_left_out(panel: Panel, runs: Sequence[Shown]) -> str:
+    """How many of its lines a figure of curves shows; empty where it shows all."""
+    most, found = _most_lines(runs), max(len(_names(panel, run)) for run in runs)
+    return f"the first {most} of {found}" if panel.view is View.CURVES and found > most else ""
+
+
+def _most_lines(runs: Sequence[Shown]) -> int:
+    return LINES if len(runs) == 1 else DASHES
+
+
+def _names(panel: Panel, run: Shown) -> list[str]:
+    """The names of a run's log that a panel of curves has a line for."""
+    return [name for name in panel.names(run.log.series) if run.log.series[name].last is not None]
 
 
 def _sentence(panel: Panel, name: str) -> str:

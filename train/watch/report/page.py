@@ -21,7 +21,7 @@ from train.watch.dashboard import SECTIONS, Panel, Section, View
 from train.watch.metrics import METRICS_FILE, duration
 from train.watch.report import differences, events
 from train.watch.report.events import Event
-from train.watch.report.figures import EACH_STEP, Shown, figure, is_zero, run_data
+from train.watch.report.figures import EACH_STEP, Shown, figure, is_zero, lines_left_out, run_data
 from train.watch.report.series import Log, read_log
 from train.watch.report.summary import Summary, summarise
 
@@ -198,7 +198,7 @@ def _figure(panel: Panel, runs: Sequence[Shown], figures: list[dict[str, Any]], 
 
 def _caption(panel: Panel, runs: Sequence[Shown]) -> str:
     unit = panel.declared[0].unit
-    shown = f' <span class="unit">{esc(unit)}</span>' if unit else ""
+    shown = "".join(f' <span class="unit">{esc(text)}</span>' for text in (unit, lines_left_out(panel, runs)) if text)
     several = len(panel.declared) > 1
     says = [f"<code>{esc(metric.name)}</code> {esc(metric.sentence)}" for metric in panel.declared]
     if several and len(runs) == 1:  # the legend says it
