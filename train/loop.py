@@ -120,6 +120,7 @@ def next_batches(
             print(f"error: all processes save and stop: {raised}", file=sys.stderr, flush=True)
         waiting, save = not batches and not error, training.checkpoints.overdue()
         agreement = stop.agreed(waiting, fault, in_time, save, training.save_seconds)
+        training.watchdog.met()  # a storage may be away for longer than a step may take
         if not agreement.waiting:
             return batches or [], agreement, error
 
@@ -140,7 +141,7 @@ def fit(training: Training, loader: Loader, tracker: Tracker, stop: StopRequest)
             training.save(step - 1)
         training.poll()
         if error and not isinstance(error, StorageError):
-            training.finish_saving()  # as all do: a save is complete once every process has finished it
+            training.finish_saving(stopping=True)  # as all do: a save is complete once every process has finished it
             raise error
         if asked.reason:
             return step - 1, asked.reason
@@ -240,7 +241,8 @@ def train_from(job: Job, start: Start, kernels: Kernels) -> int:
                 tracker.close()
             if reason == REWIND:
                 training.rewind(step)
-        training.finish_saving()
+        training.finish_saving(stopping=bool(reason))
     if reason and job.is_first:
-        print(f"stopped after step {step} of {config.run.steps}: the same command goes on from here", flush=True)
+        where = "its last checkpoint" if training.checkpoints.failed else "here"
+        print(f"stopped after step {step} of {config.run.steps}: the same command goes on from {where}", flush=True)
     return reason

@@ -1,5 +1,6 @@
 """A run in this process: its engine, how far it is, and the clock and the watch beside it."""
 
+import math
 import time
 from types import TracebackType
 
@@ -18,6 +19,8 @@ from train.settings.tree import to_dict
 from train.use.in_training import evaluation
 from train.watch.goodput import EVALUATING, SAVING, Clock
 from train.watch.hang import Watchdog
+
+STOPPED_COPY_S = 120.0  # for the copy of a checkpoint: Slurm's warning comes 300 s before the end of a job
 
 
 class Training:
@@ -76,16 +79,19 @@ class Training:
             self.checkpoints.poll()
         self._note_save()
 
-    def finish_saving(self) -> None:
-        """Returns once nothing is being written any more.
+    def finish_saving(self, stopping: bool = False) -> None:
+        """Returns once nothing is being written or copied any more.
 
+        Args:
+            stopping: the run is to go on later, and who stops it does not wait for hours: its copy may be given up, and
+                a save that came to nothing is told, since the run then goes on from the one before.
         Raises:
             SaveError: on every process, the last save came to nothing.
         """
         with self.clock.spent(SAVING), self.watchdog.patient(self.saved, "finishing a save"):
-            self.checkpoints.close()
+            self.checkpoints.close(self.watchdog.met, STOPPED_COPY_S if stopping else math.inf)
         self._note_save()
-        if self.checkpoints.failed:
+        if self.checkpoints.failed and not stopping:
             raise SaveError(f"step {self.saved}, the last one, is not saved: {self.checkpoints.failed}")
 
     def _note_save(self) -> None:

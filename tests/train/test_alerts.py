@@ -171,3 +171,21 @@ def test_no_step_for_a_while_is_told_of_once(monkeypatch: pytest.MonkeyPatch, tm
     watchdog.close()
     (heard,) = hears.heard
     assert heard.startswith("idle: step 2: no step has ended for 0.0 minutes: kill -QUIT a process for its stacks;")
+
+
+def test_processes_that_all_wait_for_a_storage_are_told_of_and_do_not_hang(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(hang, "Board", Board)
+    reports: list[float] = []
+    monkeypatch.setattr(Watchdog, "_report", lambda self, still: reports.append(still))
+    hears = Hears()
+    watchdog = Watchdog(tmp_path, 10, 0.3 / 60, idle_minutes=0.2 / 60)
+    watchdog.on_idle = Alerts(Config(), hears).idle
+    watchdog.stepping()
+    watchdog.beat(2, "reading")
+    end = time.monotonic() + 0.6
+    while time.monotonic() < end:
+        watchdog.met()
+        time.sleep(0.02)
+    assert not reports and len(hears.heard) == 1
+    wait_until(lambda: reports)
+    watchdog.close()

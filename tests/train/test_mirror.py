@@ -1,6 +1,7 @@
 """Copies of checkpoints elsewhere: whole or not there, kept by the same rule, and what a run goes on from."""
 
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,11 @@ def _put(shelf: Shelf, step: int) -> Path:
     return shelf.publish(step)
 
 
+def _finish(copier: Copier, newest: Path) -> None:
+    while not copier.finish(newest):
+        time.sleep(0.001)
+
+
 def _copy_and_return(url: str, place: Path) -> None:
     """Six saves with their copies, a lost disk, and the newest one back from there."""
     run = RunConfig(name="mine", dir=str(place), mirror=url, keep=2, keep_every=3)
@@ -27,7 +33,7 @@ def _copy_and_return(url: str, place: Path) -> None:
     for step in range(1, 7):
         path = _put(shelf, step)
         copier.start(step, path)
-        copier.finish(path)
+        _finish(copier, path)
         shelf.retire(run.keep, run.keep_every, spare=copier.step)
     assert mirror.steps() == shelf.steps() == [3, 5, 6]
     good = {file.name: file.read_bytes() for file in shelf.path(6).iterdir()}
@@ -70,10 +76,10 @@ def test_copies_of_steps_that_a_run_has_gone_back_behind_do_not_push_out_later_o
     shelf, copier = Shelf(run.checkpoints), Copier(run)
     for step in (10, 30):
         copier.start(step, _put(shelf, step))
-        copier.finish(shelf.path(step))
+        _finish(copier, shelf.path(step))
     shelf.delete(30)
     copier.start(20, _put(shelf, 20))
-    copier.finish(shelf.path(20))
+    _finish(copier, shelf.path(20))
     assert Mirror(str(tmp_path / "copies" / "mine")).steps() == [20]
 
 
@@ -83,6 +89,6 @@ def test_a_place_that_takes_nothing_is_told_and_costs_nothing_else(tmp_path, cap
     copier = Copier(run)
     path = _put(Shelf(run.checkpoints), 1)
     copier.start(1, path)
-    copier.finish(path)
+    _finish(copier, path)
     assert f"WARNING: {path} was not copied to run.mirror={run.mirror}: " in capsys.readouterr().out
     assert Shelf(run.checkpoints).steps() == [1]

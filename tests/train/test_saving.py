@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import signal
+import time
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +22,10 @@ from parallel.engine import Engine
 from parallel.topology import ParallelConfig
 from tests.dist import run_ranks
 from tests.parallel.tiny import MODEL, build_tiny, part_of, random_batch, start_engine, tiny_config
+from train.job import checkpoint
 from train.job.build import Job
 from train.job.checkpoint import Checkpoints, load, starting_point
+from train.job.mirror import Copier
 from train.job.shelf import Shelf, why_broken
 from train.loop import train_step
 from train.settings.run import BatchConfig, RunConfig
@@ -155,6 +158,31 @@ def _memory_over_saves(engine: Engine, checkpoints: Checkpoints, shelf: Shelf) -
     return [*found, sum(x.nbytes for x in numbers_of(engine))]
 
 
+def _met_while_copying(job: Job, engine: Engine, copies: int, patience_s: float) -> int:
+    """How often a process was told that all wait for the first one's copy, which is done when asked so often."""
+    checkpoints, met, left = Checkpoints(job, engine), [], iter(range(copies * job.is_first))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "COPY_POLL_S", 0.01)
+        patch.setattr(Copier, "finish", lambda self, newest: next(left, None) is None)
+        checkpoints.close(lambda: met.append(1), patience_s)
+    return len(met)
+
+
+def _fetched(job: Job) -> tuple[Path, int]:
+    """Where a run without a checkpoint begins, and how often all met while the first one fetched that."""
+    met, meet = [], checkpoint.max_over_all
+
+    def fetch(run: RunConfig, shelf: Shelf) -> Path:
+        time.sleep(0.2)
+        return shelf.path(7)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "COPY_POLL_S", 0.01)
+        patch.setattr(checkpoint, "fetch_lost", fetch)
+        patch.setattr(checkpoint, "max_over_all", lambda x: met.append(1) or meet(x))
+        return checkpoint.newest_whole(job), len(met)
+
+
 def _saves(runs: Path) -> dict:
     process_groups.start(torch.device("cpu"))
     job = _job(runs)
@@ -163,6 +191,7 @@ def _saves(runs: Path) -> dict:
     found = {"training": _while_training(job, engine, checkpoints)}
     found["failures"] = _failures(job, engine, checkpoints)
     found["memory"] = _memory_over_saves(engine, checkpoints, shelf)
+    found["met"] = [_met_while_copying(job, engine, *how) for how in ((3, 60.0), (10**6, 0.1))]
     found["kept"] = shelf.steps(), sorted(path.name for path in shelf.root.iterdir() if path.suffix)
     found["whole"] = [why_broken(shelf.path(step), deep=True) for step in shelf.steps()]
     torch.distributed.barrier()  # both have read them
@@ -173,6 +202,7 @@ def _saves(runs: Path) -> dict:
         starting_point(job)
     found["none whole"] = str(refused.value)
     found["left"] = sorted(path.name for path in shelf.root.iterdir())
+    found["fetched"] = _fetched(replace(job, config=replace(job.config, run=RunConfig("other", str(runs), mirror="x"))))
     return found
 
 
@@ -211,6 +241,12 @@ def test_a_save_that_one_process_cannot_write_is_told_on_all_and_leaves_nothing(
         assert rank["whole"] == [""] * 4
 
 
+def test_all_meet_while_the_first_one_copies_and_give_it_up_in_time(ranks):
+    done, given_up = (set(met) for met in zip(*(rank["met"] for rank in ranks), strict=True))
+    assert done == {3}
+    assert len(given_up) == 1 and 1 < min(given_up) <= 11  # 0.1 s, at least 0.01 s each
+
+
 def test_memory_comes_back_after_each_save(ranks):
     for rank in ranks:
         *memory, state = rank["memory"]
@@ -234,6 +270,11 @@ def test_where_none_is_whole_nothing_begins_anew_and_all_stay(ranks):
         assert "has no checkpoint that is whole (step 2: __0_0.distcp is not as it was written" in rank["none whole"]
         assert "; step 1: __1_1.distcp is not" in rank["none whole"]
         assert rank["left"][:2] == ["step_00000001", "step_00000002"]
+
+
+def test_all_meet_while_the_first_one_fetches_a_copy(ranks):
+    assert {rank["fetched"][0].name for rank in ranks} == {"step_00000007"}
+    assert all(2 < rank["fetched"][1] <= 21 for rank in ranks)  # 0.2 s, at least 0.01 s each
 
 
 def test_a_writers_torn_report_is_a_failed_save():

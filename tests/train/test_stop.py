@@ -17,6 +17,7 @@ import torch
 from data.errors import CorpusError
 from data.order.batches import Batch
 from parallel import groups as process_groups
+from parallel.checkpoint.saving import SaveError
 from parallel.collectives import from_first
 from parallel.topology import Topology
 from tests.dist import run_ranks
@@ -31,6 +32,7 @@ from train.job.start import agreed_start
 from train.job.stop import DATA_BROKEN, STORAGE_AWAY, TIME_IS_UP, Agreement, StopRequest, exit_code
 from train.settings.run import Config, RunConfig, save_config
 from train.settings.tree import ConfigError
+from train.training import Training
 from train.use import evaluate, generate
 
 CPU = torch.device("cpu")
@@ -96,13 +98,22 @@ def test_data_that_one_process_cannot_read_ends_it_after_all_have_finished_their
     training = Mock(job=Mock(config=Config(run=RunConfig(steps=9))))
     training.clock.spent = lambda what: contextlib.nullcontext()
     training.save = lambda step: did.append(f"save {step}")
-    training.finish_saving = lambda: did.append("finish")
+    training.finish_saving = lambda stopping: did.append("finish")
     for name in ("Observer", "batch_schedule"):
         monkeypatch.setattr(loop, name, Mock())
     monkeypatch.setattr(loop, "next_batches", lambda *_: ([], Agreement(False, False, DATA_BROKEN), error))
     with pytest.raises(CorpusError, match="a shard is corrupt"):
         loop.fit(training, Mock(step=4), Mock(), Mock())
     assert did == ["save 4", "finish"]
+
+
+def test_a_run_that_is_stopped_and_cannot_save_can_go_on_and_one_that_ends_has_failed():
+    training = Mock(saved=4)
+    training.clock.spent = training.watchdog.patient = lambda *_: contextlib.nullcontext()
+    training.checkpoints.failed = "No space left on device"
+    Training.finish_saving(training, stopping=True)
+    with pytest.raises(SaveError, match="step 4, the last one, is not saved: No space left on device"):
+        Training.finish_saving(training)
 
 
 def test_a_step_of_nothing_but_padding_is_refused(monkeypatch):

@@ -1,19 +1,23 @@
 """Checkpoints of a job: saved while it trains on, verified before they are believed, loaded on any layout."""
 
+import math
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 
+from data.read.workers import ReaderThread
 from parallel.checkpoint.digest import Digest, write_synced
 from parallel.checkpoint.loading import load_state
 from parallel.checkpoint.saving import BackgroundSaver, SaveError
 from parallel.checkpoint.stored import StoredTensors
-from parallel.collectives import from_first, gather_to_first
+from parallel.collectives import from_first, gather_to_first, max_over_all
 from parallel.engine import Engine
 from parallel.stages import load_weights, sharded_weights
 from train.job.build import Job
@@ -23,6 +27,8 @@ from train.job.mirror import Copier, fetch_lost
 from train.job.provenance import sidecars
 from train.job.shelf import Shelf, why_broken, write_state
 from train.settings.tree import ConfigError
+
+COPY_POLL_S = 1.0  # between two looks at a copy, to or from run.mirror, that all wait for
 
 
 def require_room(job: Job) -> None:
@@ -104,10 +110,26 @@ class Checkpoints:
         if self._step is not None:
             self._finish(self._saver.wait)
 
-    def close(self) -> None:
-        """Returns once nothing is being written or copied any more."""
+    def close(self, met: Callable[[], None], patience_s: float = math.inf) -> None:
+        """Returns once nothing is being written or copied any more.
+
+        Args:
+            met: called every so often while all wait for a copy, which may take hours.
+            patience_s: seconds after which a copy is given up.
+        """
         self.wait()
-        self._copier.finish(self._shelf.newest())
+        newest, deadline = self._shelf.newest(), time.monotonic() + patience_s
+        while max_over_all(torch.tensor(int(self._copying(newest, deadline)), device=self._job.device)):
+            met()
+            time.sleep(COPY_POLL_S)
+
+    def _copying(self, newest: Path | None, deadline: float) -> bool:
+        if self._copier.finish(newest):
+            return False
+        late = time.monotonic() > deadline
+        if late:
+            print(f"WARNING: the copy of step {self._copier.step} is given up: the next one is made later", flush=True)
+        return not late
 
     def _finish(self, how: Callable[[], object]) -> None:
         step = self._step
@@ -217,7 +239,7 @@ def newest_whole(job: Job) -> Path | None:
             from_first(partial(_set_aside, shelf, damaged))
             return shelf.path(step)
         damaged[step] = fault
-    fetched = from_first(partial(fetch_lost, run, shelf))
+    fetched = _from_patient_first(job, partial(fetch_lost, run, shelf)) if run.mirror else None
     if damaged and fetched is None:
         names = "; ".join(f"step {step}: {fault}" for step, fault in damaged.items())
         raise ConfigError(
@@ -226,6 +248,14 @@ def newest_whole(job: Job) -> Path | None:
         )
     from_first(partial(_set_aside, shelf, {step: x for step, x in damaged.items() if shelf.path(step) != fetched}))
     return fetched
+
+
+def _from_patient_first[T](job: Job, make: Callable[[], T]) -> T:
+    """`from_first` of what may take hours: all meet every so often, so that no collective is given up meanwhile."""
+    made = ReaderThread().submit(make) if job.is_first else None
+    while max_over_all(torch.tensor(int(made is not None and not made.done()), device=job.device)):
+        time.sleep(COPY_POLL_S)
+    return from_first(lambda: cast(Future[T], made).result())
 
 
 def _set_aside(shelf: Shelf, damaged: Mapping[int, str]) -> None:

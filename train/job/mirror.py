@@ -6,7 +6,7 @@ A checkpoint is written to the run's disk first, while training goes on, and cop
 process. A run whose disk is lost, or that goes on on another machine, begins with the newest copy.
 """
 
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -74,31 +74,39 @@ class Mirror:
 
 
 class Copier:
-    """Copies one checkpoint after the other in the background; what fails is told, and tried with the next one."""
+    """Copies one checkpoint after the other in the background; what fails is told, and tried with the next one.
+
+    A copy under way ends with the process, and is then none: its last file is not there.
+    """
 
     def __init__(self, run: RunConfig) -> None:
         self._run = run
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="mirror")
-        self._under_way: tuple[int, Future[None]] | None = None
+        self._under_way: tuple[int, threading.Thread] | None = None
 
     @property
     def step(self) -> int | None:
         """The step whose checkpoint is being copied, which must not go meanwhile."""
-        return self._under_way[0] if self._under_way and not self._under_way[1].done() else None
+        return self._under_way[0] if self._under_way and self._under_way[1].is_alive() else None
 
     def start(self, step: int, checkpoint: Path) -> None:
         """Copies a checkpoint, unless another one is still under way: the next one will be newer."""
         if self._run.mirror and self.step is None:
-            self._under_way = step, self._pool.submit(self._copy, self._run.mirror, checkpoint)
+            thread = threading.Thread(
+                target=self._copy, args=(self._run.mirror, checkpoint), name="mirror", daemon=True
+            )
+            self._under_way = step, thread
+            thread.start()
 
-    def finish(self, newest: Path | None) -> None:
-        """Returns once the newest checkpoint is copied, or could not be."""
+    def finish(self, newest: Path | None) -> bool:
+        """Whether the newest checkpoint is copied, or could not be; else it is begun with. To be asked until it is."""
         if self._under_way is None or newest is None:
-            return
-        step, copying = self._under_way
-        copying.result()
-        if newest.name != f"step_{step:08d}" and self._run.mirror:
-            self._copy(self._run.mirror, newest)
+            return True
+        if self.step is not None:
+            return False
+        if newest.name == f"step_{self._under_way[0]:08d}":
+            return True
+        self.start(read_state(newest)["step"], newest)
+        return False
 
     def _copy(self, url: str, checkpoint: Path) -> None:
         try:

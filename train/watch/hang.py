@@ -47,6 +47,7 @@ class Watchdog:
         self._look_s = min(LOOK_S, 60 * step_minutes / 10)
         self._where: dict[str, Any] = {"step": 0, "doing": "starting", "moves": 0}
         self._moved, self._closed = time.monotonic(), threading.Event()
+        self._met = self._moved
         self._sign()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -55,6 +56,10 @@ class Watchdog:
         """This process has come to something: there is life in it."""
         self._where = {"step": step, "doing": doing, "moves": self._where["moves"] + 1}
         self._moved = time.monotonic()
+
+    def met(self) -> None:
+        """All processes have just asked each other whether they can go on: no step ends, and nothing hangs."""
+        self._met = time.monotonic()
 
     def stepping(self) -> None:
         """The first step is done: from now on the short timeout holds."""
@@ -91,6 +96,7 @@ class Watchdog:
             if self.on_idle and still > self._idle_s and self._limit == self._step:  # not in what takes long anyway
                 self.on_idle(self._where["step"], still)
             # A little before the process groups give up, since what they raise ends the process.
+            still = time.monotonic() - max(self._moved, self._met)
             if still > 60 * self._limit - 2 * self._look_s:
                 self._report(still)
 
@@ -112,8 +118,8 @@ class Watchdog:
             if note is not None and note["host"] == socket.gethostname():
                 os.kill(note["pid"], signal.SIGKILL)
         # Time for the collectives to be given up, so that the main thread says why; then the end, if it has not moved.
-        moved = self._moved
-        if not self._closed.wait(60 * self._limit / 5 + 3 * self._look_s) and self._moved == moved:
+        moved = self._moved, self._met
+        if not self._closed.wait(60 * self._limit / 5 + 3 * self._look_s) and (self._moved, self._met) == moved:
             os._exit(1)
 
     def _is_silent(self, note: Mapping[str, Any] | None) -> bool:
