@@ -1,5 +1,6 @@
 """The collectives that the model uses, differentiable where a gradient passes, alike on gloo and NCCL."""
 
+import pickle
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -122,12 +123,21 @@ def from_first[T](make: Callable[[], T]) -> T:
         try:
             made[0] = make()
         except Exception as error:
-            made[1] = error
+            made[1] = _portable(error)
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(made)
     if made[1] is not None:
         raise made[1]
     return cast(T, made[0])
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or its words if it holds what cannot travel: the others would wait for it."""
+    try:
+        pickle.dumps(error)
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def gather_to_first[T](value: T) -> list[T]:

@@ -52,12 +52,12 @@ class Training:
         self.watchdog.close()
 
     def save(self, step: int) -> None:
-        """Begins to write a checkpoint, unless there is one of this step.
+        """Begins to write a checkpoint, unless there is one of this step, or will be.
 
         Raises:
             RuntimeError: on every process, they would not save the same run.
         """
-        if step == self.saved:
+        if step == self.saved and not self.checkpoints.failed:
             return
         state = self.progress.state(step)
         with self.clock.spent(SAVING), self.watchdog.patient(step, "saving"):

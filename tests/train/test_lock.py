@@ -82,6 +82,27 @@ def test_without_flock_a_fresh_file_refuses_and_a_stale_one_is_taken_over(run, n
     assert not path.exists()
 
 
+@pytest.mark.parametrize("who", ["nobody", "another container", "a living process"])
+def test_what_a_killed_process_of_this_machine_left_behind_is_taken_over(run, no_flock, monkeypatch, who: str):
+    monkeypatch.setattr(lock, "BEAT_S", 0.05)
+    gone = subprocess.Popen(["true"])
+    path = run.path / lock.EXCLUSIVE_FILE
+    gone.wait()
+    pid = os.getpid() if who == "a living process" else gone.pid
+    path.write_text(json.dumps(lock._owner() | {"pid": pid, "token": "its"}))
+    if who == "another container":
+        sleep = time.sleep
+        monkeypatch.setattr(lock.time, "sleep", lambda seconds: sleep(seconds) or path.touch())
+    if who == "nobody":
+        mine = RunLock(run, 0.01)
+        mine.take()
+        mine.release()
+        assert not path.exists()
+        return
+    with pytest.raises(ConfigError, match=f"is being trained by process {pid} "):
+        RunLock(run, SHORT_S).take()
+
+
 def test_a_storage_that_is_away_for_a_moment_ends_no_holder(run, no_flock, monkeypatch):
     monkeypatch.setattr(lock, "BEAT_S", 0.01)
     touch, touched = os.utime, []

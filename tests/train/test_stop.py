@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -107,13 +108,20 @@ def test_data_that_one_process_cannot_read_ends_it_after_all_have_finished_their
     assert did == ["save 4", "finish"]
 
 
-def test_a_run_that_is_stopped_and_cannot_save_can_go_on_and_one_that_ends_has_failed():
+def test_a_run_that_is_stopped_and_cannot_save_can_go_on_and_one_that_ends_has_failed(monkeypatch):
+    monkeypatch.setattr("train.training.require_alike", Mock())
+    monkeypatch.setattr("train.training.to_dict", Mock())
     training = Mock(saved=4)
     training.clock.spent = training.watchdog.patient = lambda *_: contextlib.nullcontext()
     training.checkpoints.failed = "No space left on device"
     Training.finish_saving(training, stopping=True)
     with pytest.raises(SaveError, match="step 4, the last one, is not saved: No space left on device"):
         Training.finish_saving(training)
+    Training.save(training, 4)
+    assert training.checkpoints.save.call_count == 1, "it is tried again"
+    training.checkpoints.failed = ""
+    Training.save(training, 4)
+    assert training.checkpoints.save.call_count == 1
 
 
 def test_a_step_of_nothing_but_padding_is_refused(monkeypatch):
@@ -171,7 +179,15 @@ def test_a_worker_ends_with_its_starter_even_if_that_is_killed() -> None:
             time.sleep(0.02)
 
 
-def _starts(runs: str) -> tuple[int, str, str, str, str]:
+class Held(Exception):
+    """An error that cannot be sent to another process, as some storages raise them."""
+
+    def __init__(self, words: str) -> None:
+        super().__init__(words)
+        self.lock = threading.Lock()
+
+
+def _starts(runs: str) -> tuple[int, str, str, str, str, str]:
     process_groups.start(CPU)
     rank = torch.distributed.get_rank()
     if rank == 1:  # as a stale cache of its directory would show it
@@ -187,6 +203,7 @@ def _starts(runs: str) -> tuple[int, str, str, str, str]:
     for call in (
         lambda: require_alike("settings", {"seed": rank}, CPU),
         lambda: from_first(lambda: (_ for _ in ()).throw(ConfigError("no such thing")) if rank == 0 else rank),
+        lambda: from_first(lambda: (_ for _ in ()).throw(Held("no such bucket")) if rank == 0 else rank),
     ):
         try:
             call()
@@ -211,4 +228,4 @@ def test_the_first_process_decides_where_all_start(tmp_path) -> None:
     assert (
         first[3] == "RuntimeError: process 1 has other settings than process 0: nothing is trained or saved like this"
     )
-    assert first[4] == "ConfigError: no such thing"
+    assert first[4:] == ("ConfigError: no such thing", "RuntimeError: Held: no such bucket")

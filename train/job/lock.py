@@ -17,6 +17,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from train.settings.run import RunConfig
 from train.settings.tree import ConfigError
 
@@ -33,6 +35,14 @@ def _owner() -> dict[str, Any]:
         "job": os.environ.get("SLURM_JOB_ID"),
         "since": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
     }
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process of this machine runs; one that is dead and not waited for does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _refusal(run: RunConfig, path: Path) -> ConfigError:
@@ -109,7 +119,7 @@ class _ExclusiveFile:
             with self._path.open("x", encoding="utf-8") as file:
                 file.write(content)
         except FileExistsError:
-            if self._age() < STALE_S:
+            if self._age() < STALE_S and not self._is_left_behind():
                 raise _refusal(run, self._path) from None
             self._take_over(run, content)
         threading.Thread(target=self._beat, name="lock", daemon=True).start()
@@ -121,6 +131,21 @@ class _ExclusiveFile:
         now = probe.stat().st_mtime
         probe.unlink()
         return now - self._path.stat().st_mtime
+
+    def _is_left_behind(self) -> bool:
+        """Whether the holder was a process of this machine that is gone, so that nothing touches the file any more.
+
+        A container may have the name of its host and cannot see its processes: the file alone says that one lives.
+        """
+        try:
+            owner = json.loads(self._path.read_text(encoding="utf-8"))
+            if owner["host"] != socket.gethostname() or _lives(owner["pid"]):
+                return False
+            before = self._path.stat().st_mtime_ns
+            time.sleep(1.5 * BEAT_S)
+            return self._path.stat().st_mtime_ns == before
+        except (OSError, ValueError, KeyError):
+            return False
 
     def _take_over(self, run: RunConfig, content: str) -> None:
         """Of several that find the file stale, the last to write has it; the others see so."""
