@@ -83,6 +83,12 @@ def test_copies_of_steps_that_a_run_has_gone_back_behind_do_not_push_out_later_o
     assert Mirror(str(tmp_path / "copies" / "mine")).steps() == [20]
 
 
+@pytest.mark.parametrize("protocol", ["", "file://", "memory://"])
+def test_each_copy_reads_credentials_anew(tmp_path, protocol: str):
+    one, other = (Mirror(f"{protocol}{tmp_path}") for _ in range(2))
+    assert one.fs is not other.fs and one.root == other.root
+
+
 def test_a_place_that_takes_nothing_is_told_and_costs_nothing_else(tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
     run = RunConfig(name="mine", dir=str(tmp_path / "runs"), mirror=str(tmp_path / "file"))

@@ -25,7 +25,8 @@ class Mirror:
     """
 
     def __init__(self, url: str) -> None:
-        self.fs, self.root = url_to_fs(url)
+        # Made anew each time: a kept one would go on with credentials that have expired.
+        self.fs, self.root = url_to_fs(url, skip_instance_cache=True)
 
     def steps(self) -> list[int]:
         """The steps of all complete copies, in order."""
