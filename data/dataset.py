@@ -33,11 +33,7 @@ def check_data(config: DataConfig, mtp_steps: int) -> None:
     Raises:
         CorpusError: the setting, in one line.
     """
-    if config.seq_length < mtp_steps + 2:
-        raise CorpusError(
-            f"data.seq_length={config.seq_length} is too short for mtp.steps={mtp_steps}: "
-            f"use {mtp_steps + 2} or more, so that every prediction step has a target"
-        )
+    check_seq_length(config.seq_length, mtp_steps)
     check_choice("data.format", config.format, FORMATS)
     check_choice("data.packing", config.packing, PACKINGS)
     check_choice("data.on_corrupt", config.on_corrupt, ON_CORRUPT)
@@ -61,6 +57,15 @@ def check_data(config: DataConfig, mtp_steps: int) -> None:
     check_mixture(config)
     for path, _ in source_weights(config):
         check_source(path, config)
+
+
+def check_seq_length(seq_length: int, mtp_steps: int) -> None:
+    """Raises CorpusError where a sample leaves a step of multi-token prediction without a target."""
+    if seq_length < mtp_steps + 2:
+        raise CorpusError(
+            f"data.seq_length={seq_length} is too short for mtp.steps={mtp_steps}: "
+            f"use {mtp_steps + 2} or more, so that every prediction step has a target"
+        )
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ SIZES = (
     "expert_size",
     "dense_size",
 )
+MOST, MOST_REPEATS = 2**31 - 1, 10_000  # what kernels index; layers that are written out before they are counted
 FP8_ALIGNED = 16  # rows and columns of whatever is multiplied in FP8
 
 
@@ -227,12 +228,7 @@ def check_balance(balance: BalanceConfig) -> None:
 
 def check_model(model: ModelConfig, mtp: MtpConfig) -> None:
     """Raises ModelError for the first setting that cannot be built."""
-    for name in SIZES:
-        value = getattr(model, name)
-        if value is not None and value < 1:
-            raise ModelError(f"model.{name}={value} must be at least 1")
-    if model.shared_expert_size < 0:
-        raise ModelError(f"model.shared_expert_size={model.shared_expert_size} must be at least 0 (no shared expert)")
+    _check_numbers(model)
     unknown = sorted(set(model.pattern) - set(LAYER_SYMBOLS + "|"))
     if unknown or not model.layers:
         raise ModelError(
@@ -283,6 +279,20 @@ def check_model(model: ModelConfig, mtp: MtpConfig) -> None:
     check_mtp(mtp)
 
 
+def _check_numbers(model: ModelConfig) -> None:
+    for name in SIZES:
+        value, most = getattr(model, name), MOST_REPEATS if name == "repeats" else MOST
+        if value is not None and not 1 <= value <= most:
+            raise ModelError(f"model.{name}={value} must be at least 1, and at most {most}")
+    if not 0 <= model.shared_expert_size <= MOST:
+        raise ModelError(f"model.shared_expert_size={model.shared_expert_size} must be at least 0 (no shared expert)")
+    if not math.isfinite(model.rotary_fraction):
+        raise ModelError(f"model.rotary_fraction={model.rotary_fraction} must lie from 0 to 1")
+    for name in ("rope_base", "norm_eps", "init_std"):
+        if not 0 < getattr(model, name) < math.inf:
+            raise ModelError(f"model.{name}={getattr(model, name)} must be a number above 0")
+
+
 def key_head_copies(key_heads: int, parts: int) -> int:
     """How often context parallelism repeats each key/value head, so that its processes can share them out."""
     return math.lcm(key_heads, parts) // key_heads
@@ -321,14 +331,14 @@ def check_mtp(mtp: MtpConfig) -> None:
         raise ModelError(f"mtp.keys={mtp.keys!r} is not known: choose {INFERENCE} or {DEPTH}")
     phases = ((0.0, mtp.weight),) if isinstance(mtp.weight, float) else mtp.weight
     begins = [begin for begin, _ in phases]
-    if not begins or begins[0] != 0 or begins != sorted(set(begins)) or min(weight for _, weight in phases) < 0:
+    if not begins or begins[0] != 0 or begins != sorted(set(begins)) or not all(0 <= w < math.inf for _, w in phases):
         raise ModelError(
             f"mtp.weight={_listed(mtp.weight)} cannot be followed: a number of at least 0, or pairs [tokens, weight] "
             f"from 0 tokens on at rising numbers of tokens, as in [[0, 0.3], [10000000000000, 0.1]]"
         )
     shares = [mtp.step_weights] if isinstance(mtp.step_weights, float) else mtp.step_weights
     wrong_number = not isinstance(mtp.step_weights, float) and len(shares) != mtp.steps
-    if wrong_number or not all(share > 0 for share in shares):
+    if wrong_number or not all(0 < share < math.inf for share in shares):
         raise ModelError(
             f"mtp.step_weights={_listed(mtp.step_weights)} cannot be used: a ratio above 0, or as many numbers above 0 "
             f"as there are steps (mtp.steps={mtp.steps})"

@@ -37,8 +37,8 @@ from train.plan.estimate import PUBLISHED, EstimateConfig, check_budget, estimat
 from train.plan.propose import proposals
 from train.settings.commands import BenchConfig, DryRunConfig, check_bench, check_dry_run, check_variants
 from train.settings.paths import OPTION, anchored
-from train.settings.run import CONFIG_FILE, USER_ERRORS, Config, RunConfig, RunReference, batch_schedule, load_config
-from train.settings.run_checks import check, check_plan
+from train.settings.run import USER_ERRORS, Config, RunConfig, batch_schedule, load_start
+from train.settings.run_checks import check, check_origin, check_plan
 from train.settings.tree import (
     MISSING,
     ConfigError,
@@ -99,9 +99,10 @@ def _origin_model(values: dict[str, Any], recipe: str) -> list[str]:
     Where the same layers are cut for a pipeline here, the cut stays.
     """
     run, stages = values["run"], values["parallel"]["pipeline"]
-    config = RunConfig(**{key: run[key] for key in ("name", "dir", "init", "fork") if run.get(key)})
-    begun = RunReference(config.name or recipe, config.dir)
-    source = load_config(begun if (begun.path / CONFIG_FILE).is_file() else config.origin)
+    asked = {key: run[key] for key in ("name", "dir", "init", "fork") if run.get(key) is not None}
+    config = RunConfig(**(asked | {"name": run["name"] or recipe}))
+    check_origin(config)
+    source = load_start(config)
     model, own = (
         to_dict(source.model),
         ModelConfig(pattern=values["model"]["pattern"], repeats=values["model"]["repeats"]),

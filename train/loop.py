@@ -29,7 +29,16 @@ from train.job.stop import DATA_BROKEN, REWIND, STORAGE_AWAY, Agreement, StopReq
 from train.measure.determinism import determinism_cost, make_deterministic
 from train.measure.verdict import Kernels
 from train.observe import Observer, due
-from train.settings.run import CONFIG_FILE, Config, RunReference, batch_schedule, describe, load_config, save_config
+from train.settings.run import (
+    CONFIG_FILE,
+    Config,
+    RunReference,
+    batch_schedule,
+    describe,
+    load_config,
+    load_origin,
+    save_config,
+)
 from train.training import Training
 from train.use.heldout import heldout_line
 from train.watch import metrics
@@ -214,7 +223,7 @@ def train_from(job: Job, start: Start, kernels: Kernels) -> int:
     checkpoint.require_room(job)
     if config.run.init and not start.checkpoint:
         # That of the first process: in a run that still trains, others may find a newer one already.
-        origin = from_first(lambda: require_checkpoint(load_config(config.run.origin).run))
+        origin = from_first(lambda: require_checkpoint(load_origin(config.run).run))
         checkpoint.require_whole(job, origin)
         checkpoint.load_model(job, origin)
     else:

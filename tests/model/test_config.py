@@ -86,6 +86,13 @@ MISTAKES = {
         {"shared_expert_size": -1},
         "model.shared_expert_size=-1 must be at least 0 (no shared expert)",
     ),
+    "more layers than memory": ({"repeats": 10**30}, "and at most 10000"),
+    "rotates an unknown share": ({"rotary_fraction": float("nan")}, "model.rotary_fraction=nan must lie from 0 to 1"),
+    **{
+        f"{name} of {value}": ({name: value}, f"model.{name}={value} must be a number above 0")
+        for name in ("rope_base", "norm_eps", "init_std")
+        for value in (0.0, -1.0, float("nan"), float("inf"))
+    },
     "negative repeats": ({"repeats": -1}, "model.repeats=-1 must be at least 1"),
 }
 
@@ -101,6 +108,9 @@ def test_mistakes_are_refused_with_one_line(changes: dict, message: str) -> None
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
+        ({"weight": float("nan")}, "mtp.weight=nan cannot be followed"),
+        ({"weight": ((0.0, 0.3), (9.0, float("inf")))}, "mtp.weight=[[0.0, 0.3], [9.0, inf]] cannot be followed"),
+        ({"step_weights": float("inf")}, "mtp.step_weights=inf cannot be used"),
         ({"steps": -1}, "mtp.steps=-1 must not be negative"),
         ({"keys": "own"}, "mtp.keys='own' is not known: choose inference or depth"),
         ({"weight": -0.1}, "mtp.weight=-0.1 cannot be followed"),

@@ -243,7 +243,10 @@ def test_the_commands_and_the_mistakes_that_they_refuse(tmp_path: Path, run: Con
         (["import", f"hf={out}", "run=back", place], "run.name=back exists in"),
         (["import", f"hf={out}", "run.name=a/b", place], "run.name='a/b' cannot name a directory"),
         (["train", "run.name=back", place, "model.vocab_size=320"], "run.name=back holds imported weights"),
-        (["train", "run.init=none", place], "run.name=none is not a run in"),
+        (["train", "run.init=none", place], "run.init=none is not a run in"),
+        (["train", "run.init=", place], "run.init is empty: name a run"),
+        (["train", "run.fork=none@3", place], "run.fork=none@3 is not a run in"),
+        (["train", "run.fork=back", place], "run.fork=back names no checkpoint: write NAME@STEP"),
         (["train", "run.init=back", place, "model.experts=16"], "model.experts gives 16, but run.init=back has 8"),
         (["evaluate", "run=back", place], "data.corpus is empty"),
     ):

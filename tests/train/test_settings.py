@@ -32,6 +32,15 @@ def refused(values: dict) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize("value", [2**63, -(2**63), 1e30, 10**400])
+def test_a_whole_number_fits_what_counts(value):
+    assert (
+        refused({"inner": {"size": value}})
+        == f"inner.size={value} cannot be used: inner.size takes a whole number below 2^63"
+    )
+    assert from_dict(Outer, {"must": "x", "inner": {"size": 2**63 - 1}}).inner.size == 2**63 - 1
+
+
 def test_paths_drop_the_underscore_of_keywords():
     assert [item.path for item in settings(Outer)] == [
         "must",

@@ -11,7 +11,7 @@ from typing import Any
 from data.progress import byte_bar
 from train.hub.safetensors_files import TORCH_DTYPES, PlannedTensor, SafetensorsReader, SafetensorsWriter
 from train.hub.settings import HF_CONFIG, read_json
-from train.settings.run import Config, load_config
+from train.settings.run import Config, load_origin
 
 CARRIED = "carried"
 SEES = "model.visual."  # start of the names of the tower that sees
@@ -56,7 +56,7 @@ def carried_by(run: Config) -> Path | None:
             return run.run.path / CARRIED
         if not (run.run.init or run.run.fork) or not run.run.origin.path.is_dir():
             return None
-        run = load_config(run.run.origin)
+        run = load_origin(run.run)
 
 
 def tower(directory: Path | None) -> SafetensorsReader | None:

@@ -15,7 +15,7 @@ from data.config import CONTINUE
 from data.errors import changes
 from parallel.topology import Topology
 from train.job.shelf import VERSION, Shelf, read_state, why_broken
-from train.settings.run import CONFIG_FILE, Config, RunConfig, load_config, read_config
+from train.settings.run import CONFIG_FILE, Config, RunConfig, load_origin, read_config
 from train.settings.tree import ConfigError, leaves, to_dict
 
 RESUMABLE = (2, VERSION)  # formats of a checkpoint's state; format 2 has no hashes
@@ -59,9 +59,7 @@ def last_checkpoint(run: RunConfig) -> Path | None:
 
 def starting_checkpoint(run: RunConfig) -> Path | None:
     """What a run goes on from: its own last checkpoint, before its first one that of the run that it forks."""
-    return last_checkpoint(run) or (
-        require_checkpoint(load_config(run.origin).run, run.forked_step) if run.fork else None
-    )
+    return last_checkpoint(run) or (require_checkpoint(load_origin(run).run, run.forked_step) if run.fork else None)
 
 
 def require_checkpoint(run: RunConfig, step: int | None = None) -> Path:
@@ -92,7 +90,7 @@ def check_origin(config: Config) -> None:
     Raises:
         ConfigError: no such run, no checkpoint in it, or a model of other shapes.
     """
-    origin = load_config(config.run.origin)
+    origin = load_origin(config.run)
     require_checkpoint(origin.run)
     for name in SHAPES:
         ours, theirs = getattr(config.model, name), getattr(origin.model, name)

@@ -60,10 +60,11 @@ def check_optim(optim: OptimConfig) -> None:
         raise ConfigError(f"optim.decay_fraction={optim.decay_fraction} must lie above 0 and not above 1")
     if not all(0 <= beta < 1 for beta in optim.betas):
         raise ConfigError(f"optim.betas={list(optim.betas)} must lie from 0 to below 1")
-    if not optim.eps > 0:
-        raise ConfigError(f"optim.eps={optim.eps} must be above 0")
+    if not 0 < optim.eps < float("inf"):
+        raise ConfigError(f"optim.eps={optim.eps} must be a number above 0")
+    if not 0 <= optim.weight_decay < float("inf"):
+        raise ConfigError(f"optim.weight_decay={optim.weight_decay} must be a number of at least 0")
     check_least("optim.warmup_steps", optim.warmup_steps, 0)
-    check_least("optim.weight_decay", optim.weight_decay, 0.0)
     check_least("optim.clip", optim.clip, 0.0)
     check_least("optim.spike_factor", optim.spike_factor, 0.0)
     check_least("optim.spike_window", optim.spike_window, 2)

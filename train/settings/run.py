@@ -214,9 +214,26 @@ def save_config(config: Config, directory: Path | None = None) -> Path:
     return path
 
 
-def load_config(run: RunReference) -> Config:
+def load_origin(run: RunConfig) -> Config:
+    """The configuration of the run that `init` or `fork` names.
+
+    Raises:
+        ConfigError: no such run, or a configuration that cannot be read.
+    """
+    return load_config(run.origin, f"run.init={run.init}" if run.init else f"run.fork={run.fork}")
+
+
+def load_start(run: RunConfig) -> Config:
+    """The configuration of a run that has begun, else of the run that `init` or `fork` names. Raises as these do."""
+    begun = RunReference(run.name, run.dir)
+    return load_config(begun) if (begun.path / CONFIG_FILE).is_file() else load_origin(run)
+
+
+def load_config(run: RunReference, asked: str = "") -> Config:
     """The configuration of an existing run, where it is now and on whatever processes it is used with.
 
+    Args:
+        asked: the setting that names the run, with its value; `run.name`, unless said otherwise.
     Raises:
         ConfigError: no such run, or a configuration that cannot be read.
     """
@@ -225,7 +242,7 @@ def load_config(run: RunReference) -> Config:
     if not path.is_file() and not kept:
         known = sorted(item.parent.name for item in Path(run.dir).glob(f"*/{CONFIG_FILE}"))
         mend = hint_known(run.name, known) if known else "it holds none"
-        raise ConfigError(f"run.name={run.name} is not a run in {run.dir}: {mend}")
+        raise ConfigError(f"{asked or f'run.name={run.name}'} is not a run in {run.dir}: {mend}")
     config = _first_readable([path, *kept])
     here = replace(config.run, name=run.name, dir=run.dir)
     return replace(config, run=here, parallel=replace(config.parallel, world=None))

@@ -3,7 +3,7 @@
 import os
 from importlib.util import find_spec
 
-from data.dataset import check_data
+from data.dataset import check_data, check_seq_length
 from data.errors import check_choice
 from data.files import why_unwritable
 from data.secrets import hide
@@ -13,8 +13,11 @@ from parallel.engine import check_engine, require_package
 from parallel.topology import Topology, TopologyError, check_length, microbatches, resolve
 from train.settings.checks import check_environment, check_least, check_seed
 from train.settings.optim import check_moments, check_optim, require_moments
-from train.settings.run import Config, RunConfig
+from train.settings.run import Config, RunConfig, run_tokens
 from train.settings.tree import ConfigError
+
+MOST_TOKENS = 2**63  # samples and tokens are counted in int64
+MOST_MINUTES = 525_600  # a year: gloo and NCCL overflow somewhere beyond
 
 
 def check(config: Config, world: int) -> Topology:
@@ -52,6 +55,7 @@ def check_plan(config: Config, world: int) -> Topology:
     check_optim(config.optim)
     check_choice("wandb.mode", config.wandb.mode, ("offline", "online", "disabled"), ConfigError)
     check_model(config.model, config.mtp)
+    check_seq_length(config.data.seq_length, config.mtp.steps)
     check_backend(config.model)
     check_moments(config.optim, config.engine, config.model.dtype)
     check_balance(config.balance)
@@ -66,6 +70,7 @@ def check_plan(config: Config, world: int) -> Topology:
             microbatches(topology, size, config.batch.micro)
         except TopologyError as error:
             raise TopologyError(f"batch.schedule from {begin:,} tokens on: {error}") from error
+    _check_countable(config)
     for length in (config.data.seq_length, *(length for _, length in config.batch.length_schedule)):
         _check_divides("batch.length_schedule", length, "data.seq_length", config.data.seq_length)
         check_length(topology, length, config.model)
@@ -105,19 +110,26 @@ def _check_run(run: RunConfig) -> None:
         raise ConfigError(
             f"run.save_minutes={run.save_minutes} must be above 0 minutes, or null to save by steps alone"
         )
-    if run.fork is not None and (run.forked_step is None or not run.fork.rpartition("@")[0]):
-        raise ConfigError(f"run.fork={run.fork} names no checkpoint: write NAME@STEP, as in run.fork=first@2000")
-    if run.fork is not None and run.init is not None:
-        raise ConfigError(f"run.fork={run.fork} and run.init={run.init} both say where to start: set one")
+    check_origin(run)
     check_least("run.eval_every", run.eval_every, 0)
     check_least("run.verify_every", run.verify_every, 0)
     check_least("run.replicas_every", run.replicas_every, 0)
     for name, minutes in (("start", run.start_timeout), ("step", run.step_timeout)):
-        if not minutes > 0:
-            raise ConfigError(f"run.{name}_timeout={minutes} must be above 0 minutes")
+        if not 0 < minutes <= MOST_MINUTES:
+            raise ConfigError(f"run.{name}_timeout={minutes} must be above 0 minutes, and at most {MOST_MINUTES}")
     check_environment(run.environment)
     if run.max_time is not None and not run.max_time > 0:
         raise ConfigError(f"run.max_time={run.max_time} must be above 0 minutes, or null to have no limit")
+
+
+def check_origin(run: RunConfig) -> None:
+    """Raises ConfigError where `init` or `fork` cannot name where a run starts; whether that is there shows later."""
+    if run.fork is not None and (run.forked_step is None or not run.fork.rpartition("@")[0]):
+        raise ConfigError(f"run.fork={run.fork} names no checkpoint: write NAME@STEP, as in run.fork=first@2000")
+    if run.fork is not None and run.init is not None:
+        raise ConfigError(f"run.fork={run.fork} and run.init={run.init} both say where to start: set one")
+    if run.init is not None and not run.init.strip():
+        raise ConfigError("run.init is empty: name a run, or its directory, or leave it out (null)")
 
 
 def _check_schedule(path: str, phases: tuple[tuple[int, int], ...]) -> None:
@@ -127,6 +139,14 @@ def _check_schedule(path: str, phases: tuple[tuple[int, int], ...]) -> None:
         raise ConfigError(
             f"{path}={[list(phase) for phase in phases]} cannot be followed: its pairs begin at rising numbers of "
             f"tokens, from 0 on, with values of at least 1, as in [[0, 16], [1000000, 32]]"
+        )
+
+
+def _check_countable(config: Config) -> None:
+    if run_tokens(config) >= MOST_TOKENS:
+        raise ConfigError(
+            f"run.steps={config.run.steps} x batch.global={config.batch.global_} x data.seq_length="
+            f"{config.data.seq_length} are more than 2^63 tokens, which cannot be counted: lower one of them"
         )
 
 

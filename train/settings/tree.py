@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+MOST = 2**63  # of a whole number, since int64 counts steps, samples and tokens
 MISSING = "???"  # what a recipe writes where the user must give a value
 
 
@@ -190,7 +191,9 @@ def _convert(annotation: Any, value: Any, path: str) -> Any:
                 return tuple(_convert(item, entry, path) for item, entry in zip(items, value, strict=True))
         elif option is float and type(value) in (int, float):
             return float(value)
-        elif option is int and type(value) is float and value.is_integer():
+        elif option is int and (type(value) is int or (type(value) is float and value.is_integer())):
+            if abs(value) >= MOST:
+                raise ConfigError(f"{path}={value} cannot be used: {path} takes a whole number below 2^63")
             return int(value)
         elif type(value) is option:
             return value
