@@ -241,6 +241,7 @@ def test_the_commands_and_the_mistakes_that_they_refuse(tmp_path: Path, run: Con
         (["export", "run=mine", place, "out=x", "shard_size=0"], "shard_size=0.0 must be above 0"),
         (["import", f"hf={tmp_path}/none", "run=other", place], f"hf={tmp_path}/none is not a directory"),
         (["import", f"hf={out}", "run=back", place], "run.name=back exists in"),
+        (["import", f"hf={out}", "run.name=short", place, "seq_length=1"], "seq_length=1 must be at least"),
         (["import", f"hf={out}", "run.name=a/b", place], "run.name='a/b' cannot name a directory"),
         (["train", "run.name=back", place, "model.vocab_size=320"], "run.name=back holds imported weights"),
         (["train", "run.init=none", place], "run.init=none is not a run in"),

@@ -17,6 +17,7 @@ from model.config import BalanceConfig, MtpConfig, check_model
 from model.hf.config import from_hf
 from model.hf.families import FAMILIES
 from train.job.directory import require_checkpoint
+from train.settings.checks import check_least
 from train.settings.run import Config, RunConfig, RunReference, load_config
 from train.settings.tree import ConfigError
 
@@ -139,6 +140,7 @@ def check_import(config: ImportConfig) -> Config:
     imported = from_hf(read_json(directory / HF_CONFIG), config.dtype)
     model, mtp = imported.model, MtpConfig(steps=int(imported.mtp and config.mtp))
     check_model(model, mtp)
+    check_least("seq_length", config.seq_length, mtp.steps + 2)
     return Config(
         run=RunConfig(name=config.run.name, dir=config.run.dir),
         data=DataConfig(corpus=config.corpus, seq_length=config.seq_length),

@@ -183,10 +183,13 @@ def check_report(report: ReportConfig) -> None:
     check_output(str(report.path))
 
 
-def check_output(output: str | None) -> None:
+def check_output(output: str | None, setting: str = "output") -> None:
     """Raises ConfigError where a file cannot be written."""
-    if output is not None and (reason := why_unwritable(Path(output).absolute().parent)):
-        raise ConfigError(f"output={output} cannot be written: {reason}: choose another file")
+    if output is None:
+        return
+    path = Path(output).absolute()
+    if reason := f"{path} is a directory" if path.is_dir() else why_unwritable(path.parent):
+        raise ConfigError(f"{setting}={output} cannot be written: {reason}: choose another file")
 
 
 def check_dry_run(config: Config, dry_run: DryRun, world: int) -> None:
@@ -239,6 +242,9 @@ def check_bench(bench: BenchSettings) -> None:
     check_least("the shortest of bench.sequences", min(bench.sequences, default=0), 1)
     check_least("bench.as_first_of", bench.as_first_of, 0)
     check_least("bench.project", bench.project, 0)
+    check_output(bench.output, "bench.output")
+    if Path(bench.output).suffix == ".md":
+        raise ConfigError(f"bench.output={bench.output} is where the page goes: name a file of numbers (.json)")
 
 
 def check_variants(configs: Mapping[str, Config], world: int) -> None:
