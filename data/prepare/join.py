@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from data.errors import CorpusError
-from data.prepare.shard_writer import ShardWriter
+from data.prepare.shard_writer import ShardWriter, layout_of
 from data.prepare.staging import PieceRecord, Staging, staged
 from data.read.faults import Faults
 from data.read.manifest import HELDOUT, TRAIN, FileInfo, Manifest, ShardInfo, info_of, write_manifest
@@ -57,7 +57,7 @@ def finish(staging: Staging, plan: dict[str, Any]) -> Manifest:
     ordered = [records[number] for number in range(plan[PIECES])]
     tokenizer_text = read_file(join(staging.root, TOKENIZER_FILE), Faults())
     tokenizer = Tokenizer(tokenizer_text.decode(), plan["eod_token"])
-    heldout = merge_heldout(staging, staging.corpus, ordered, plan["shard_tokens"])
+    heldout = merge_heldout(staging, staging.corpus, ordered, plan["shard_tokens"], layout_of(plan))
     manifest = Manifest(
         vocab_size=tokenizer.vocab_size,
         eod_token=tokenizer.eod_token,
@@ -79,10 +79,10 @@ def finish(staging: Staging, plan: dict[str, Any]) -> Manifest:
 
 
 def merge_heldout(
-    staging: Staging, folder: str, records: Sequence[PieceRecord], shard_tokens: int
+    staging: Staging, folder: str, records: Sequence[PieceRecord], shard_tokens: int, layout: int
 ) -> tuple[ShardInfo, ...]:
     """Held-out documents of all pieces in few shards: each piece has but a few."""
-    writer = ShardWriter(folder, HELDOUT, shard_tokens)
+    writer = ShardWriter(folder, HELDOUT, shard_tokens, layout=layout)
     for shard in (shard for record in records for shard in record.shards[HELDOUT]):
         content = read_file(join(staging.folder(HELDOUT), shard.file), Faults())
         table = pq.read_table(io.BytesIO(content))

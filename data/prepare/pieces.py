@@ -39,6 +39,7 @@ class Job:
     Attributes:
         share: of the documents that are held out.
         shuffle: seed of the order of documents; None keeps the input's.
+        layout: of shards (`data.prepare.shard_writer`).
         splits: which of them are written.
     """
 
@@ -51,6 +52,7 @@ class Job:
     seed: int
     shuffle: int | None
     skips: bool
+    layout: int
     splits: tuple[str, ...] = SPLITS
 
 
@@ -103,6 +105,7 @@ def make_piece(job: Job, number: int) -> PieceRecord:
             f"{split}-{number:05d}",
             job.shard_tokens,
             None if job.shuffle is None else [job.shuffle, 1 + number, SPLITS.index(split)],
+            job.layout,
         )
         for split in job.splits
     }

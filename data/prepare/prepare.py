@@ -19,6 +19,7 @@ from data.prepare.heldout import heldout_share, is_held_out
 from data.prepare.inputs import Input
 from data.prepare.join import PIECES, finish
 from data.prepare.pieces import Job, cut_into_pieces, make_pieces
+from data.prepare.shard_writer import PLAIN, SHARD_LAYOUT, layout_of
 from data.prepare.staging import Staging, check_free, staged
 from data.progress import byte_bar
 from data.read.faults import Faults
@@ -96,10 +97,10 @@ def write_corpus(config: PrepareConfig, source: Input, output: str, given: Token
     for line in source.left_out:
         print(f"left out: {line}", flush=True)
     pieces = cut_into_pieces(source.sizes, config.piece_bytes, config.shuffle)
-    plan = plan_of(config, source, len(pieces), given)
+    plan = plan_of(config, source, len(pieces), given, layout_of(Staging(output).plan()))
     with staged(output, plan, config.part) as staging:
         tokenizer = given_tokenizer(config, source, staging, given)
-        job = job_of(config, source, pieces, tokenizer, staging)
+        job = job_of(config, source, pieces, tokenizer, staging, layout_of(plan))
         part, parts = part_of(config.part)
         _make_missing(job, range(part, len(pieces), parts), config)
         if parts == 1:
@@ -107,7 +108,9 @@ def write_corpus(config: PrepareConfig, source: Input, output: str, given: Token
     return output
 
 
-def plan_of(config: PrepareConfig, source: Input, num_pieces: int, given: Tokenizer | None) -> dict[str, Any]:
+def plan_of(
+    config: PrepareConfig, source: Input, num_pieces: int, given: Tokenizer | None, layout: int
+) -> dict[str, Any]:
     """What the bytes of a corpus follow from, as JSON gives it back."""
     plan = {name: value for name, value in asdict(config).items() if name not in FREE}
     chat = {name: plan.pop(name) for name in ("format", "chat_template", "chat_roles")}
@@ -118,12 +121,19 @@ def plan_of(config: PrepareConfig, source: Input, num_pieces: int, given: Tokeni
         plan["the tokenizer's content"] = given.sha256
     plan["the input's files"] = digest_of(source.identity)
     plan["corpus format"] = MANIFEST_VERSION
+    if layout != PLAIN:
+        plan[SHARD_LAYOUT] = layout
     plan |= {package.__name__: package.__version__ for package in (tokenizers, pyarrow)}
     return plan | {PIECES: num_pieces, "description": source.description}
 
 
 def job_of(
-    config: PrepareConfig, source: Input, pieces: tuple[tuple[int, ...], ...], tokenizer: Tokenizer, staging: Staging
+    config: PrepareConfig,
+    source: Input,
+    pieces: tuple[tuple[int, ...], ...],
+    tokenizer: Tokenizer,
+    staging: Staging,
+    layout: int,
 ) -> Job:
     """The work that settings ask for."""
     return Job(
@@ -136,6 +146,7 @@ def job_of(
         config.seed,
         config.shuffle,
         config.on_corrupt == SKIP,
+        layout,
     )
 
 

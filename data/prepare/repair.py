@@ -13,6 +13,7 @@ from data.prepare.check import check_prepare
 from data.prepare.join import merge_heldout, token_bytes_file
 from data.prepare.pieces import Job, cut_into_pieces, make_pieces
 from data.prepare.prepare import given_tokenizer, job_of, open_input, plan_of
+from data.prepare.shard_writer import layout_of
 from data.prepare.staging import Staging
 from data.read.corpus import damaged_files
 from data.read.manifest import HELDOUT, TRAIN, FileInfo, Manifest, info_of, read_manifest
@@ -78,7 +79,8 @@ def _make_again(
     made += [shard for record in records for shard in record.shards[TRAIN]]
     if lost[HELDOUT]:
         ordered = staging.records()
-        made += merge_heldout(staging, staging.corpus, [ordered[n] for n in sorted(ordered)], config.shard_tokens)
+        in_order = [ordered[number] for number in sorted(ordered)]
+        made += merge_heldout(staging, staging.corpus, in_order, config.shard_tokens, job.layout)
     found = {info.file: (info.size, info.sha256) for info in made}
     missing = [info.file for info in wanted if info.file not in found]
     if missing:
@@ -97,14 +99,16 @@ def _job(directory: Path, manifest: Manifest, staging: Staging) -> tuple[Prepare
     given = None if config.tokenizer == TRAIN_TOKENIZER else Tokenizer.from_path(config.tokenizer, config.eod_token)
     source = open_input(config, given)
     pieces = cut_into_pieces(source.sizes, config.piece_bytes, config.shuffle)
-    if changed := changes(manifest.plan, plan_of(config, source, len(pieces), given)):
+    layout = layout_of(manifest.plan)
+    if changed := changes(manifest.plan, plan_of(config, source, len(pieces), given, layout)):
         raise CorpusError(f"{directory} cannot be repaired, since it was prepared otherwise: {changed}")
     _made(staging, "").mkdir(parents=True, exist_ok=True)
     whole = directory / TOKENIZER_FILE
     if whole.is_file() and info_of(TOKENIZER_FILE, whole.read_bytes()) == manifest.tokenizer:
         given = Tokenizer.from_path(whole, config.eod_token)
     print(f"making files of {directory} again from input={config.input}", file=sys.stderr)
-    return config, job_of(config, source, pieces, given_tokenizer(config, source, staging, given), staging)
+    tokenizer = given_tokenizer(config, source, staging, given)
+    return config, job_of(config, source, pieces, tokenizer, staging, layout)
 
 
 def _made(staging: Staging, name: str) -> Path:

@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +17,15 @@ from data.read.shards import shard_schema
 # alike and lie side by side, and a large page is decompressed in one go.
 ENCODING = {"tokens.list.element": "BYTE_STREAM_SPLIT"}
 PAGE_BYTES = 2**23
+# How the shards of a plan are written: what was begun in a layout is finished, and repaired, in it, byte for byte.
+SHARD_LAYOUT = "shard layout"  # in a plan; 1, where it says none: pages of parquet's usual size and encoding
+PLAIN, BESIDE = LAYOUTS = (1, 2)
+
+
+def layout_of(plan: Mapping[str, Any] | None) -> int:
+    """The layout of the shards of a plan; that of new ones where there is no plan, or one of a later program."""
+    layout = BESIDE if plan is None else plan.get(SHARD_LAYOUT, PLAIN)
+    return layout if layout in LAYOUTS else BESIDE
 
 
 class ShardWriter:
@@ -25,10 +36,15 @@ class ShardWriter:
     Args:
         folder: directory or URL that the shards go to; their names begin with `prefix`.
         order: seed of the order of all documents; None leaves them as they come.
+        layout: of the files, one of LAYOUTS.
     """
 
-    def __init__(self, folder: str, prefix: str, shard_tokens: int, order: list[int] | None = None) -> None:
+    def __init__(
+        self, folder: str, prefix: str, shard_tokens: int, order: list[int] | None = None, layout: int = BESIDE
+    ) -> None:
         self._folder, self._prefix, self._shard_tokens, self._order = folder, prefix, shard_tokens, order
+        own: dict[str, Any] = {"data_page_size": PAGE_BYTES, "column_encoding": ENCODING}
+        self._options = own if layout == BESIDE else {}
         self._shards: list[ShardInfo] = []
         self._documents: list[tuple[np.ndarray, int, str, np.ndarray | None]] = []
         self._tokens = 0
@@ -70,9 +86,7 @@ class ShardWriter:
             columns.append(pa.ListArray.from_arrays(pa.array(ends), learned, type=schema.field("learned").type))
         table = pa.table(columns, schema=schema)
         sink = io.BytesIO()
-        pq.write_table(
-            table, sink, compression="zstd", use_dictionary=False, data_page_size=PAGE_BYTES, column_encoding=ENCODING
-        )
+        pq.write_table(table, sink, compression="zstd", use_dictionary=False, **self._options)
         content = sink.getvalue()
         file = f"{self._prefix}-{len(self._shards):05d}.parquet"
         write_file(join(self._folder, file), content)
