@@ -21,6 +21,7 @@ from data.files import locked
 from data.prepare.join import join_parts
 from data.prepare.prepare import prepare
 from data.prepare.repair import repair
+from data.prepare.shard_writer import PLAIN, SHARD_LAYOUT
 from data.prepare.staging import Staging
 from data.read.corpus import Corpus, check_corpus
 from tests.data.conftest import text_of
@@ -148,6 +149,31 @@ def test_parts_on_several_machines_are_joined(tmp_path: Path, tokenizer_file: Pa
     assert "documents" in join_parts(parts.output)
     assert contents(parts.output) == expected
     assert not Path(f"{parts.output}.partial").exists()
+
+
+def test_what_was_begun_in_an_older_layout_is_finished_and_repaired_in_it(
+    tmp_path: Path, tokenizer_file: Path, monkeypatch
+) -> None:
+    source = write_input(tmp_path / "input", "parquet", files=3, documents=90)
+    new = settings_for(tmp_path, source, tokenizer_file, 900, "new")
+    prepare(new)
+    old, begun = replace(new, output=str(tmp_path / "old")), replace(new, output=str(tmp_path / "begun"), part="1/2")
+    with monkeypatch.context() as before:
+        before.setattr("data.prepare.prepare.layout_of", lambda plan: PLAIN)
+        before.setattr("data.prepare.join.layout_of", lambda plan: PLAIN)
+        prepare(old)
+        prepare(begun)
+    expected = contents(old.output)
+    shard = "train-00000-00000.parquet"
+    assert expected[shard] != contents(new.output)[shard]
+    assert SHARD_LAYOUT not in json.loads(expected["manifest.json"])["plan"]
+    prepare(replace(begun, part="2/2"))
+    join_parts(begun.output)
+    assert contents(begun.output) == expected
+    for name in (shard, "heldout-00000.parquet"):
+        (Path(old.output) / name).unlink()
+    assert "made again" in repair(old.output)
+    assert contents(old.output) == expected
 
 
 @pytest.mark.parametrize("part", ["0/3", "4/3", "3", "a/b"])

@@ -115,9 +115,9 @@ def test_check_returns_the_layout(config):
         ("parallel.recompute_modules", ["head"], TopologyError, "parallel.recompute_modules='head' is not known"),
         (
             "run.steps",
-            10**30,
+            10**17,
             ConfigError,
-            "of batch.global=16 sequences of data.seq_length=256 tokens are more than 2^63",
+            "x batch.global=16 x data.seq_length=256 are more than 2^63",
         ),
         ("run.start_timeout", 1e30, ConfigError, "run.start_timeout=1e+30 must be above 0 minutes, and at most 525600"),
         ("data.seq_length", 0, CorpusError, "data.seq_length=0 is too short for mtp.steps=2"),
