@@ -38,7 +38,7 @@ from train.plan.propose import proposals
 from train.settings.commands import BenchConfig, DryRunConfig, check_bench, check_dry_run, check_variants
 from train.settings.paths import OPTION, anchored
 from train.settings.run import USER_ERRORS, Config, RunConfig, batch_schedule, load_start
-from train.settings.run_checks import check, check_origin, check_plan
+from train.settings.run_checks import check, check_plan, check_start
 from train.settings.tree import (
     MISSING,
     ConfigError,
@@ -101,7 +101,7 @@ def _origin_model(values: dict[str, Any], recipe: str) -> list[str]:
     run, stages = values["run"], values["parallel"]["pipeline"]
     asked = {key: run[key] for key in ("name", "dir", "init", "fork") if run.get(key) is not None}
     config = RunConfig(**(asked | {"name": run["name"] or recipe}))
-    check_origin(config)
+    check_start(config)
     source = load_start(config)
     model, own = (
         to_dict(source.model),

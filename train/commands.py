@@ -31,7 +31,7 @@ from train.settings.commands import (
     check_report,
     used_elsewhere,
 )
-from train.settings.run import Config, load_config
+from train.settings.run import Config, RunConfig, load_config
 from train.settings.tree import ConfigError, from_text
 from train.watch.status import print_status
 
@@ -201,5 +201,6 @@ def import_(arguments: list[str]) -> int:
     from train.hub.importing import import_run
 
     path = import_run(config, run)
-    print(f"{config.hf} is now {path}: ./launch.sh train run.init={config.run.name} run.name=... data.corpus=...")
+    origin = config.run.name if config.run.dir == RunConfig.dir else path  # a name is looked for in the new run's place
+    print(f"{config.hf} is now {path}: ./launch.sh train run.init={origin} run.name=... data.corpus=...")
     return 0

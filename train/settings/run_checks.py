@@ -110,7 +110,7 @@ def _check_run(run: RunConfig) -> None:
         raise ConfigError(
             f"run.save_minutes={run.save_minutes} must be above 0 minutes, or null to save by steps alone"
         )
-    check_origin(run)
+    check_start(run)
     check_least("run.eval_every", run.eval_every, 0)
     check_least("run.verify_every", run.verify_every, 0)
     check_least("run.replicas_every", run.replicas_every, 0)
@@ -122,7 +122,7 @@ def _check_run(run: RunConfig) -> None:
         raise ConfigError(f"run.max_time={run.max_time} must be above 0 minutes, or null to have no limit")
 
 
-def check_origin(run: RunConfig) -> None:
+def check_start(run: RunConfig) -> None:
     """Raises ConfigError where `init` or `fork` cannot name where a run starts; whether that is there shows later."""
     if run.fork is not None and (run.forked_step is None or not run.fork.rpartition("@")[0]):
         raise ConfigError(f"run.fork={run.fork} names no checkpoint: write NAME@STEP, as in run.fork=first@2000")
