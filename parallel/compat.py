@@ -155,7 +155,8 @@ def ask_before_steps(zero: Any, stage: int, is_accepted: Callable[[float], bool]
     """Symbols: `scaled_global_norm` of DeepSpeed's ZeRO 1 and 2, `_get_norm_groups` of its ZeRO 3, 0.19.x.
 
     Reason: between the norm of all gradients and the step nobody is asked. A norm that is not finite makes both leave
-    the step out, so that is what they are told of a step that is not accepted.
+    the step out, so that is what they are told of a step that is not accepted. Of a bfloat16 model whose types are its
+    own ZeRO 1 and 2 would take even such a step, so they are also told what they would have found out.
     """
     original = zero._get_norm_groups if stage == 3 else zero.scaled_global_norm
 
@@ -163,9 +164,9 @@ def ask_before_steps(zero: Any, stage: int, is_accepted: Callable[[float], bool]
         norm = original()
         squares = [float(one) ** 2 if float(one) >= 0 else math.inf for one in (norm if stage == 3 else [norm])]
         whole = math.sqrt(sum(squares))
-        if is_accepted(whole if math.isfinite(whole) else math.inf):
+        if is_accepted(whole if math.isfinite(whole) else math.inf) and math.isfinite(whole):
             return norm
-        refused = torch.tensor(math.inf)
+        zero.overflow, refused = True, torch.tensor(math.inf)
         return [refused] if stage == 3 else refused
 
     if stage == 3:

@@ -112,6 +112,8 @@ def gradient_bits(job: Job, engine: Engine, ready: list[MicroBatch]) -> int:
     """The bits of the gradients of a step that is to be computed once more; nothing else is left of it."""
     routing.begin_step(job, ready, recording=False)
     engine.compute_gradients(ready, job.microbatch_tokens)
+    for gauge in (gauge for chunk in job.chunks for gauge in chunk.gauges().values()):
+        gauge.begin(gauge.sampled)
     return engine.gradient_bits()
 
 

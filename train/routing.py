@@ -76,10 +76,7 @@ def loads_as_drawn(job: Job, batches: list[MicroBatch]) -> list["LayerLoad"]:
         for chunk in job.chunks:
             stack.enter_context(rows_as_drawn(chunk, chunk.sharded_state_dict(), job.config.seed))
         count_ahead(job, batches)
-    found = layer_loads(job)
-    for balance in own:
-        balance.counts.zero_()
-    return found
+    return layer_loads(job)
 
 
 def end_step(job: Job) -> None:
@@ -141,7 +138,7 @@ def layer_loads(job: Job) -> list[LayerLoad]:
         part = torch.zeros(2 * each * experts + len(NOTES), dtype=torch.float64, device=job.device)
         if place in own:
             balance = own[place]
-            parts_of = (balance.counts * counted_here, balance.mean_scores, balance.notes)
+            parts_of = (balance.seen() * counted_here, balance.mean_scores, balance.notes)
             part = torch.cat([x.flatten().double() for x in parts_of])
         parts.append(part)
     if not parts:

@@ -200,7 +200,7 @@ class Balance(nn.Module):
     def fractions(self, tokens: RoutedTokens) -> Tensor:
         """float64 [E]: f over the global batch, as far as it is known. Called once a backward pass."""
         if self.counted_UME is not None:
-            return load_fractions(self.counts[tokens.use])
+            return load_fractions(self.counted_UME[tokens.use].sum(dim=0))
         return self.online[tokens.use].fractions(tokens.total)
 
     @torch.no_grad()
@@ -251,8 +251,7 @@ class Balance(nn.Module):
 
         The bias: DeepSeek-V3 report, 2024, section 2.1.2, "auxiliary-loss-free load balancing".
         """
-        if self.counted_UME is None:
-            self.counts.copy_(self.seen())
+        self.counts.copy_(self.seen())
         if self.histogram_MB is not None:
             self.forecast.learn(self.histogram_MB, self.by_micro_batch())
         if self.bias is not None:
@@ -260,7 +259,9 @@ class Balance(nn.Module):
             self.bias += self.bias_rate * (load.mean() - load).sign().to(self.bias.dtype)
 
     def seen(self) -> Tensor:
-        """int64 [U, E]: what the step's forward passes so far have counted."""
+        """int64 [U, E]: what the step's forward passes so far have counted, or all of them, counted ahead."""
+        if self.counted_UME is not None:
+            return self.counted_UME.sum(dim=1)
         return torch.stack([online.settle() for online in self.online])
 
     def by_micro_batch(self) -> Tensor:
@@ -270,9 +271,11 @@ class Balance(nn.Module):
         return torch.stack([torch.stack([counts.wait() for counts in use.forward_sums]) for use in self.online])
 
     def take_counts(self, counted_UME: Tensor) -> None:
-        """Ends the counting ahead of a step with what it has counted, summed over the ranks."""
+        """Ends the counting ahead of a step with what it has counted, summed over the ranks.
+
+        The last step's counts stay until `end_step`: the step may be refused, or computed once more.
+        """
         self.ahead, self.counted_UME = None, counted_UME
-        self.counts.copy_(counted_UME.sum(dim=1))
 
 
 def load_fractions(counts: Tensor) -> Tensor:

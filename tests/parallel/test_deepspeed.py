@@ -164,6 +164,9 @@ def _chain(name: str, runs: Path) -> dict:
     return found
 
 
+SKIPPED = [(SPARSE, zero(2)), (DENSE, zero(3)), (NARROW, zero(2, offload=True)), (NARROW, zero(1))]
+
+
 def _skipped(model, settings: DeepSpeedConfig) -> tuple[float, bool, float]:
     """The gradient norm of a step that is not accepted, whether it left the weights alone, and the next step's."""
     job = _job(model, EXPERTS_TWICE, settings)
@@ -179,9 +182,9 @@ def _skipped(model, settings: DeepSpeedConfig) -> tuple[float, bool, float]:
     return grad_norm, unharmed, _train(job, engine, 1, 1)[0][GRAD_NORM]
 
 
-def _refusal() -> str:
+def _refusal(model, settings: DeepSpeedConfig) -> str:
     """What a gradient that is no number on one rank leads to on each; the weights are as before."""
-    job = _job(SPARSE, EXPERTS_APART, zero(1))
+    job = _job(model, EXPERTS_APART, settings)
     engine = start_engine(job)
     before = [x.detach().clone() for x in job.chunks[0].parameters()]
     if job.rank == 1:
@@ -214,8 +217,8 @@ def _all(runs: Path) -> dict:
         _trajectories(CASES)
         | {name: _chain(name, runs / name) for name in CHAINS}
         | {
-            "skipped": [_skipped(SPARSE, zero(2)), _skipped(DENSE, zero(3))],
-            "refusal": _refusal(),
+            "skipped": [_skipped(model, settings) for model, settings in SKIPPED],
+            "refusals": [_refusal(SPARSE, zero(1)), _refusal(NARROW, zero(2, offload=True))],
             "left": _left_on_the_device(),
         }
     )
@@ -308,7 +311,8 @@ def test_a_run_goes_on_with_the_other_engine(ranks, name: str):
 @needs_deepspeed
 @pytest.mark.timeout(600)
 def test_gradients_that_are_not_finite_are_refused_on_every_rank(ranks):
-    assert {rank["refusal"] for rank in ranks} == {"the gradient norm is not finite; the optimizer step was not taken"}
+    found = {refusal for rank in ranks for refusal in rank["refusals"]}
+    assert found == {"the gradient norm is not finite; the optimizer step was not taken"}
 
 
 @needs_deepspeed
@@ -320,10 +324,11 @@ def test_with_offload_gradients_do_not_stay_on_the_device(ranks):
 @needs_deepspeed
 @pytest.mark.timeout(600)
 def test_a_step_that_is_not_accepted_changes_nothing(ranks):
-    for grad_norm, unharmed, following in (found for rank in ranks for found in rank["skipped"]):
-        assert unharmed
-        # The same rows in one micro-batch and in two.
-        assert following == pytest.approx(grad_norm, rel=1e-5)
+    for rank in ranks:
+        for (model, _), (grad_norm, unharmed, following) in zip(SKIPPED, rank["skipped"], strict=True):
+            assert unharmed
+            # The same rows in one micro-batch and in two; in bfloat16 rounded as `_assert_equal_runs` says.
+            assert following == pytest.approx(grad_norm, rel=2e-3 if model is NARROW else 1e-5)
 
 
 @needs_deepspeed

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tests.parallel.tiny import MODEL, build_tiny, random_batch, start_engine, t
 from train.job.build import Job
 from train.loop import micro_batches, train_step
 from train.observe import step_metrics
+from train.routing import balances
 from train.watch import metrics
 from train.watch.alerts import Rules
 from train.watch.gauges import Gauges
@@ -38,6 +40,32 @@ def _evaluated() -> list[dict]:
             with torch.no_grad():
                 job.chunks[0](batch)
         found.append(gauge._of_activations(*(x.cpu() for x in gauge._activations())))
+    return found
+
+
+class Refuses:
+    """Leaves everything as it is, so that the same step can be computed once more."""
+
+    reason = "it is to be computed again"
+
+    def accept(self, outputs: list, grad_norm: float) -> bool:
+        return False
+
+
+@patch.multiple(gauges, MASSIVE=0.01, TIMES_MEDIAN=2.0)  # some activations are massive then
+def _verified() -> list[dict]:
+    """Gauges, gradient norm and loads of a run's first step, refused; computed twice to compare, and once."""
+    process_groups.start(torch.device("cpu"))
+    job, found = build_tiny(tiny_config()), []
+    engine = start_engine(job)
+    gauge = Gauges(job, engine)
+    for verify in (True, False):
+        gauge.begin_step(True)
+        batches = [random_batch(8, seed) for seed in (3, 4)]
+        outputs, grad_norm = train_step(job, engine, batches, LR, judge=Refuses(), verify=verify)
+        found.append(gauge._of_activations(*(x.cpu() for x in gauge._activations())))
+        found[-1] |= step_metrics(job, outputs) | {metrics.GRAD_NORM: grad_norm}
+        assert not any(balance.counts.any() for balance in balances(job).values())  # no step has counted yet
     return found
 
 
@@ -139,6 +167,12 @@ def test_an_evaluation_does_not_count() -> None:
     """What layers compute in a step is compared with what is computed by hand in `tests.parallel.test_parity`."""
     (first, second) = run_ranks(_evaluated, 1)[0]
     assert first == second
+
+
+def test_a_step_that_is_computed_twice_and_refused_leaves_nothing() -> None:
+    (twice, once) = run_ranks(_verified, 1)[0]
+    assert twice == once
+    assert once[metrics.MASSIVE_ACTIVATIONS] > 0 and once[metrics.MAX_VIOLATION] > 0
 
 
 def test_what_the_optimizer_does() -> None:
