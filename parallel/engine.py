@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Annotated, Any, Protocol
 
-from parallel.topology import Topology, TopologyError
+from parallel.topology import RECOMPUTABLE, ParallelConfig, Topology, TopologyError
 
 ENGINES = ("megatron", "deepspeed")
 type State = dict[str, Any]  # megatron-core's sharded state dict
@@ -76,6 +76,25 @@ def check_engine(
         raise TopologyError(
             f"model.dtype={dtype} is not for deepspeed.zero=3, which has one type for all weights where norms need "
             f"float32: choose deepspeed.zero=2, model.dtype=float32, or engine=megatron"
+        )
+
+
+def check_recompute(
+    engine: str, deepspeed: DeepSpeedConfig, parallel: ParallelConfig, mtp_steps: int, chained: bool
+) -> None:
+    """Raises TopologyError where engine=deepspeed would meet a weight's gradient in parts, which ZeRO 2 does not take:
+    what is computed again has a backward pass of its own.
+
+    Args:
+        mtp_steps: how often the MTP layer is used. chained: whether full recomputation takes all its steps together.
+    """
+    with_weights = {"experts", "norm"} & set(parallel.recompute_modules or RECOMPUTABLE)
+    in_parts = {"none": False, "selective": bool(with_weights), "full": not chained}[parallel.recompute]
+    if engine == "deepspeed" and deepspeed.zero == 2 and mtp_steps > 1 and in_parts:
+        raise TopologyError(
+            f"parallel.recompute={parallel.recompute} with mtp.steps={mtp_steps} gives a weight of the MTP layer "
+            f"several gradients in a backward pass, and deepspeed.zero=2 takes one: choose deepspeed.zero=1, "
+            f"parallel.recompute=none, or full with mtp.keys=inference"
         )
 
 

@@ -19,7 +19,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 
 from model.config import BalanceConfig, MtpConfig
 from parallel import groups as process_groups
-from parallel.engine import DeepSpeedConfig, Engine, TopologyError, check_engine
+from parallel.engine import DeepSpeedConfig, Engine, TopologyError, check_engine, check_recompute
 from parallel.topology import ParallelConfig, Topology
 from tests.dist import run_ranks
 from tests.parallel.tiny import MODEL, build_tiny, part_of, random_batch, start_engine, tiny_config
@@ -355,8 +355,25 @@ def _topology(**sizes: int) -> Topology:
         (lambda: check_engine("deepspeed", zero(1), _topology(pipeline=2), 0, "float32"), "parallel.pipeline=2 is not"),
         (lambda: check_engine("deepspeed", zero(1), _topology(expert_tensor=2), 0, "float32"), "expert_tensor=2 is"),
         (lambda: check_engine("deepspeed", zero(3), _topology(), 0, "bfloat16"), "model.dtype=bfloat16 is not for"),
+        (
+            lambda: check_recompute("deepspeed", zero(2), ParallelConfig(recompute="selective"), 2, True),
+            "recompute=selective with",
+        ),
+        (
+            lambda: check_recompute("deepspeed", zero(2), ParallelConfig(recompute="full"), 2, False),
+            "recompute=full with mtp",
+        ),
     ],
 )
 def test_what_an_engine_cannot_do_is_refused_by_name(check: Callable[[], None], refusal: str):
     with pytest.raises(TopologyError, match=refusal):
         check()
+
+
+def test_zero_2_takes_what_is_computed_again_once_in_a_backward_pass():
+    for recompute, steps, chained in (("selective", 1, True), ("full", 2, True), ("none", 2, False)):
+        check_recompute("deepspeed", zero(2), ParallelConfig(recompute=recompute), steps, chained)
+    check_recompute(
+        "deepspeed", zero(2), ParallelConfig(recompute="selective", recompute_modules=("attention",)), 2, False
+    )
+    check_recompute("deepspeed", zero(1), ParallelConfig(recompute="full"), 2, False)

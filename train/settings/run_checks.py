@@ -8,8 +8,8 @@ from data.errors import check_choice
 from data.files import why_unwritable
 from data.secrets import hide
 from model.backend import check_backend, check_fp8_sizes, require_backend
-from model.config import check_balance, check_model
-from parallel.engine import check_engine, require_package
+from model.config import INFERENCE, check_balance, check_model
+from parallel.engine import check_engine, check_recompute, require_package
 from parallel.topology import Topology, TopologyError, check_length, microbatches, resolve
 from train.settings.checks import check_environment, check_least, check_seed
 from train.settings.optim import check_moments, check_optim, require_moments
@@ -62,6 +62,8 @@ def check_plan(config: Config, world: int) -> Topology:
     topology = resolve(config.parallel, config.model, world)
     experts = config.model.layers.count("E") + config.mtp.steps
     check_engine(config.engine, config.deepspeed, topology, experts, config.model.dtype, config.run.verify_every)
+    chained = config.mtp.keys == INFERENCE
+    check_recompute(config.engine, config.deepspeed, config.parallel, config.mtp.steps, chained)
     _check_schedule("batch.schedule", config.batch.schedule)
     _check_schedule("batch.length_schedule", config.batch.length_schedule)
     microbatches(topology, config.batch.global_, config.batch.micro)
