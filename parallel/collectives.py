@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from parallel.transport import exchange_rows
+
 type Gradients = tuple[Tensor | None, ...]  # one for each input of a function
 
 
@@ -185,13 +187,6 @@ class HostNumbers:
         return cast(list[int], self._host.tolist())
 
 
-stand_ins: list[Callable[..., Any]] = []  # the last one takes the place of torch's all-to-all (`parallel.alone`)
-
-
-def _exchange(*arguments: Any, **others: Any) -> dist.Work:
-    return cast(dist.Work, (stand_ins[-1] if stand_ins else dist.all_to_all_single)(*arguments, **others))
-
-
 class _AllToAll:
     """One all-to-all at a time, there or back: what must stay in memory until it has been waited for."""
 
@@ -202,7 +197,7 @@ class _AllToAll:
     def launch(self, x: Tensor, back: bool = False) -> None:
         send, receive = (self._receive, self._send) if back else (self._send, self._receive)
         x, out = x.contiguous(), x.new_empty(sum(receive), *x.shape[1:])
-        work = _exchange(out, x, receive, send, group=self._group, async_op=True)
+        work = exchange_rows(out, x, receive, send, group=self._group, async_op=True)
         self._under_way = work, x, out
 
     def wait(self) -> Tensor:
@@ -310,7 +305,7 @@ class _ExchangeEqual(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         out = torch.empty_like(x)
-        _exchange(out, x, group=group)
+        exchange_rows(out, x, group=group)
         return out
 
     @staticmethod

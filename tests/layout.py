@@ -75,6 +75,7 @@ ROOMS = {
             "layout_cost",
             "main_grads",
             "collectives",
+            "transport",
             "engine",
             "topology",
         ),

@@ -13,7 +13,7 @@ from model.cost.cost import chain_flops, training_flops
 from model.layers.experts import Experts
 from model.layers.norm import ResidualRMSNorm, ZeroCentredRMSNorm
 from model.stack import hybrid_config
-from parallel.collectives import stand_ins
+from parallel.transport import stand_ins
 from tests.model.helpers import SMALL
 from train.__main__ import compose, run
 from train.measure import doctor
