@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from model.batch import MicroBatch, count_targets
 from model.config import BalanceConfig, MtpConfig
 from parallel import groups as process_groups
 from parallel.engine import AdamW
@@ -52,7 +53,10 @@ def _decay() -> tuple[float, dict, dict]:
     padding = random_batch(8, seed=0)
     padding.documents.fill_(-1)
     before = _values(job)
-    _, grad_norm = train_step(job, engine, [padding], LR)
+    counts = count_targets(padding.documents, job.config.mtp.steps)
+    ready = [MicroBatch.build(padding.tokens, padding.documents, counts)]  # no run takes such a step
+    begin_step(job, ready, recording=False)
+    _, grad_norm = engine.train_step(ready, job.microbatch_tokens, LR)
     return grad_norm, before, _values(job)
 
 

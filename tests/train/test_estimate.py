@@ -101,6 +101,12 @@ def test_both_ends_of_a_pipeline_sum_the_gradients_of_their_embedding() -> None:
     assert [place.get("embedding all-reduce") for place in sent] == [151936 * 2048 * 4, None, None, 151936 * 2048 * 4]
 
 
+def test_what_is_not_foreseen_of_fp8_is_said(said) -> None:
+    recipe = ("-cn", "qwen3_next_80b_a3b", "model.backend=te")
+    assert "model.fp8=block counts as bfloat16, in time and memory" in said(*recipe, "model.fp8=block")
+    assert "counts as bfloat16" not in said(*recipe)
+
+
 def test_the_disk_of_a_whole_run(said) -> None:
     line = next(x for x in said("-cn", "qwen3_next_80b_a3b").splitlines() if x.startswith("checkpoints:"))
     # 3,576,279 steps, of which every 100,000th stays, and the newest three; kept all, they would be 4 PB.

@@ -119,12 +119,14 @@ def memory_lines(config: Config, topology: Topology, place: Footprint, gpu: str)
     """Bytes that the fullest process holds, and whether they fit."""
     total, room = sum(place.memory.values()), GPUS[gpu].memory
     fits = "fits" if total < 0.9 * room else "does not fit with a tenth to spare"
+    fp8 = f"  model.fp8={config.model.fp8} counts as bfloat16, in time and memory: what it changes is not foreseen"
     return [
         f"memory of a GPU: processes {topology}; micro-batch {config.batch.micro} x {config.data.seq_length}; "
         f"recompute {config.parallel.recompute}",
         *number_lines(place.memory.items(), "GiB", GIB),
         *number_lines([("total", total)], "GiB", GIB),
         f"  {fits}: {gpu} has {room / GIB:.0f} GiB; {place.parameters:,} parameters in the fullest process",
+        *([fp8] if config.model.fp8 != "off" else []),
     ]
 
 
