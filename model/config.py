@@ -37,7 +37,7 @@ SIZES = (
     "expert_size",
     "dense_size",
 )
-MOST, MOST_REPEATS = 2**31 - 1, 10_000  # what kernels index; layers that are written out before they are counted
+MOST_INDEXED, MOST_REPEATS = 2**31 - 1, 10_000  # by kernels; of a pattern, which is written out to be counted
 FP8_ALIGNED = 16  # rows and columns of whatever is multiplied in FP8
 
 
@@ -281,10 +281,10 @@ def check_model(model: ModelConfig, mtp: MtpConfig) -> None:
 
 def _check_numbers(model: ModelConfig) -> None:
     for name in SIZES:
-        value, most = getattr(model, name), MOST_REPEATS if name == "repeats" else MOST
+        value, most = getattr(model, name), MOST_REPEATS if name == "repeats" else MOST_INDEXED
         if value is not None and not 1 <= value <= most:
             raise ModelError(f"model.{name}={value} must be at least 1, and at most {most}")
-    if not 0 <= model.shared_expert_size <= MOST:
+    if not 0 <= model.shared_expert_size <= MOST_INDEXED:
         raise ModelError(f"model.shared_expert_size={model.shared_expert_size} must be at least 0 (no shared expert)")
     if not math.isfinite(model.rotary_fraction):
         raise ModelError(f"model.rotary_fraction={model.rotary_fraction} must lie from 0 to 1")

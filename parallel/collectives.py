@@ -134,10 +134,10 @@ def from_first[T](make: Callable[[], T]) -> T:
 
 
 def _portable(error: Exception) -> Exception:
-    """The error, or its words if it holds what cannot travel: the others would wait for it."""
+    """The error, or its words if it holds what cannot travel, as a lock or a module: the others would wait for it."""
     try:
         pickle.dumps(error)
-    except Exception:
+    except (pickle.PicklingError, TypeError, AttributeError, ValueError, RuntimeError):  # what pickling raises
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
 

@@ -103,10 +103,8 @@ def _origin_model(values: dict[str, Any], recipe: str) -> list[str]:
     config = RunConfig(**(asked | {"name": run["name"] or recipe}))
     check_start(config)
     source = load_start(config)
-    model, own = (
-        to_dict(source.model),
-        ModelConfig(pattern=values["model"]["pattern"], repeats=values["model"]["repeats"]),
-    )
+    model = to_dict(source.model)
+    own = ModelConfig(pattern=values["model"]["pattern"], repeats=values["model"]["repeats"])
     if own.layers == source.model.layers and stages > 1 and len(own.stages) % stages == 0:
         model |= {"pattern": own.pattern, "repeats": own.repeats}
     return [f"model.{key}={'null' if value is None else value}" for key, value in model.items()]

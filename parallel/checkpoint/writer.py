@@ -213,13 +213,17 @@ class SaveStrategy(TorchDistSaveShardedStrategy):
         )
 
 
+# What unpickling raises of a file that is empty or torn.
+UNREADABLE = (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, ValueError)
+
+
 def _outcome(report: IO[bytes]) -> Written:
     with report:
         report.seek(0)
         content = report.read()
     try:
         written: Written = pickle.loads(content)
-    except Exception as error:  # it was killed, or its report found no room where temporary files lie
+    except UNREADABLE as error:  # it was killed, or its report found no room where temporary files lie
         how = f", and left a report that cannot be read: {error}" if content else ""
         return Written(error=f"the writing process died{how}")
     return written

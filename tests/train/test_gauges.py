@@ -26,12 +26,21 @@ PLANTED = replace(MODEL, pattern="*EGE", attention_heads=2)
 LR = 3e-3
 
 
+def _watched() -> tuple[Job, Engine, Gauges]:
+    """A small model on one process, its engine, and its gauges."""
+    process_groups.start(torch.device("cpu"))
+    job = build_tiny(tiny_config())
+    engine = start_engine(job)
+    return job, engine, Gauges(job, engine)
+
+
+def _activations(gauge: Gauges) -> dict[str, float]:
+    return gauge._of_activations(*(x.cpu() for x in gauge._activations()))
+
+
 def _evaluated() -> list[dict]:
     """Gauges of a sampled step, and of one after which there was an evaluation."""
-    process_groups.start(torch.device("cpu"))
-    job, found = build_tiny(tiny_config()), []
-    engine = start_engine(job)
-    gauge = Gauges(job, engine)
+    (job, _, gauge), found = _watched(), []
     for evaluates in (False, True):
         gauge.begin_step(True)
         (batch,) = micro_batches(job, [random_batch(8, seed=3)])
@@ -39,7 +48,7 @@ def _evaluated() -> list[dict]:
         if evaluates:
             with torch.no_grad():
                 job.chunks[0](batch)
-        found.append(gauge._of_activations(*(x.cpu() for x in gauge._activations())))
+        found.append(_activations(gauge))
     return found
 
 
@@ -55,25 +64,19 @@ class Refuses:
 @patch.multiple(gauges, MASSIVE=0.01, TIMES_MEDIAN=2.0)  # some activations are massive then
 def _verified() -> list[dict]:
     """Gauges, gradient norm and loads of a run's first step, refused; computed twice to compare, and once."""
-    process_groups.start(torch.device("cpu"))
-    job, found = build_tiny(tiny_config()), []
-    engine = start_engine(job)
-    gauge = Gauges(job, engine)
+    (job, engine, gauge), found = _watched(), []
     for verify in (True, False):
         gauge.begin_step(True)
         batches = [random_batch(8, seed) for seed in (3, 4)]
         outputs, grad_norm = train_step(job, engine, batches, LR, judge=Refuses(), verify=verify)
-        found.append(gauge._of_activations(*(x.cpu() for x in gauge._activations())))
+        found.append(_activations(gauge))
         found[-1] |= step_metrics(job, outputs) | {metrics.GRAD_NORM: grad_norm}
         assert not any(balance.counts.any() for balance in balances(job).values())  # no step has counted yet
     return found
 
 
 def _optimizer() -> None:
-    process_groups.start(torch.device("cpu"))
-    job = build_tiny(tiny_config())
-    engine = start_engine(job)
-    gauge = Gauges(job, engine)
+    job, engine, gauge = _watched()
     train_step(job, engine, [random_batch(8, seed=0)], LR)
     before = {name: x.detach().clone() for name, x in job.chunks[0].named_parameters()}
     gradients: dict[str, Tensor] = {}

@@ -79,7 +79,7 @@ def test_a_fork_goes_on_from_any_step_of_another_run(first):
     assert starting_checkpoint(fork.run) == Shelf(first.run.checkpoints).path(3)
     by_path = replace(fork, run=replace(fork.run, fork=f"{first.run.path}@6"))
     assert steps_done(by_path) == 6
-    with pytest.raises(ConfigError, match=r"step=4 is not among .* of run\.name=first: choose one of 3, 6"):
+    with pytest.raises(ConfigError, match=r"run.fork=first@4 is not among .* of run\.name=first: choose one of 3, 6"):
         steps_done(replace(fork, run=replace(fork.run, fork="first@4")))
     with pytest.raises(ConfigError, match=r"batch\.global=16 \(was 8\)"):
         steps_done(replace(fork, batch=replace(fork.batch, global_=16)))

@@ -59,22 +59,28 @@ def last_checkpoint(run: RunConfig) -> Path | None:
 
 def starting_checkpoint(run: RunConfig) -> Path | None:
     """What a run goes on from: its own last checkpoint, before its first one that of the run that it forks."""
-    return last_checkpoint(run) or (require_checkpoint(load_origin(run).run, run.forked_step) if run.fork else None)
+    return last_checkpoint(run) or (_forked_checkpoint(run) if run.fork else None)
 
 
-def require_checkpoint(run: RunConfig, step: int | None = None) -> Path:
+def _forked_checkpoint(run: RunConfig) -> Path:
+    return require_checkpoint(load_origin(run).run, run.forked_step, f"run.fork={run.fork}")
+
+
+def require_checkpoint(run: RunConfig, step: int | None = None, asked: str = "") -> Path:
     """A checkpoint of a run that must have one: the newest whole one, or that after ``step`` steps.
 
+    Args:
+        asked: the setting that names the step, with its value; `step`, unless said otherwise.
     Raises:
         ConfigError: there is none yet, or none of that step, or that one is damaged.
     """
     shelf = Shelf(run.checkpoints)
-    steps = shelf.steps()
+    steps, asked = shelf.steps(), asked or f"step={step}"
     if step is not None and step not in steps:
         known = f"choose one of {', '.join(map(str, steps))}" if steps else "it has none yet"
-        raise ConfigError(f"step={step} is not among the checkpoints of run.name={run.name}: {known}")
+        raise ConfigError(f"{asked} is not among the checkpoints of run.name={run.name}: {known}")
     if step is not None and (fault := why_broken(shelf.path(step))):
-        raise ConfigError(f"step={step} of run.name={run.name} is damaged: {fault}: choose another of its checkpoints")
+        raise ConfigError(f"{asked} of run.name={run.name} is damaged: {fault}: choose another of its checkpoints")
     path = shelf.newest() if step is None else shelf.path(step)
     if path is None and steps:
         fault = why_broken(shelf.path(steps[-1]))

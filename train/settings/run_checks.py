@@ -14,9 +14,8 @@ from parallel.topology import Topology, TopologyError, check_length, microbatche
 from train.settings.checks import check_environment, check_least, check_seed
 from train.settings.optim import check_moments, check_optim, require_moments
 from train.settings.run import Config, RunConfig, run_tokens
-from train.settings.tree import ConfigError
+from train.settings.tree import INT64, ConfigError
 
-MOST_TOKENS = 2**63  # samples and tokens are counted in int64
 MOST_MINUTES = 525_600  # a year: gloo and NCCL overflow somewhere beyond
 
 
@@ -145,7 +144,7 @@ def _check_schedule(path: str, phases: tuple[tuple[int, int], ...]) -> None:
 
 
 def _check_countable(config: Config) -> None:
-    if run_tokens(config) >= MOST_TOKENS:
+    if run_tokens(config) >= INT64:
         raise ConfigError(
             f"run.steps={config.run.steps} x batch.global={config.batch.global_} x data.seq_length="
             f"{config.data.seq_length} are more than 2^63 tokens, which cannot be counted: lower one of them"

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-MOST = 2**63  # of a whole number, since int64 counts steps, samples and tokens
+INT64 = 2**63  # whole numbers lie below: it counts steps, samples and tokens
 MISSING = "???"  # what a recipe writes where the user must give a value
 
 
@@ -192,7 +192,7 @@ def _convert(annotation: Any, value: Any, path: str) -> Any:
         elif option is float and type(value) in (int, float):
             return float(value)
         elif option is int and (type(value) is int or (type(value) is float and value.is_integer())):
-            if abs(value) >= MOST:
+            if abs(value) >= INT64:
                 raise ConfigError(f"{path}={value} cannot be used: {path} takes a whole number below 2^63")
             return int(value)
         elif type(value) is option:
