@@ -10,7 +10,6 @@ The balance loss of the global batch is exact in every layout (balance.mode=exac
 many micro-batches a pipeline holds, so layouts without one are held to one process with the same micro-batches.
 """
 
-import itertools
 from dataclasses import dataclass, replace
 from unittest.mock import patch
 
@@ -33,7 +32,6 @@ from tests.parallel.tiny import (
     PIPELINED,
     build_tiny,
     fill,
-    leave_layout,
     part_of,
     random_batch,
     start_engine,
@@ -51,7 +49,6 @@ from train.watch.gauges import Gauges
 pytestmark = pytest.mark.timeout(1500)  # the first test computes all results
 ROWS = 8
 STEPS = 20
-CASES_AT_ONCE = 3
 BUCKET = 10_000  # numbers: gradients and weights travel in more than ten parts
 LR = 3e-3  # takes the loss from 5.5 to 3.9 nats in twenty steps
 
@@ -240,13 +237,9 @@ PLAN = (
 )
 
 
-def _compute(plan: list[tuple[Case, str]]) -> dict:
+def _compute(case: Case, kind: str) -> dict | list:
     process_groups.start(torch.device("cpu"))
-    results = {}
-    for case, kind in plan:
-        results[case, kind] = COMPUTE[kind](case)
-        leave_layout()
-    return results
+    return COMPUTE[kind](case)
 
 
 @pytest.fixture(scope="module")
@@ -254,12 +247,10 @@ def results(request) -> dict:
     """(case, kind of result) -> what each rank computed, for the cases of the tests that were asked for."""
     asked = [item.callspec.params["case"] for item in request.session.items if "case" in item.fixturenames]
     found = {}
-    for world in (1, 2, 4):
-        cases = dict.fromkeys(case for case, _ in PLAN if case.world == world and case in (*REFERENCES, *asked))
-        # megatron-core's groups are never taken down, and each keeps threads: a few cases a set of processes.
-        for few in itertools.batched(cases, CASES_AT_ONCE):
-            ranks = run_ranks(_compute, world, [step for step in PLAN if step[0] in few], timeout=300)
-            found |= {key: [rank[key] for rank in ranks] for key in ranks[0]}
+    for case, kind in PLAN:
+        if case in (*REFERENCES, *asked):
+            # megatron-core's groups are never taken down, and each keeps threads: processes of its own for each result.
+            found[case, kind] = run_ranks(_compute, case.world, case, kind, timeout=300)
     return found
 
 
