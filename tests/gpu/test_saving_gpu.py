@@ -1,5 +1,6 @@
 """Saves from a GPU while it trains on: copied beside the computation, written by a fork that cannot use CUDA."""
 
+import faulthandler
 import gc
 import pickle
 import time
@@ -89,18 +90,19 @@ def test_what_a_gpu_saves_is_the_state_of_its_step_and_memory_comes_back(tmp_pat
 
 
 def _hangs(run: Path) -> None:
+    faulthandler.dump_traceback_later(170)  # where it stands, should it not be ended
     job = _job(run / "runs")
     torch.distributed.all_reduce(torch.ones(4, device=job.device), group=job.groups.dp)
     process_groups.set_timeout(0.1)
     watchdog = Watchdog(run, 0.1, 0.1)
     watchdog.beat(3, "training")
-    time.sleep(120)
+    time.sleep(180)
 
 
 def test_a_gpu_that_hangs_leaves_stacks_and_nccls_flight_record(tmp_path: Path):
     (tmp_path / "runs").mkdir()
     with pytest.raises(RankError, match="exit code 1"):
-        run_ranks(_hangs, 1, tmp_path, timeout=100, gpus=True)
+        run_ranks(_hangs, 1, tmp_path, timeout=200, gpus=True)
     (stacks,) = (tmp_path / "logs").glob("hang_*.txt")
     assert "_hangs" in stacks.read_text()
     (record,) = (tmp_path / "logs").glob("hang_*.flight")
