@@ -19,7 +19,7 @@ from model.stack import hybrid_config
 from parallel import groups as process_groups
 from parallel.topology import Topology
 from tests.model.helpers import randomise
-from train.measure.doctor import check_kernels
+from train.measure.checks import check_kernels
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ import torch
 from parallel import half_state
 from parallel.optimizer_state import MOMENTS
 from tests.parallel import fused_adam
-from train.measure.doctor import ADAM_TOLERANCE
+from train.measure.checks import ADAM_TOLERANCE
 
 pytestmark = [
     pytest.mark.gpu,

@@ -25,7 +25,7 @@ from parallel.engine import AdamW
 from parallel.engine_megatron import MegatronEngine
 from parallel.topology import Topology
 from tests.model.helpers import randomise
-from train.measure.doctor import check_fp8
+from train.measure.checks import check_fp8
 
 pytestmark = [
     pytest.mark.gpu,
@@ -120,7 +120,7 @@ def test_in_fp8_it_is_nearly_the_model_of_torch(networks, fp8: str) -> None:
     errors = {name: relative_error(others[name], gradients[name]) for name in gradients}
     median = statistics.median(errors.values())
     print(f"{fp8}: losses {found.tolist()}, torch's {expected.tolist()}, median error of gradients {median}")
-    # A product is off by 4 % (`train.measure.doctor.FP8_TOLERANCE`, which each layer is held to by itself). Through 8
+    # A product is off by 4 % (`train.measure.checks.FP8_TOLERANCE`, which each layer is held to by itself). Through 8
     # layers of large random weights that tips tokens to other experts; a wrong product shows as 1 or more.
     torch.testing.assert_close(found, expected, rtol=5e-2, atol=0)
     assert median < 0.6

@@ -24,7 +24,7 @@ from model.rounding import linear_errors
 from model.stack import hybrid_config, stack_spec
 from parallel import main_grads
 from tests.model.helpers import SMALL
-from train.measure.doctor import FP8_TOLERANCE
+from train.measure.checks import FP8_TOLERANCE
 
 TE = ModelConfig(backend="te", dtype="bfloat16", linear_key_heads=4, linear_value_heads=8)
 BLOCK = replace(TE, fp8="block")

@@ -28,7 +28,7 @@ from train.job.checkpoint import load, save
 from train.job.directory import COUNTS
 from train.job.shelf import Shelf
 from train.loop import micro_batches, train_step
-from train.measure.doctor import ADAM_TOLERANCE
+from train.measure.checks import ADAM_TOLERANCE
 from train.observe import step_metrics
 from train.routing import begin_step
 from train.settings.run import BatchConfig, RunConfig

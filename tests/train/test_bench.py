@@ -16,7 +16,7 @@ from model.stack import hybrid_config
 from parallel.transport import stand_ins
 from tests.model.helpers import SMALL
 from train.__main__ import compose, run
-from train.measure import doctor
+from train.measure import checks, doctor
 from train.measure.bench import Result, Timing, random_batches, results_page, run_bench
 from train.measure.breakdown import Stopwatch, operations
 from train.measure.peers import missing
@@ -198,13 +198,13 @@ def test_doctor_goes_on_where_torch_refuses_its_cudnn(monkeypatch: pytest.Monkey
 
 
 def test_doctor_fails_on_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr(doctor, "error", lambda case: 0.2 if case.name == "mixture" else 0.0)
+    monkeypatch.setattr(checks, "error", lambda case: 0.2 if case.name == "mixture" else 0.0)
     assert doctor.run_doctor(Config(model=SMALL)) == 1
     assert "mixture" in capsys.readouterr().err
 
 
 def test_doctor_fails_on_a_wrong_optimizer_of_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert doctor.check_optimizer(Config()) == []
+    assert checks.check_optimizer(Config()) == []
     for error, wrong in ((1e-7, []), (1e-2, ["the engine's AdamW"]), (float("nan"), ["the engine's AdamW"])):
-        monkeypatch.setattr(doctor, "optimizer_error", lambda config, error=error: error)
-        assert doctor.check_optimizer(Config()) == wrong
+        monkeypatch.setattr(checks, "optimizer_error", lambda config, error=error: error)
+        assert checks.check_optimizer(Config()) == wrong

@@ -1,5 +1,6 @@
 """The kernels of a GPU at the start of training: compiled in parallel, compared once, refused where they are wrong."""
 
+import threading
 from dataclasses import replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -78,6 +79,38 @@ def test_a_second_start_neither_compiles_nor_compares(gpu: Config, monkeypatch, 
     assert len(Compiled.models) == 1 and "compared before" in capsys.readouterr().out
 
 
+def test_of_runs_that_start_at_once_one_compiles_and_the_others_wait_for_it(gpu, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(verdict, "LOOK_S", 0.01)
+    first, ended = verdict.Kernels(gpu, CUDA), []
+    second = verdict.Kernels(gpu, CUDA)
+    assert len(Compiled.models) == 1
+    waits = threading.Thread(target=lambda: ended.append(second.require_right(True)))
+    waits.start()
+    waits.join(0.2)
+    assert not ended, "it did not wait"
+    first.require_right(False)
+    waits.join(10)
+    assert ended and len(Compiled.models) == 1
+    out = capsys.readouterr().out
+    assert "another process compiles them" in out and "compared before" in out
+
+
+def test_who_waits_compiles_where_the_first_ends_without_a_verdict(gpu: Config) -> None:
+    first, second = verdict.Kernels(gpu, CUDA), verdict.Kernels(gpu, CUDA)
+    first.__exit__(None, None, None)
+    second.require_right(False)
+    assert len(Compiled.models) == 2
+
+
+def test_what_doctor_has_compared_a_run_does_not_compare_again(gpu: Config, monkeypatch, capsys) -> None:
+    for _ in range(2):  # it compares whenever it is asked
+        with verdict.Kernels(gpu, CUDA, again=True) as kernels:
+            assert kernels.compared(show=False) == []
+    assert len(Compiled.models) == 2
+    start(gpu)
+    assert len(Compiled.models) == 2 and "compared before" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("changed", ["model", "driver", "gpu", "sources"])
 def test_a_verdict_holds_for_what_it_was_made_of(changed: str, gpu: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     start(gpu)
@@ -106,15 +139,23 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> None:
     compiling._calls.cache_clear()
 
 
-def test_every_kernel_is_called_and_told_once(threads, capsys: pytest.CaptureFixture) -> None:
-    compiling.compile_kernels(SMALL, torch.device("cpu"))
-    lines = capsys.readouterr().out.splitlines()[1:]
+def compiled() -> list[str]:
+    """What compiling the small model's kernels says."""
+    processes = compiling.Compiling(SMALL, torch.device("cpu"))
+    try:
+        return list(processes.lines())
+    finally:
+        processes.close()
+
+
+def test_every_kernel_is_called_and_told_once(threads) -> None:
+    lines = compiled()
     assert [line.split(",")[0] for line in lines] == ["  1 of 3", "  2 of 3", "  3 of 3"]
     assert all("failed" not in line for line in lines)
     assert sum("delta rule, whole rows" in line for line in lines) == 1
 
 
-def test_flash_qla_is_compiled_kernel_by_kernel_and_a_failure_is_told(threads, monkeypatch, capsys) -> None:
+def test_flash_qla_is_compiled_kernel_by_kernel_and_a_failure_is_told(threads, monkeypatch) -> None:
     def kernels(*arguments) -> dict:
         assert len(arguments) == 6
         return {part: (lambda part=part: 1 / (part != "states")) for part in flash_qla.PARTS}
@@ -124,7 +165,6 @@ def test_flash_qla_is_compiled_kernel_by_kernel_and_a_failure_is_told(threads, m
     names = compiling.names(SMALL)
     assert names[:2] == ["delta rule, packed documents, backward", "delta rule, whole rows, backward"]
     assert {*names} == {*compiling.calls(SMALL, torch.device("cpu"))} and len(names) == 2 * len(flash_qla.PARTS) + 1
-    compiling.compile_kernels(SMALL, torch.device("cpu"))
-    lines = capsys.readouterr().out.splitlines()[1:]
+    lines = compiled()
     assert len(lines) == len(names)
     assert sum("states (failed: division by zero)" in line for line in lines) == 2

@@ -73,17 +73,6 @@ def _compile(name: str, shape: ModelConfig, device: torch.device) -> Outcome:
     return name, time.monotonic() - begin, ""
 
 
-def compile_kernels(shape: ModelConfig, device: torch.device) -> None:
-    """Compiles the kernels of a model, with a line for each."""
-    compiling = Compiling(shape, device)
-    try:
-        print(f"compiling {compiling.number} GPU kernels, unless they are in the cache:", flush=True)
-        for line in compiling.lines():
-            print(line, flush=True)
-    finally:
-        compiling.close()
-
-
 class Compiling:
     """Processes that compile the kernels of a model for this process's GPU. Close it when done."""
 

@@ -1,13 +1,16 @@
 """The check of GPU kernels at the start of training: made once for a kind of machine, and its verdict kept.
 
 A verdict holds for the same GPU, driver, versions, sources and sizes, and lies beside the compiled kernels
-(`run.kernel_cache`), so that a second start neither compiles nor compares.
+(`run.kernel_cache`), so that a second start neither compiles nor compares. Of runs and machines that share it and start
+at once, one compiles and the others wait for its verdict.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -17,12 +20,15 @@ import torch
 from data.files import write_whole
 from model.config import ModelConfig
 from parallel.collectives import gather_numbers
+from train.measure.checks import check_fp8, check_kernels, driver_version, package_version
 from train.measure.compiling import Compiling
-from train.measure.doctor import PACKAGES, check_fp8, check_kernels, driver_version, package_version
 from train.settings.paths import ROOT
 from train.settings.run import Config
 
 FOLDER = "verdicts"
+PACKAGES = ("torch", "triton", "megatron-core", "flash-linear-attention", "tilelang", "flash-qla")
+OWN_PACKAGES = {"te": ("transformer-engine",)}  # of a backend
+LOOK_S, TELL_S = 0.5, 30.0  # between looks whether another process is done, and between lines about it
 
 
 def conditions(shape: ModelConfig, device: torch.device) -> dict[str, str]:
@@ -33,10 +39,48 @@ def conditions(shape: ModelConfig, device: torch.device) -> dict[str, str]:
         "gpu": torch.cuda.get_device_name(device),
         "driver": driver_version(),
         "cuda": str(torch.version.cuda),
-        **{package: package_version(package) for package in PACKAGES},
+        **{package: package_version(package) for package in (*PACKAGES, *OWN_PACKAGES.get(shape.backend, ()))},
         "sources": digest.hexdigest(),
         "model": repr(replace(shape, repeats=1)),
     }
+
+
+class Turn:
+    """Who compiles, of all processes that share a directory of kernels; it ends with its process at the latest.
+
+    Where the directory cannot be written to or locked, everyone compiles.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._handle: int | None = None
+
+    def taken(self) -> bool:
+        """Whether it is this process's, which asks for it."""
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._handle = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o644) if self._handle is None else self._handle
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        return True
+
+    def wait(self, show: bool) -> None:
+        """Returns when it is this process's."""
+        began = told = time.monotonic()
+        while not self.taken():
+            if show and (told == began or time.monotonic() - told > TELL_S):
+                told = time.monotonic()
+                print(f"GPU kernels: another process compiles them, {told - began:.0f} s", flush=True)
+            time.sleep(LOOK_S)
+
+    def end(self) -> None:
+        """Lets another one have it."""
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
 
 
 class Kernels:
@@ -44,20 +88,26 @@ class Kernels:
 
     A context manager, which ends the processes that compile. Where there is no GPU, or float32 is computed in plain
     torch, it does nothing.
+
+    Args:
+        again: compile and compare them on any GPU, whatever is known of them.
     """
 
-    def __init__(self, config: Config, device: torch.device) -> None:
+    def __init__(self, config: Config, device: torch.device, again: bool = False) -> None:
         self.shape, self.device = config.model, device
-        self.needed = device.type == "cuda" and config.model.dtype == "bfloat16"
+        self.needed = device.type == "cuda" and (again or config.model.dtype == "bfloat16")
         self._compiling: Compiling | None = None
+        self._turn: Turn | None = None
         if not self.needed:
             return
         self._conditions = json.dumps(conditions(self.shape, device), indent=1)
         name = hashlib.sha256(self._conditions.encode()).hexdigest()[:32]
         self._file = Path(config.run.kernel_cache) / FOLDER / f"{name}.json"
         # One process of a machine compiles and compares for the others, which have the same kind of GPU.
-        if os.environ.get("LOCAL_RANK", "0") == "0" and not self._file.is_file():
-            self._compiling = Compiling(self.shape, device)
+        if os.environ.get("LOCAL_RANK", "0") == "0" and (again or not self._file.is_file()):
+            self._turn = Turn(self._file.with_suffix(".lock"))
+            if self._turn.taken() and (again or not self._file.is_file()):
+                self._compiling = Compiling(self.shape, device)
 
     def __enter__(self) -> "Kernels":
         return self
@@ -65,8 +115,14 @@ class Kernels:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._end()
+
+    def _end(self) -> None:
         if self._compiling is not None:
             self._compiling.close()
+        if self._turn is not None:
+            self._turn.end()
+        self._compiling = self._turn = None
 
     def require_right(self, show: bool) -> None:
         """Waits until they are compiled and compared on every machine, unless that was done before.
@@ -77,10 +133,13 @@ class Kernels:
         if not self.needed:
             return
         wrong: list[str] = []
-        if self._compiling is not None:
-            wrong = self._compare(show, self._compiling)
+        if self._turn is not None:
+            self._turn.wait(show)
+        if self._turn is not None and not self._file.is_file():
+            wrong = self.compared(show)
         elif show:
             print(f"GPU kernels: compared before, {self._file}", flush=True)
+        self._end()
         worst = max(gather_numbers(len(wrong), self.device))
         if worst:
             names = ", ".join(wrong) or f"{worst} kernels (see the first process of another machine)"
@@ -89,7 +148,11 @@ class Kernels:
                 f"(./launch.sh doctor shows them); model.dtype=float32 needs none of these kernels"
             )
 
-    def _compare(self, show: bool, compiling: Compiling) -> list[str]:
+    def compared(self, show: bool) -> list[str]:
+        """The names of the wrong ones, once all are compiled; if there is none, that is kept."""
+        if self._turn is not None:
+            self._turn.wait(show)
+        compiling = self._compiling = self._compiling or Compiling(self.shape, self.device)
         if show:
             print(f"compiling {compiling.number} GPU kernels, once for this kind of machine:", flush=True)
         for line in compiling.lines():
