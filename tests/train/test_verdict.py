@@ -111,6 +111,23 @@ def test_what_doctor_has_compared_a_run_does_not_compare_again(gpu: Config, monk
     assert len(Compiled.models) == 2 and "compared before" in capsys.readouterr().out
 
 
+def test_linear_layers_have_a_verdict_of_their_own(gpu: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[str] = []
+    monkeypatch.setattr(verdict, "check_fp8", lambda shape, *_: checked.append(shape.fp8) or [])
+    start(gpu)
+    for _ in range(2):
+        start(replace(gpu, model=replace(NARROW, backend="te", fp8="block")))
+    start(replace(gpu, model=replace(NARROW, backend="te")))
+    assert checked == ["off", "block", "off"] and len(Compiled.models) == 1
+    known = verdict.package_version
+    other = {"transformer-engine": "another"}
+    monkeypatch.setattr(verdict, "package_version", lambda package: other.get(package) or known(package))
+    start(gpu)  # no kernel comes from Transformer Engine
+    assert len(checked) == 3
+    start(replace(gpu, model=replace(NARROW, backend="te")))
+    assert len(checked) == 4 and len(Compiled.models) == 1
+
+
 @pytest.mark.parametrize("changed", ["model", "driver", "gpu", "sources"])
 def test_a_verdict_holds_for_what_it_was_made_of(changed: str, gpu: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     start(gpu)

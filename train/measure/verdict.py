@@ -14,6 +14,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -26,8 +27,8 @@ from train.settings.paths import ROOT
 from train.settings.run import Config
 
 FOLDER = "verdicts"
+KERNELS_ONLY: dict[str, Any] = {"backend": "torch", "fp8": "off"}  # linear layers have a verdict of their own
 PACKAGES = ("torch", "triton", "megatron-core", "flash-linear-attention", "tilelang", "flash-qla")
-OWN_PACKAGES = {"te": ("transformer-engine",)}  # of a backend
 LOOK_S, TELL_S = 0.5, 30.0  # between looks whether another process is done, and between lines about it
 
 
@@ -35,14 +36,36 @@ def conditions(shape: ModelConfig, device: torch.device) -> dict[str, str]:
     """What a verdict holds for. Layers that repeat run on the same kernels."""
     sources = [path for package in ("model", "parallel") for path in sorted((ROOT / package).glob("**/*.py"))]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources))
+    packages = PACKAGES if shape.backend == KERNELS_ONLY["backend"] else (*PACKAGES, "transformer-engine")
     return {
         "gpu": torch.cuda.get_device_name(device),
         "driver": driver_version(),
         "cuda": str(torch.version.cuda),
-        **{package: package_version(package) for package in (*PACKAGES, *OWN_PACKAGES.get(shape.backend, ()))},
+        **{package: package_version(package) for package in packages},
         "sources": digest.hexdigest(),
         "model": repr(replace(shape, repeats=1)),
     }
+
+
+class Verdict:
+    """That something computes right under some conditions, beside the compiled kernels."""
+
+    def __init__(self, kernel_cache: str, holds_for: dict[str, str]) -> None:
+        self._conditions = json.dumps(holds_for, indent=1)
+        name = hashlib.sha256(self._conditions.encode()).hexdigest()[:32]
+        self.file = Path(kernel_cache) / FOLDER / f"{name}.json"
+
+    def is_known(self) -> bool:
+        """Whether it was kept before."""
+        return self.file.is_file()
+
+    def keep(self) -> None:
+        """Keeps it, or says why not."""
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(self.file, self._conditions)
+        except OSError as error:
+            print(f"the verdict on the kernels is not kept: {self.file}: {error.strerror}", file=sys.stderr)
 
 
 class Turn:
@@ -100,14 +123,17 @@ class Kernels:
         self._turn: Turn | None = None
         if not self.needed:
             return
-        self._conditions = json.dumps(conditions(self.shape, device), indent=1)
-        name = hashlib.sha256(self._conditions.encode()).hexdigest()[:32]
-        self._file = Path(config.run.kernel_cache) / FOLDER / f"{name}.json"
+        cache = config.run.kernel_cache
+        self._right = Verdict(cache, conditions(replace(self.shape, **KERNELS_ONLY), device))
+        self._linears_right = Verdict(cache, conditions(self.shape, device))  # the same where they are torch's
         # One process of a machine compiles and compares for the others, which have the same kind of GPU.
-        if os.environ.get("LOCAL_RANK", "0") == "0" and (again or not self._file.is_file()):
-            self._turn = Turn(self._file.with_suffix(".lock"))
-            if self._turn.taken() and (again or not self._file.is_file()):
+        if os.environ.get("LOCAL_RANK", "0") == "0" and (again or not self._is_known()):
+            self._turn = Turn(self._right.file.with_suffix(".lock"))
+            if self._turn.taken() and (again or not self._right.is_known()):
                 self._compiling = Compiling(self.shape, device)
+
+    def _is_known(self) -> bool:
+        return self._right.is_known() and self._linears_right.is_known()
 
     def __enter__(self) -> "Kernels":
         return self
@@ -135,10 +161,10 @@ class Kernels:
         wrong: list[str] = []
         if self._turn is not None:
             self._turn.wait(show)
-        if self._turn is not None and not self._file.is_file():
+        if self._turn is not None and not self._is_known():
             wrong = self.compared(show)
         elif show:
-            print(f"GPU kernels: compared before, {self._file}", flush=True)
+            print(f"GPU kernels: compared before, {self._right.file}", flush=True)
         self._end()
         worst = max(gather_numbers(len(wrong), self.device))
         if worst:
@@ -149,24 +175,22 @@ class Kernels:
             )
 
     def compared(self, show: bool) -> list[str]:
-        """The names of the wrong ones, once all are compiled; if there is none, that is kept."""
+        """The names of the wrong ones, once all are compiled; what is right is kept."""
         if self._turn is not None:
             self._turn.wait(show)
-        compiling = self._compiling = self._compiling or Compiling(self.shape, self.device)
-        if show:
-            print(f"compiling {compiling.number} GPU kernels, once for this kind of machine:", flush=True)
-        for line in compiling.lines():
+        wrong: list[str] = []
+        if self._compiling is not None or not self._right.is_known():
+            compiling = self._compiling = self._compiling or Compiling(self.shape, self.device)
             if show:
-                print(line, flush=True)
-        compiling.close()
-        wrong = check_kernels(self.shape, self.device, show) + check_fp8(self.shape, self.device, show)
-        if not wrong:
-            self._keep()
-        return wrong
-
-    def _keep(self) -> None:
-        try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self._file, self._conditions)
-        except OSError as error:
-            print(f"the verdict on the kernels is not kept: {self._file}: {error.strerror}", file=sys.stderr)
+                print(f"compiling {compiling.number} GPU kernels, once for this kind of machine:", flush=True)
+            for line in compiling.lines():
+                if show:
+                    print(line, flush=True)
+            compiling.close()
+            wrong = check_kernels(self.shape, self.device, show)
+            if not wrong:
+                self._right.keep()
+        linears = check_fp8(self.shape, self.device, show)
+        if not linears and not wrong:
+            self._linears_right.keep()
+        return wrong + linears
