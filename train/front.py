@@ -190,7 +190,7 @@ def start(command: list[str], per_node: int, nodes: Nodes, prepare: Callable[[],
     from train.nodes import agent
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // per_node)))
-    with tempfile.TemporaryDirectory(prefix="train_") as scratch, agent.stopping() as stop:
+    with tempfile.TemporaryDirectory(prefix="train_") as scratch, agent.stopping(saves=run is not None) as stop:
         started = Started(command, per_node, run, Path(scratch), stop)
         try:
             code, words = _on_nodes(nodes, started, prepare) if nodes.most > 1 else _alone(started, prepare)

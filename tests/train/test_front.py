@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from parallel.topology import ParallelConfig
@@ -164,6 +165,12 @@ def test_a_signal_reaches_each_worker_once_and_is_waited_for(tmp_path, number, e
     assert code == expected
     assert [line for line in out if "noted" not in line] == ["saved 0 1", "saved 1 1"]
     assert err.startswith("stopping after this step") and err.count("\n") == 1
+
+
+def test_what_is_no_run_stops_without_a_word_about_saving(capsys):
+    with pytest.raises(SignalException):
+        agent.Stop(saves=False)(signal.SIGINT, None)
+    assert capsys.readouterr().err == "stopping (Ctrl-C again stops at once)\n"
 
 
 def test_one_ctrl_c_that_arrives_twice_still_saves(tmp_path):

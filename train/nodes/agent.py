@@ -96,9 +96,14 @@ def _run(config: LaunchConfig, command: list[str], logs: RankLogs, stop: "Stop")
 
 
 class Stop:
-    """Handler of the signals that stop a run: the first one asks the workers to save, while an agent runs."""
+    """Handler of the signals that stop workers: the first one asks those of a run to save, while an agent runs.
 
-    def __init__(self) -> None:
+    Args:
+        saves: whether the workers are a run's.
+    """
+
+    def __init__(self, saves: bool) -> None:
+        self._saves = saves
         self.signal: int | None = None
         self.time = 0.0
 
@@ -110,7 +115,8 @@ class Stop:
     def __call__(self, signum: int, frame: object) -> None:
         if self.signal is None:
             self.signal, self.time = signum, time.monotonic()
-            print("stopping after this step (Ctrl-C again stops at once, without saving)", file=sys.stderr)
+            when, without = (" after this step", ", without saving") if self._saves else ("", "")
+            print(f"stopping{when} (Ctrl-C again stops at once{without})", file=sys.stderr)
             # Not SIGINT: a worker that is still importing would print its KeyboardInterrupt.
             raise SignalException(f"stopped by signal {signum}", signal.SIGTERM)
         if signum == signal.SIGINT and time.monotonic() - self.time > REPEAT_S:
@@ -135,13 +141,13 @@ def kill_workers() -> None:
 
 
 @contextmanager
-def stopping() -> Iterator[Stop]:
-    """Handles the signals that stop a run; one that is ignored (nohup) stays ignored.
+def stopping(saves: bool) -> Iterator[Stop]:
+    """Handles the signals that stop workers (`Stop`); one that is ignored (nohup) stays ignored.
 
     SIGUSR1 and SIGUSR2 are held back in this thread, and so in workers until they take them: a warning of Slurm's
     reaches every process of a step, and ends one that has no handler yet. Here a thread waits for them.
     """
-    stop = Stop()
+    stop = Stop(saves)
     before = {number: signal.getsignal(number) for number in STOPPING}
     for number in STOPPING:
         if before[number] != signal.SIG_IGN:
