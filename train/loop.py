@@ -130,7 +130,7 @@ def next_batches(
             fault, error = STORAGE_AWAY if isinstance(raised, StorageError) else DATA_BROKEN, raised
             print(f"error: all processes save and stop: {raised}", file=sys.stderr, flush=True)
         waiting, save = not batches and not error, training.checkpoints.overdue()
-        agreement = stop.agreed(waiting, fault, in_time, save, training.save_seconds)
+        agreement = stop.agreed(waiting, fault, in_time, save, training.checkpoints.seconds)
         training.watchdog.met()  # a storage may be away for longer than a step may take
         if not agreement.waiting:
             return batches or [], agreement, error

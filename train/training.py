@@ -1,7 +1,6 @@
 """A run in this process: its engine, how far it is, and the clock and the watch beside it."""
 
 import math
-import time
 from types import TracebackType
 
 from parallel.checkpoint.saving import SaveError
@@ -29,7 +28,6 @@ class Training:
     Attributes:
         reached: the last step that was taken before; up to it steps are redone.
         saved: the last step that a checkpoint holds.
-        save_seconds: what the last save took.
     """
 
     def __init__(self, job: Job, engine: Engine, start: Start, began: float) -> None:
@@ -38,8 +36,7 @@ class Training:
         self.watchdog = Watchdog(run.path, run.start_timeout, run.step_timeout, run.alert_minutes)
         self.clock = Clock(began, start.beat.get("seconds"))
         self.reached: int = start.beat.get("step", 0)
-        self.saved, self.save_seconds = start.step, 0.0
-        self._save_began: float | None = None
+        self.saved = start.step
         self.checkpoints = Checkpoints(job, engine)
         self._load(start)
 
@@ -63,7 +60,7 @@ class Training:
         with self.clock.spent(SAVING), self.watchdog.patient(step, "saving"):
             require_alike("settings or state", [to_dict(self.job.config), step, state], self.job.device)
             self.checkpoints.save(step, state)
-        self.saved, self._save_began = step, time.monotonic()
+        self.saved = step
 
     def settle(self) -> None:
         """Makes sure of the copy that is to be saved, once gradients are there and before they change anything."""
@@ -77,7 +74,6 @@ class Training:
             return
         with self.clock.spent(SAVING), self.watchdog.patient(self.saved, "finishing a save"):
             self.checkpoints.poll()
-        self._note_save()
 
     def finish_saving(self, stopping: bool = False) -> None:
         """Returns once nothing is being written or copied any more.
@@ -90,13 +86,8 @@ class Training:
         """
         with self.clock.spent(SAVING), self.watchdog.patient(self.saved, "finishing a save"):
             self.checkpoints.close(self.watchdog.met, STOPPED_COPY_S if stopping else math.inf)
-        self._note_save()
         if self.checkpoints.failed and not stopping:
             raise SaveError(f"step {self.saved}, the last one, is not saved: {self.checkpoints.failed}")
-
-    def _note_save(self) -> None:
-        if self._save_began is not None and not self.checkpoints.busy:
-            self.save_seconds, self._save_began = time.monotonic() - self._save_began, None
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Metrics on held-out text; empty, with a warning, where it cannot be read."""

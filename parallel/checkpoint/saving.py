@@ -32,6 +32,8 @@ class BackgroundSaver:
 
     Args:
         replicas: processes that hold parts in common, which they share out among themselves.
+    Attributes:
+        seconds: for which the slowest process wrote the last state, until it was on the disk; on the first rank.
     """
 
     def __init__(self, replicas: ProcessGroup) -> None:
@@ -40,6 +42,7 @@ class BackgroundSaver:
         self._queue = AsyncCallsQueue()
         self._staged: tuple[Staging, AsyncRequest] | None = None  # not being written yet
         self._validated = False
+        self.seconds = 0.0
 
     @property
     def busy(self) -> bool:
@@ -107,6 +110,7 @@ class BackgroundSaver:
                 if error := next((part.error for part in parts if part.error), ""):
                     raise SaveError(error)
                 assert self._plain.metadata is not None, "the first rank plans"
+                self.seconds = max(part.seconds for part in parts)
                 complete(write_contents(directory, self._plain.metadata, parts))
             except Exception as error:  # every process hears of it, and goes on
                 raise SaveError(str(error) if isinstance(error, SaveError) else repr(error)) from None

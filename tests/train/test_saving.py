@@ -1,5 +1,6 @@
 """Saves while training goes on: what is saved is the state of its step, and a save that fails costs nothing else."""
 
+import contextlib
 import io
 import os
 import pickle
@@ -7,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Collection
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +28,7 @@ from train.job import checkpoint
 from train.job.build import Job
 from train.job.checkpoint import Checkpoints, load, starting_point
 from train.job.mirror import Copier
+from train.job.pace import pace_warning
 from train.job.shelf import Shelf, why_broken
 from train.loop import train_step
 from train.settings.run import BatchConfig, RunConfig
@@ -146,6 +149,20 @@ def _failures(job: Job, engine: Engine, checkpoints: Checkpoints) -> dict[str, s
     return found
 
 
+def _impatient(job: Job, engine: Engine) -> tuple[list[str], float, float]:
+    """What is said of saves that follow each other at once; seconds waited, and those of the last save."""
+    often = replace(job, config=replace(job.config, run=replace(job.config.run, save_every=1)))
+    checkpoints, shelf, said = Checkpoints(often, engine), Shelf(job.config.run.checkpoints), io.StringIO()
+    with contextlib.redirect_stdout(said):
+        for step in (9, 10, 11):
+            checkpoints.save(step, {})
+        checkpoints.wait()
+    for step in (9, 10, 11):
+        from_first(partial(shelf.delete, step))
+    told = [line for line in said.getvalue().splitlines() if line.startswith("WARNING")]
+    return told, checkpoints.waited, checkpoints.seconds
+
+
 def _memory_over_saves(engine: Engine, checkpoints: Checkpoints, shelf: Shelf) -> list[int]:
     """Bytes of this process after each of some saves, and those of its part of the state."""
     found = []
@@ -190,6 +207,7 @@ def _saves(runs: Path) -> dict:
     checkpoints, shelf = Checkpoints(job, engine), Shelf(job.config.run.checkpoints)
     found = {"training": _while_training(job, engine, checkpoints)}
     found["failures"] = _failures(job, engine, checkpoints)
+    found["impatient"] = _impatient(job, engine)
     found["memory"] = _memory_over_saves(engine, checkpoints, shelf)
     found["met"] = [_met_while_copying(job, engine, *how) for how in ((3, 60.0), (10**6, 0.1))]
     found["kept"] = shelf.steps(), sorted(path.name for path in shelf.root.iterdir() if path.suffix)
@@ -239,6 +257,33 @@ def test_a_save_that_one_process_cannot_write_is_told_on_all_and_leaves_nothing(
         assert rank["failures"]["afterwards"] == ""
         assert rank["kept"] == ([1, 2, 3, 7], [])
         assert rank["whole"] == [""] * 4
+
+
+def test_a_save_that_waits_for_the_one_before_is_told_once_and_its_seconds_counted(ranks):
+    for rank, (told, waited, seconds) in enumerate(found["impatient"] for found in ranks):
+        assert len(told) == (rank == 0)
+        assert waited > 0 and seconds > 0
+    assert "choose run.save_every=" in ranks[0]["impatient"][0][0]
+
+
+def test_what_to_choose_where_saves_come_faster_than_they_are_written():
+    every = pace_warning(RunConfig(save_every=5), save_seconds=21.3, step_seconds=2.0)
+    assert "one takes 21.3 s, as long as 11 steps" in every
+    assert "choose run.save_every=11 or more (it is 5); metrics" in every
+    both = pace_warning(RunConfig(save_every=5, save_minutes=0.5), save_seconds=40.0, step_seconds=4.0)
+    assert "choose run.save_every=10 or more (it is 5) and run.save_minutes=0.7 or more (it is 0.5); metrics" in both
+    # The last save of a run, or one that was asked for, may come soon after another: there is nothing to choose.
+    assert pace_warning(RunConfig(save_every=11), save_seconds=21.3, step_seconds=2.0) == ""
+    assert pace_warning(RunConfig(), save_seconds=1800.0, step_seconds=2.0) == ""
+
+
+@pytest.mark.parametrize("make", (lambda x: x, lambda x: x[1:3], lambda x: x[:, 1], lambda x: x.T, lambda x: x[:0]))
+def test_what_is_written_of_a_tensor_is_that_alone_and_copied_only_where_it_has_gaps(make):
+    tensor = make(torch.arange(20.0).view(4, 5))
+    alone = writer._alone(tensor)
+    assert torch.equal(alone, tensor)
+    assert alone.untyped_storage().nbytes() == tensor.nbytes, "PyTorch would write what lies beside it"
+    assert (alone.untyped_storage().data_ptr() == tensor.data_ptr()) == (tensor.is_contiguous() and tensor.numel() > 0)
 
 
 def test_all_meet_while_the_first_one_copies_and_give_it_up_in_time(ranks):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from parallel.checkpoint import digest
 from parallel.checkpoint.digest import HashedStream, digest_of
 from train.job import shelf as module
 from train.job.integrity import MANIFEST_FILE, faults, manifest, read_manifest
@@ -44,6 +45,27 @@ def test_a_writers_hash_is_that_of_the_file(tmp_path):
             stream.write(part)
     assert stream.tell() == 11
     assert stream.digest == digest_of((tmp_path / "file").read_bytes())
+
+
+def test_the_disk_begins_with_a_file_while_it_is_written(tmp_path, monkeypatch):
+    begun: list[tuple[int, int]] = []
+    monkeypatch.setattr(digest, "PIECE_BYTES", 100)
+    monkeypatch.setattr(digest, "AHEAD_BYTES", 250)
+    begin = digest.begin_sync
+
+    def note(descriptor: int, first: int, size: int) -> None:
+        assert os.fstat(descriptor).st_size >= first + size, "the disk can only begin with what is in the file"
+        begun.append((first, size))
+        assert begin(descriptor, first, size), "the order was refused"
+
+    monkeypatch.setattr(digest, "begin_sync", note)
+    content = random.Random(0).randbytes(1001)
+    with (tmp_path / "file").open("wb") as raw:
+        stream = HashedStream(raw)
+        assert [stream.write(part) for part in (b"", content[:1], memoryview(content[1:]))] == [0, 1, 1000]
+    assert begun == [(0, 301), (301, 300), (601, 300)]
+    assert (tmp_path / "file").read_bytes() == content
+    assert stream.digest == digest_of(content)
 
 
 def test_a_hundred_flipped_bits_are_each_found(tmp_path):

@@ -24,6 +24,7 @@ from train.job.build import Job
 from train.job.directory import COUNTS, starting_checkpoint
 from train.job.footprint import checkpoint_bytes
 from train.job.mirror import Copier, fetch_lost
+from train.job.pace import pace_warning
 from train.job.provenance import sidecars
 from train.job.shelf import Shelf, why_broken, write_state
 from train.settings.tree import ConfigError
@@ -55,6 +56,8 @@ class Checkpoints:
 
     Attributes:
         blocked: seconds for which training has stood still for saves.
+        waited: those of them in which a save waited for the one before.
+        seconds: what the last save that came to something took, from its begin until all had finished it.
         failed: why the last save came to nothing; empty if it did not.
     """
 
@@ -63,12 +66,19 @@ class Checkpoints:
         self._saver = BackgroundSaver(engine.groups.dp_cp)
         self._step: int | None = None  # being written
         self._copier = Copier(job.config.run)  # works on the first process
-        self.blocked, self.failed, self._last = 0.0, "", time.monotonic()
+        self.blocked, self.waited, self.seconds = 0.0, 0.0, 0.0
+        self.failed, self._last, self._blocked_before = "", time.monotonic(), 0.0
+        self._has_told = False  # that saves wait for each other
 
     @property
     def busy(self) -> bool:
         """Whether a state is still being written."""
         return self._step is not None
+
+    @property
+    def writing_seconds(self) -> float:
+        """What the slowest process took to write the last save, until it was on the disk; on the first process."""
+        return self._saver.seconds
 
     def overdue(self) -> bool:
         """Whether run.save_minutes have passed since the last save, by this process's clock."""
@@ -83,8 +93,9 @@ class Checkpoints:
         Args:
             data: what was read and how far: `Dataset.identity` and its cursors.
         """
-        self.wait()
+        self._wait_before(step)
         with _Clock(self):
+            self._blocked_before = self.blocked
             self._last, self.failed = time.monotonic(), ""
             try:
                 directory = from_first(partial(self._prepare, step))
@@ -109,6 +120,20 @@ class Checkpoints:
         """Returns once nothing is being written any more."""
         if self._step is not None:
             self._finish(self._saver.wait)
+
+    def _wait_before(self, step: int) -> None:
+        """Waits for a save that another one, of ``step``, finds still being written, and tells the user once."""
+        if self._step is None:
+            return
+        blocked, steps = self.blocked, step - self._step
+        trained = time.monotonic() - self._last - (blocked - self._blocked_before)
+        self.wait()
+        self.waited += self.blocked - blocked
+        if self._job.is_first and not (self._has_told or self.failed):
+            warning = pace_warning(self._job.config.run, self.seconds, trained / max(1, steps))
+            self._has_told = bool(warning)
+            if warning:
+                print(f"WARNING: {warning}", flush=True)
 
     def close(self, met: Callable[[], None], patience_s: float = math.inf) -> None:
         """Returns once nothing is being written or copied any more.
@@ -141,6 +166,7 @@ class Checkpoints:
                 self._give_up(step, error)
             if not self._saver.busy:
                 self._step = None
+                self.seconds = self.seconds if self.failed else time.monotonic() - self._last
 
     def _prepare(self, step: int) -> Path:
         """On the first process: an empty directory on a disk with room, for which old checkpoints may go."""
