@@ -12,6 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from parallel import compat
+from parallel.domains import expert_domains
 from parallel.topology import ParallelConfig, Topology
 
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # torchrun's word for how often it has started the workers anew
@@ -121,7 +122,7 @@ def start_fake(rank: int, world: int) -> None:
 
 
 def lay_out(topology: Topology, timeout_minutes: float = 30) -> ProcessGroupCollection:
-    """Builds megatron-core's process groups for a layout, with `start`'s timeout."""
+    """Builds megatron-core's process groups for a layout, and `parallel.domains`', with `start`'s timeout."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=topology.tensor,
         pipeline_model_parallel_size=topology.pipeline,
@@ -132,7 +133,9 @@ def lay_out(topology: Topology, timeout_minutes: float = 30) -> ProcessGroupColl
         create_gloo_process_groups=False,  # beside those of the job's own backend: nothing here uses them
         distributed_timeout_minutes=timeout_minutes,  # its type says int; it makes a timedelta of it
     )
-    return ProcessGroupCollection.use_mpu_process_groups()
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    groups.expert_domains = expert_domains(topology, datetime.timedelta(minutes=timeout_minutes))
+    return groups
 
 
 def stop() -> None:

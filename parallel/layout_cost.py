@@ -12,6 +12,7 @@ from parallel.topology import Topology
 
 FLOAT32_BYTES = 4
 REDUCED, GATHERED = "gradient reduce-scatter", "parameter all-gather"
+EXCHANGE, SPREAD = "expert all-to-all", "experts inside NVLink domains"
 EMBEDDINGS = "embedding all-reduce"
 NUM_MOMENTS = 2
 ROUTE_BYTES = 8  # of a probability and a place, in float32
@@ -147,16 +148,28 @@ def embedding_traffic(numel: int, topology: Topology, pipeline_rank: int) -> flo
     return 2 * ring_bytes(numel * FLOAT32_BYTES / topology.tensor, 2) if at_end else 0.0
 
 
-def expert_traffic(rows: float, row_bytes: float, choices: float, topology: Topology, again: int) -> float:
+def expert_traffic(
+    rows: float, leaving: float, row_bytes: float, choices: float, topology: Topology, again: int
+) -> dict[str, float]:
     """Bytes that a process sends in a mixture's exchanges: rows there and back, in each pass forwards, and backwards;
     and as often, for each choice of an expert, where it belongs, or its gradient.
 
+    Over several NVLink domains all that goes on from where it arrived to the holders inside.
+
     Args:
         rows: of its tokens, one for each part of the experts that a token uses; every holder of a part of an expert
-            gets them. choices: its tokens times the experts of each. again: passes forwards beside the first.
+            gets them. leaving: one for each NVLink domain that it uses. choices: its tokens times the experts of each.
+        again: passes forwards beside the first.
     """
-    once = (2 * rows * row_bytes + choices * ROUTE_BYTES) * topology.expert_tensor
-    return (2 + again) * ring_bytes(once, topology.expert_owners)
+    passes, routes = 2 + again, choices * ROUTE_BYTES
+    once = (2 * rows * row_bytes + routes) * topology.expert_tensor
+    if topology.expert_domains == 1:
+        return {EXCHANGE: passes * ring_bytes(once, topology.expert_owners)}
+    first = 2 * leaving * row_bytes + routes
+    return {
+        EXCHANGE: passes * ring_bytes(first, topology.expert_domains),
+        SPREAD: passes * ring_bytes(once, topology.nvlink_domain),
+    }
 
 
 def tensor_traffic(states: float, topology: Topology, again: int) -> float:

@@ -7,9 +7,11 @@ and those processes.
 """
 
 import math
+import os
 from dataclasses import dataclass
 from typing import Annotated, Protocol
 
+NODE = 8  # processes of a machine, where no job is started whose launcher says so
 EXPERT_ALIGNED = 8  # columns of an expert in bfloat16: 16 bytes
 RECOMPUTE_POLICIES = ("none", "selective", "full")
 # Parts of a layer without its dense projections; `model.layers.recompute` knows them by the same names.
@@ -72,6 +74,11 @@ class ParallelConfig:
     context: Annotated[int, "processes that share each sequence"] = 1
     expert: Annotated[int | str, "processes that share a layer's experts, or auto"] = "auto"
     expert_tensor: Annotated[int, "processes that share each expert's width"] = 1
+    nvlink_domain: Annotated[
+        int | None,
+        "processes that reach one another by NVLink: a token of experts beyond crosses the network once for each such "
+        "domain; null: those of a machine; 1: once for each process",
+    ] = None
     recompute: Annotated[str, "what the backward pass computes again to save memory: none, selective or full"] = "none"
     recompute_modules: Annotated[
         tuple[str, ...],
@@ -99,6 +106,7 @@ class Topology:
     data: int
     virtual: int = 1  # pipeline stages of one process
     expert_tensor: int = 1
+    nvlink_domain: int = NODE  # processes that lie next to one another and exchange without the network
 
     @property
     def expert_owners(self) -> int:
@@ -110,12 +118,27 @@ class Topology:
         """Processes that hold the same part of the same experts."""
         return self.world // self.pipeline // self.expert_owners
 
+    @property
+    def expert_domains(self) -> int:
+        """NVLink domains over which a layer's experts spread evenly, so that rows travel in two steps; 1: in one."""
+        inside = self.nvlink_domain
+        even = inside > 1 and self.expert_owners % inside == 0 and inside % self.expert_tensor == 0
+        return self.expert_owners // inside if even else 1
+
+    def _exchange(self) -> str:
+        inside, holders = self.nvlink_domain, self.expert_owners
+        if self.expert_domains > 1:
+            return f" in {self.expert_domains} NVLink domains: a token's row crosses the network once for each"
+        if self.world > inside > 1 and inside % holders:
+            return f", unevenly over NVLink domains of {inside}: a token's row crosses the network for each process"
+        return ""
+
     def __str__(self) -> str:
         stages = f" ({self.virtual} stages each)" if self.virtual > 1 else ""
         parts = f", each in {self.expert_tensor} parts" if self.expert_tensor > 1 else ""
         return (
             f"{self.world} = tensor {self.tensor} x pipeline {self.pipeline}{stages} x context {self.context} x data "
-            f"{self.data}; experts over {self.expert_owners}{parts}"
+            f"{self.data}; experts over {self.expert_owners}{parts}{self._exchange()}"
         )
 
 
@@ -128,6 +151,12 @@ def nearest_divisors(number: int, wanted: int) -> str:
     """The divisors of ``number`` around ``wanted``, for an error message."""
     near = sorted(divisors(number), key=lambda size: abs(size - wanted))[:3]
     return " or ".join(str(size) for size in sorted(near))
+
+
+def processes_of_a_machine(world: int) -> int:
+    """As the launcher says in a job of so many processes; of a job that is only planned, those of most machines."""
+    started = os.environ.get("WORLD_SIZE") == str(world)
+    return int(os.environ.get("LOCAL_WORLD_SIZE", NODE)) if started else NODE
 
 
 def _require_divides(size: int, setting: str, number: int, what: str) -> None:
@@ -157,6 +186,9 @@ def resolve(parallel: ParallelConfig, model: Shape, world: int) -> Topology:
         size = getattr(parallel, name)
         if size < 1:
             raise TopologyError(f"parallel.{name}={size} must be at least 1")
+    domain = processes_of_a_machine(world) if parallel.nvlink_domain is None else parallel.nvlink_domain
+    if domain < 1:
+        raise TopologyError(f"parallel.nvlink_domain={domain} must be at least 1, or null")
     _require_known(parallel.recompute, "parallel.recompute", RECOMPUTE_POLICIES)
     for part in parallel.recompute_modules:
         _require_known(part, "parallel.recompute_modules", RECOMPUTABLE)
@@ -183,7 +215,7 @@ def resolve(parallel: ParallelConfig, model: Shape, world: int) -> Topology:
     data, virtual = world // layout, stages // parallel.pipeline
     expert = _spread_experts(parallel, model, world // parallel.pipeline)
     sizes = (parallel.tensor, parallel.pipeline, parallel.context, expert, data, virtual, parallel.expert_tensor)
-    return Topology(world, *sizes)
+    return Topology(world, *sizes, domain)
 
 
 def _check_context(parallel: ParallelConfig, model: Shape) -> None:

@@ -20,6 +20,7 @@ LONG = (
     "parallel/test_deepspeed.py",
     "parallel/test_dense.py",
     "parallel/test_dist.py",
+    "parallel/test_domains.py",
     "parallel/test_engine.py",
     "parallel/test_exchange.py",
     "parallel/test_layout_cost.py",

@@ -68,6 +68,7 @@ ROOMS = {
     "parallel": (
         *("engine_deepspeed", "engine_megatron", "deepspeed_groups", "replicas", "board", "alone", "groups", "stages"),
         *(
+            "domains",
             "half_state",
             "optimizer_state",
             "checkpoint",

@@ -89,16 +89,16 @@ def _kernel_layer(symbol: str, shape: ModelConfig, recompute: frozenset[str], ar
 
 
 def working_bytes(shape: ModelConfig, vocab_size: int, tokens: float, tensor: int, expert_tensor: int,
-                  arriving: float, last: bool) -> float:  # fmt: skip
+                  arriving: float, last: bool, passing: float = 0.0) -> float:  # fmt: skip
     """Most bytes that kernels work with beside what is kept: in the head, or in the backward pass of a mixture.
 
     The head: its float32 gradient and a chunk's logits, which become their gradient in place. A mixture: for each row
     the gradient of its result, and four widths of an expert; of rows that travel also gradients as they arrive and as
-    they leave.
+    they leave, and once those that pass through on their way to another holder of experts (``passing`` for each token).
     """
     element = ELEMENT_BYTES[shape.dtype]
     computed = shape.experts_per_token * (expert_tensor * shape.hidden_size + 4 * shape.expert_size)
-    width = computed + 2 * arriving * shape.hidden_size
+    width = computed + (2 * arriving + passing) * shape.hidden_size
     mixture = element * tokens / tensor * width if "E" in shape.layers else 0.0
     head = vocab_size / tensor * (FLOAT32_BYTES * shape.hidden_size + element * min(tokens, KERNEL_HEAD_CHUNK))
     return max(mixture, head if last else 0.0)

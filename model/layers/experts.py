@@ -20,12 +20,11 @@ from torch.utils.checkpoint import checkpoint
 from model.kernels.backends import accelerated
 from model.layers.balance import RoutedTokens
 from model.layers.dense import SwiGLU, SwiGLUSubmodules
-from model.layers.dispatch import DispatchPlan, add_parts, repeat_parts
+from model.layers.dispatch import DispatchPlan
 from model.layers.norm import at_least_float32
 from model.layers.recompute import in_training, recomputable
 from model.layers.router import Router
 from model.layers.rows import count_sorted, invert, permute, reorder, unpermute
-from parallel.collectives import start_all_to_all
 from parallel.main_grads import add_weight_gradient, dummy_gradient, with_main_grad
 
 WIDTH_DIM = 2  # of both weights of the experts
@@ -220,10 +219,11 @@ class MixtureOfExperts(MegatronModule):
         super().__init__(config=config)
         self.tp_group = pg_collection.tp
         # The holders of all experts between them, those of one expert's parts next to each other.
-        self.tp_ep_group = pg_collection.tp_ep
+        self.tp_ep_group, self.domains = pg_collection.tp_ep, pg_collection.expert_domains
         self.router = Router(config, pg_collection)
         self.experts = Experts(config, pg_collection)
         self.fullest = 0.0  # assignments that any rank had in training since this was set, over an even share
+        self.network_rows = self.sent_tokens = 0  # in training since these were set
         has_shared = config.shape.shared_expert_size > 0
         self.shared_expert = SharedExpert(config, submodules, pg_collection) if has_shared else None
 
@@ -261,33 +261,40 @@ class MixtureOfExperts(MegatronModule):
 
         Meanwhile the shared expert is computed: its up and gate projections while rows are under way, its down
         projection while results return, and likewise the other way round in the backward pass.
-        Where several hold parts of an expert, each gets its rows and returns addends: as much traffic as a gather and
-        a reduce-scatter among them, in the exchanges that are there anyway.
+        Over several NVLink domains rows take two legs, see `model.layers.dispatch`. Where several hold parts of an
+        expert, each gets its rows and returns addends: as much traffic as a gather and a reduce-scatter among them, in
+        the exchanges that are there anyway.
         Rows that nothing reads any more have no name here, so that their memory is free while experts compute.
 
         Returns:
             What the routed experts make of the tokens, and what the shared expert does, if there is one.
         """
-        group, copies = self.tp_ep_group, self.experts.etp_group.size()
-        plan = DispatchPlan(chosen, counts, group, self.experts)
+        plan = DispatchPlan(chosen, counts, self.tp_ep_group, self.experts, self.domains)
         # The GPU does this while the host waits for the counts.
-        routes = plan.routes(reorder(weights.flatten(), order, invert(order)), order)
+        first = plan.first
+        routes = first.routes(reorder(weights.flatten(), order, invert(order)), order)
         plan.wait()
         if in_training():  # drafts of an evaluation are a few tokens, which go to a few ranks
             self.fullest = max(self.fullest, plan.fullest)
-        send = plan.sent_to_all(plan.parts)
+            self.network_rows += plan.network_rows
+            self.sent_tokens += len(flat)
         # Small and first, so that what is made of them is ready when the rows are.
-        routes = repeat_parts(routes[: sum(plan.choices)], plan.choices, copies)
-        pending_routes = start_all_to_all(routes, plan.sent_to_all(plan.choices), plan.received_choices, group)
-        source = plan.source_M()
-        rows = repeat_parts(permute(flat, source, plan.inverse_TK), plan.parts, copies)
-        pending_rows = start_all_to_all(rows, send, plan.received, group)
-        del rows
+        pending_routes = first.start_routes(routes)
+        pending_rows = first.start_rows(flat)
         gated = self.shared_expert.up_gate(hidden_T1H) if self.shared_expert else None
-        probs, arrived, places = plan.arrived(pending_routes.wait())
-        results = self.experts(pending_rows.wait(), probs, plan.received_E, arrived, places, plan.chunk)
-        pending_results = start_all_to_all(results, plan.received, send, group)
+        probs, places = first.arrived(pending_routes.wait())
+        second = plan.second(places)
+        if second is not None:
+            pending_routes = second.start_routes(second.routes(probs, places))
+            pending_rows = second.start_rows(pending_rows.wait())
+            probs, places = second.arrived(pending_routes.wait())
+        arrived = (second or first).by_row(places)
+        results = self.experts(pending_rows.wait(), probs, plan.received_E, *arrived, plan.chunk)
+        if second is not None:
+            pending_results = second.start_results(results)
+            del results
+            results = second.combine(pending_results)
+        pending_results = first.start_results(results)
         del results
         shared = self.shared_expert(hidden_T1H, gated) if self.shared_expert else None
-        results = add_parts(pending_results.wait(), plan.parts, copies)
-        return unpermute(results, source, plan.inverse_TK), shared
+        return first.combine(pending_results), shared

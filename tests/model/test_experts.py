@@ -8,7 +8,7 @@ import torch
 from model.config import MtpConfig
 from model.kernels.backends import column_linear, row_linear
 from model.layers.dense import SwiGLUSubmodules
-from model.layers.dispatch import DispatchPlan
+from model.layers.dispatch import Leg, Sizes
 from model.layers.experts import Experts, MixtureOfExperts, SharedExpert, fused_moe, grouped_linear
 from model.layers.rows import invert, permute, reorder, sum_rows, unpermute
 from model.reference import layers as reference
@@ -192,9 +192,9 @@ def test_the_order_by_expert_is_that_of_a_sort(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     ranks, local = 4, 5
     counts_PE = torch.randint(0, 4, (ranks, local), generator=generator)
-    plan = object.__new__(DispatchPlan)
-    plan.received_PE, plan.received_choices = counts_PE, counts_PE.sum(1).tolist()
+    leg = object.__new__(Leg)
+    leg.received_PE, leg.sizes = counts_PE, Sizes([], [], [], counts_PE.sum(1).tolist())
     expert = torch.arange(local).repeat(ranks).repeat_interleave(counts_PE.flatten())
-    there, back = plan.by_expert()
+    there, back = leg.by_expert()
     assert torch.equal(there, expert.argsort(stable=True))
     assert torch.equal(back, invert(there))

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from model.config import MtpConfig
-from model.cost.activations import stage_bytes
+from model.config import ModelConfig, MtpConfig
+from model.cost.activations import stage_bytes, used_parts
 from model.cost.cost import ParameterSize
 from parallel import groups as process_groups
 from parallel import half_state, layout_cost, optimizer_state
@@ -162,6 +162,26 @@ def test_the_formula_is_the_allocation_but_for_padding(ranks: list[dict], name: 
     assert real == pytest.approx(sum(rank[name]["formula"]["optimizer"] for rank in ranks), rel=1e-12)
 
 
+def test_a_token_leaves_a_node_once_for_each_other_one_that_it_uses() -> None:
+    """Ten of 512 experts over 64 processes in 8 nodes: 9.4 processes and 5.9 nodes a token, of which 8.2 and 5.2 are
+    others."""
+    model = ModelConfig(experts=512, experts_per_token=10)
+    two = Topology(64, 1, 1, 1, 64, 64, nvlink_domain=8)
+    one = replace(two, nvlink_domain=1)
+    rows, leaving = (used_parts(model, parts) for parts in (64, 8))
+    # Nearly as if each expert were drawn anew: 64 (1 - (63/64)^10), 8 (1 - (7/8)^10).
+    assert (rows, leaving) == (
+        pytest.approx(64 * (1 - (63 / 64) ** 10), 0.01),
+        pytest.approx(8 * (1 - 0.875**10), 0.01),
+    )
+    whole, legs = (layout_cost.expert_traffic(rows, leaving, 4096.0, 0.0, topology, 0) for topology in (one, two))
+    assert whole == {layout_cost.EXCHANGE: pytest.approx(4 * 4096 * rows * 63 / 64)}
+    assert legs[layout_cost.EXCHANGE] == pytest.approx(4 * 4096 * leaving * 7 / 8)
+    assert legs[layout_cost.SPREAD] == pytest.approx(4 * 4096 * rows * 7 / 8)
+    beyond = 4 * 4096 * rows * 56 / 64  # of one leg: to the 56 processes of other nodes
+    assert beyond / legs[layout_cost.EXCHANGE] == pytest.approx(1.58, abs=0.01)
+
+
 class _Stage(torch.nn.Module):
     """A stage of 8 layers, as large as an 80B model's at 64 parts of its experts: 0.6 G numbers and 2.3 G of experts.
 
@@ -280,11 +300,16 @@ def test_state_bytes_by_hand() -> None:
 
 
 def test_traffic_by_hand() -> None:
+    def exchanged(topology: Topology, again: int = 0) -> list[float]:
+        return list(layout_cost.expert_traffic(80, 30, 16, 200, topology, again).values())
+
     sent = 4 * 80 * 16 + 2 * 200 * 8
-    assert layout_cost.expert_traffic(80, 16, 200, TOPOLOGY, again=0) == sent * 7 / 8
-    assert layout_cost.expert_traffic(80, 16, 200, TOPOLOGY, again=1) == 1.5 * sent * 7 / 8
+    assert exchanged(TOPOLOGY) == [sent * 7 / 8]
+    assert exchanged(TOPOLOGY, again=1) == [1.5 * sent * 7 / 8]
     in_parts = replace(TOPOLOGY, expert=4, expert_tensor=2)  # the same 8 holders, each row to two of them
-    assert layout_cost.expert_traffic(80, 16, 200, in_parts, again=0) == 2 * sent * 7 / 8
+    assert exchanged(in_parts) == [2 * sent * 7 / 8]
+    # 30 rows leave for one of two domains, where all goes on to the four holders.
+    assert exchanged(replace(in_parts, nvlink_domain=4)) == [(4 * 30 * 16 + 2 * 200 * 8) / 2, 2 * sent * 3 / 4]
     assert layout_cost.tensor_traffic(1000, TOPOLOGY, again=0) == 5 * 500
     assert layout_cost.tensor_traffic(1000, TOPOLOGY, again=1) == 7 * 500
     assert [layout_cost.pipeline_traffic(1000, TOPOLOGY, rank) for rank in range(4)] == [500, 1000, 1000, 500]
@@ -295,7 +320,7 @@ def test_traffic_by_hand() -> None:
     assert [layout_cost.embedding_traffic(1000, TOPOLOGY, rank) for rank in range(4)] == [2000, 0, 0, 2000]
     alone = Topology(world=1, tensor=1, pipeline=1, context=1, expert=1, data=1)
     assert (
-        layout_cost.expert_traffic(80, 16, 200, alone, again=0)
+        sum(exchanged(alone))
         == layout_cost.pipeline_traffic(1000, alone, 0)
         == layout_cost.embedding_traffic(1000, alone, 0)
         == 0

@@ -63,6 +63,40 @@ def test_a_layout_says_what_it_is():
     assert str(resolve(ParallelConfig(), MODEL, 2)) == "2 = tensor 1 x pipeline 1 x context 1 x data 2; experts over 2"
 
 
+ONCE = " NVLink domains: a token's row crosses the network once for each"
+FOR_EACH = ", unevenly over NVLink domains of {}: a token's row crosses the network for each process"
+
+
+@pytest.mark.parametrize(
+    ("world", "sizes", "domains", "text"),
+    [
+        (64, {"expert": 16}, 2, "16 in 2" + ONCE),
+        (64, {"expert": 16, "nvlink_domain": 4}, 4, "16 in 4" + ONCE),
+        (64, {"expert": 8, "expert_tensor": 2}, 2, "16, each in 2 parts in 2" + ONCE),
+        (64, {"expert": 8}, 1, "8"),
+        (64, {"expert": 16, "nvlink_domain": 1}, 1, "16"),
+        (64, {"expert": 16, "nvlink_domain": 64}, 1, "16"),
+        (48, {"expert": 8, "nvlink_domain": 6}, 1, "8" + FOR_EACH.format(6)),
+        (48, {"expert": 4, "nvlink_domain": 6}, 1, "4" + FOR_EACH.format(6)),
+        # A part of an expert would lie in another domain.
+        (64, {"expert": 4, "expert_tensor": 4, "nvlink_domain": 2}, 1, "16, each in 4 parts" + FOR_EACH.format(2)),
+    ],
+)
+def test_experts_spread_evenly_over_domains_exchange_in_two_legs(world: int, sizes: dict, domains: int, text: str):
+    topology = resolve(ParallelConfig(**sizes), MODEL, world)
+    assert topology.expert_domains == domains and str(topology).endswith(f"; experts over {text}")
+
+
+def test_the_launcher_says_how_many_processes_a_machine_has(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    assert resolve(ParallelConfig(), MODEL, 16).expert_domains == 4
+    assert resolve(ParallelConfig(nvlink_domain=8), MODEL, 16).expert_domains == 2
+    assert resolve(ParallelConfig(), MODEL, 32).nvlink_domain == 8  # that is only planned
+    with pytest.raises(TopologyError, match=r"parallel\.nvlink_domain=0 must be at least 1, or null"):
+        resolve(ParallelConfig(nvlink_domain=0), MODEL, 16)
+
+
 def test_layout_of_a_pipeline():
     model = ModelConfig(pattern="GE*E|", repeats=2)
     assert resolve(ParallelConfig(tensor=2, pipeline=2), model, 8) == Topology(8, 2, 2, 1, 4, 2)

@@ -168,7 +168,9 @@ def test_512_h100s_get_a_layout_of_kernels_with_its_traffic_in_the_time() -> Non
     machine = machine_of("H100", 0.4)
     first, *_ = propose(config, 512, machine)
     check_kernels(first.config.model, first.topology)
-    assert first.memory <= FIT * 80e9 and first.topology.expert_owners <= machine.per_node
+    assert first.memory <= FIT * 80e9
+    # Rows cross the network once for each of two nodes; over more of them they would take longer than arithmetic.
+    assert first.topology.expert_domains <= 2 and first.topology.expert_owners <= 2 * machine.per_node
     assert first.step.seconds > first.step.arithmetic + first.step.waiting > 0
     assert first.step.transfers["expert all-to-all"] > 0
     # The recipe of 64 GPUs eight times: its experts go over eight nodes.

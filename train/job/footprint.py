@@ -245,7 +245,10 @@ def _working_bytes(config: Config, topology: Topology, vocab_size: int, pipeline
     last, (parts, arriving, kernels) = pipeline_rank == topology.pipeline - 1, _experts(config, topology)
     if kernels:
         tokens = _tokens(config, topology)
-        return activations.working_bytes(config.model, vocab_size, tokens, topology.tensor, parts, arriving, last)
+        domains = topology.expert_domains
+        passing = activations.used_parts(config.model, domains) if domains > 1 and arriving else 0.0
+        sizes = (vocab_size, tokens, topology.tensor, parts, arriving, last, passing)
+        return activations.working_bytes(config.model, *sizes)
     if not last:
         return 0.0
     rows = vocab_size / topology.tensor
@@ -263,13 +266,14 @@ def _layer_traffic(config: Config, topology: Topology, pipeline_rank: int, steps
     last = numbers[-1] == len(model.stages) - 1
     cut = sum(symbol != "E" or model.shared_expert_size > 0 for symbol in symbols)
     edges = (1 if numbers[0] == 0 else 0) + (1 + 2 * mtp.steps if last else 0)
-    mixtures, exchanged = symbols.count("E"), 0.0
+    mixtures, exchanged = symbols.count("E"), dict[str, float]()
     if mixtures:
-        rows = tokens / topology.tensor * activations.used_parts(model, topology.expert)
-        choices = tokens / topology.tensor * model.experts_per_token
-        exchanged = mixtures * layout_cost.expert_traffic(rows, row, choices, topology, again)
+        own = tokens / topology.tensor
+        rows, leaving = (own * activations.used_parts(model, n) for n in (topology.expert, topology.expert_domains))
+        choices = own * model.experts_per_token
+        exchanged = layout_cost.expert_traffic(rows, leaving, row, choices, topology, again)
     sent = {
-        "expert all-to-all": exchanged,
+        **{name: mixtures * count for name, count in exchanged.items()},
         "tensor gathers and scatters": cut * layout_cost.tensor_traffic(tokens * row, topology, again)
         + edges * layout_cost.boundary_traffic(tokens * row, topology),
         "context exchanges": sum(_context_bytes(symbol, config, topology, again) for symbol in symbols),

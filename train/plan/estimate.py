@@ -163,7 +163,7 @@ def longest_phase(config: Config, tokens: float) -> Config:
 
 def cost_lines(config: Config, topology: Topology, vocab_size: int, budget: Budget) -> list[str]:
     """Where the time of a step goes, and the GPU-hours, days and money of the token budget."""
-    machine, length = machine_of(budget.gpu, budget.mfu), config.data.seq_length
+    machine, length = machine_of(budget.gpu, budget.mfu, config.parallel.nvlink_domain), config.data.seq_length
     steps = []
     for phase, tokens in phases(config, budget.tokens):
         places = [footprint(phase, topology, vocab_size, rank) for rank in range(topology.pipeline)]

@@ -93,7 +93,7 @@ def proposals(config: Config, budget: Budget) -> list[str]:
     world = config.parallel.world
     if world is None or world < 1:
         raise ConfigError(f"parallel.world={world}: estimate.propose needs the number of GPUs, as in parallel.world=64")
-    machine = machine_of(budget.gpu, budget.mfu)
+    machine = machine_of(budget.gpu, budget.mfu, config.parallel.nvlink_domain)
     config = longest_phase(config, budget.tokens or run_tokens(config))
     return proposal_lines(propose(config, world, machine, budget.propose), machine)
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from model.config import LAYER
 from model.cost.cost import HEAD, ROUTED, TRAINING_FACTOR, layer_flops, stage_flops
-from parallel.layout_cost import EMBEDDINGS, FEWEST_BUCKETS, GATHERED, REDUCED
-from parallel.topology import Topology, microbatches
+from parallel.layout_cost import EMBEDDINGS, EXCHANGE, FEWEST_BUCKETS, GATHERED, REDUCED, SPREAD
+from parallel.topology import NODE, Topology, microbatches
 from train.job.footprint import Footprint, counts_ahead, held_symbols, recomputed, stage_numbers, stage_work
 from train.job.gpus import GPUS
 from train.settings.run import Config
@@ -49,7 +49,7 @@ class Machine:
     flops: float
     node_bandwidth: float
     network_bandwidth: float
-    per_node: int = 8
+    per_node: int = NODE
     launch: float = LAUNCH_SECONDS
 
 
@@ -65,7 +65,12 @@ class Link:
 # The ranks of a job lie in the order tensor, context, data, pipeline; those of experts in the order of their parts,
 # experts, data, pipeline.
 LINKS: dict[str, Callable[[Topology], Link]] = {
-    "expert all-to-all": lambda sizes: Link(sizes.expert_owners, to_all=True),
+    EXCHANGE: lambda sizes: (
+        Link(sizes.expert_owners, to_all=True)
+        if sizes.expert_domains == 1
+        else Link(sizes.expert_domains, sizes.nvlink_domain, to_all=True)
+    ),
+    SPREAD: lambda sizes: Link(sizes.nvlink_domain, to_all=True),
     "tensor gathers and scatters": lambda sizes: Link(sizes.tensor),
     "context exchanges": lambda sizes: Link(sizes.context, sizes.tensor, to_all=True),
     "pipeline sends": lambda sizes: Link(sizes.pipeline, sizes.world // sizes.pipeline),
@@ -102,9 +107,10 @@ class StepTime:
         return self.arithmetic + self.launching + self.waiting + sum(self.transfers.values())
 
 
-def machine_of(gpu: str, share: float) -> Machine:
-    """A GPU of `GPUS` whose arithmetic reaches a share of its peak."""
-    return Machine(gpu, GPUS[gpu].memory, GPUS[gpu].peak * share, *BANDWIDTHS[gpu])
+def machine_of(gpu: str, share: float, nvlink_domain: int | None = None) -> Machine:
+    """A GPU of `GPUS` whose arithmetic reaches a share of its peak; ``nvlink_domain`` as in `ParallelConfig`."""
+    near = nvlink_domain if nvlink_domain and nvlink_domain > 1 else NODE
+    return Machine(gpu, GPUS[gpu].memory, GPUS[gpu].peak * share, *BANDWIDTHS[gpu], near)
 
 
 def step_time(
@@ -169,7 +175,7 @@ def _at(config: Config, topology: Topology, vocab_size: int, place: Footprint, m
     for name, seconds in spent.items():
         if name in ONCE_A_STEP:
             spent[name] = max(seconds - one * ONCE_A_STEP[name], seconds / FEWEST_BUCKETS)
-        elif name == "expert all-to-all":
+        elif name == EXCHANGE:  # its leg inside a domain has nothing beside it
             spent[name] = max(0.0, seconds - shared)
     pace = arithmetic + launching + sum(seconds for name, seconds in spent.items() if name not in ONCE_A_STEP)
     return StepTime(arithmetic, launching, pace * place.bubble / (1 - place.bubble), spent)

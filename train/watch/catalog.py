@@ -61,6 +61,7 @@ NORMS = (
 EXTREMES = ("min", "mean", "max")
 MTP, EXPERTS, GATED, HYBRID = "mtp.steps", "mixtures of experts", "attention gates", "Gated DeltaNet layers"
 GPU, SPREAD = "GPUs", "experts on several processes"
+APART = "experts in several NVLink domains"
 NATS, SHARE, NORM, EVEN, SECONDS, GB = "nats", "share", "norm", "even shares", "s", "GB"
 
 
@@ -180,6 +181,8 @@ def _of_machines() -> tuple[Metric, ...]:
         Metric(goodput.GOODPUT, SHARE, "of the wall time of all starts that trained"),
         Metric(goodput.WALL_SECONDS, SECONDS, wall, kind=Kind.BY_PART, parts=goodput.KINDS, rarely=True),
         Metric(metrics.EXPERT_ROWS_MAX, EVEN, "most assignments of a micro-batch that a process computed", when=SPREAD),
+        Metric(metrics.EXPERT_NETWORK_ROWS, "rows a token", "that leave an NVLink domain, of the process with most",
+               when=APART),
         Metric(metrics.MEMORY_PEAK, GB, "of the fullest GPU since the last logged step", when=GPU),
         Metric(metrics.MEMORY_RESERVED, GB, "that its allocator holds", when=GPU),
         Metric(metrics.MEMORY_RETRIES, "times", "it had to free what it held", when=GPU, rarely=True),

@@ -140,6 +140,7 @@ SECTIONS = (
             Panel("Top-k mass", (metrics.TOP_K_MASS,)),
             Panel("Router z-loss", (metrics.Z_LOSS,)),
             Panel("Assignments of the fullest process", (metrics.EXPERT_ROWS_MAX,)),
+            Panel("Rows of a token that cross the network", (metrics.EXPERT_NETWORK_ROWS,)),
             Panel("Dropped assignments", (metrics.DROPPED_SHARE,)),
             Panel("Load of each expert", (metrics.EXPERT_LOAD,), View.COLUMNS),
             layer_map("MaxVio by layer", metrics.MAX_VIOLATION),

@@ -68,6 +68,7 @@ SLOWEST_RATE = "slowest_rate"  # of matrix products, of the slowest process over
 SLOWEST_PROCESS = "slowest_process"
 DISK_FREE = "disk_free_gb"
 DISK_SIZE = "disk_gb"
+EXPERT_NETWORK_ROWS = "expert_network_rows"  # that leave an NVLink domain for experts beyond, a token and layer
 EXPERT_ROWS_MAX = "expert_rows_max"  # most assignments of a micro-batch that any rank computed, over an even share
 MEMORY_PEAK = "memory_peak_gb"  # of the fullest GPU since the last logged step, and what its allocator holds
 MEMORY_RESERVED = "memory_reserved_gb"

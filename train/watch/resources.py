@@ -1,4 +1,4 @@
-"""What a run takes of its machines: memory of the fullest GPU, and the load of the fullest holder of experts."""
+"""What a run takes of its machines: memory of the fullest GPU, load of the fullest holder of experts, the network."""
 
 import shutil
 
@@ -19,10 +19,12 @@ def resource_metrics(job: Job, own: dict[str, float]) -> dict[str, float]:
     """
     layers = [moe for chunk in job.chunks for moe in chunk.moe_layers()]
     fullest = max((moe.fullest for moe in layers), default=0.0)
+    crossed = sum(moe.network_rows for moe in layers) / max(1, sum(moe.sent_tokens for moe in layers))
     for moe in layers:
-        moe.fullest = 0.0
+        moe.fullest, moe.network_rows, moe.sent_tokens = 0.0, 0, 0
     disk = shutil.disk_usage(job.config.run.path)
-    values = {metrics.EXPERT_ROWS_MAX: fullest, metrics.DISK_FREE: -disk.free / GB, metrics.DISK_SIZE: disk.total / GB}
+    values = {metrics.EXPERT_ROWS_MAX: fullest, metrics.EXPERT_NETWORK_ROWS: crossed}
+    values |= {metrics.DISK_FREE: -disk.free / GB, metrics.DISK_SIZE: disk.total / GB}
     values |= own
     if job.device.type == "cuda":
         found = torch.cuda.memory_stats(job.device)
@@ -33,4 +35,5 @@ def resource_metrics(job: Job, own: dict[str, float]) -> dict[str, float]:
     whole = max_over_all(torch.tensor(list(values.values()), dtype=torch.float64, device=job.device)).tolist()
     found = dict(zip(values, whole, strict=True))
     found[metrics.DISK_FREE] *= -1  # the least
-    return {name: value for name, value in found.items() if value or name != metrics.EXPERT_ROWS_MAX}
+    where_they_travel = (metrics.EXPERT_ROWS_MAX, metrics.EXPERT_NETWORK_ROWS)
+    return {name: value for name, value in found.items() if value or name not in where_they_travel}
