@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing import ShardedObject
-from megatron.core.dist_checkpointing.core import save_config
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import (
@@ -36,9 +35,9 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from parallel.checkpoint.digest import Digest, HashedStream, read_digest, sync
+from parallel.checkpoint.digest import Digest, HashedStream, sync
 from parallel.checkpoint.reader import CheckpointReader
-from parallel.checkpoint.writer import FORMAT, FORMAT_FILE
+from parallel.checkpoint.writer import FORMAT_FILE, write_format
 
 COMMON = ShardedObject("common_state", None, (1,), (0,)).unique_key  # where megatron-core keeps all but tensors
 
@@ -166,6 +165,5 @@ def write_checkpoint(checkpoint: Path, slices: list[StoredSlice]) -> dict[str, D
     common, writer = io.BytesIO(), _Writer(checkpoint)
     torch.save([{}], common)
     dcp.save({COMMON: common}, storage_writer=writer, planner=_Planner(slices), no_dist=True)
-    save_config(FORMAT, str(checkpoint))
     digests = {name.removesuffix(".tmp"): digest for name, digest in writer.files.digests.items()}
-    return digests | {FORMAT_FILE: read_digest(checkpoint / FORMAT_FILE)}
+    return digests | {FORMAT_FILE: write_format(checkpoint)}

@@ -12,7 +12,6 @@ import io
 import os
 import pickle
 import signal
-import tempfile
 import time
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +40,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 
 from parallel.checkpoint.digest import Digest, HashedStream, read_digest, sync, write_synced
+from parallel.checkpoint.host_memory import host_copies
 from parallel.engine import State
 
 METADATA_FILE, FORMAT_FILE = ".metadata", "metadata.json"
@@ -121,6 +121,10 @@ def storage_of(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
+def _is_on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
 class Staging:
     """A state on its way from the GPU to pinned memory, over a stream beside that of the computation.
 
@@ -144,13 +148,18 @@ class Staging:
         self._stream, compute = torch.cuda.Stream(), torch.cuda.current_stream()
         self._stream.wait_stream(compute)
         everything = [data for _, items in self._buckets for _, data in items]
-        tensors = [data for data in everything if isinstance(data, Tensor) and data.is_cuda]
+        tensors = [data for data in everything if isinstance(data, Tensor) and _is_on_gpu(data)]
+        plain = [tensor for tensor in tensors if type(tensor) is Tensor and tensor.is_contiguous()]
+        rooms = dict(zip(map(id, plain), host_copies(plain, pin=True), strict=True))
         changing = [tensor for tensor in tensors if storage_of(tensor) not in steady]
         resting = [tensor for tensor in tensors if storage_of(tensor) in steady]
         for group in (changing, resting):
             with torch.cuda.stream(self._stream):
-                # To the host without blocking is to pinned memory, which PyTorch keeps for the next time.
-                self._copies |= {id(tensor): tensor.to("cpu", non_blocking=True) for tensor in group}
+                for tensor in group:
+                    room = rooms.get(id(tensor))
+                    # To the host without blocking is to pinned memory, which PyTorch keeps for the next time.
+                    to = tensor.to("cpu", non_blocking=True) if room is None else room.copy_(tensor, non_blocking=True)
+                    self._copies[id(tensor)] = to
             if group is changing:
                 compute.wait_stream(self._stream)
 
@@ -216,7 +225,8 @@ class SaveStrategy(TorchDistSaveShardedStrategy):
             mcore_to_pyt_state_dict(entries, False), writer, planner=planner, cached_ckpt_structure=self._plans
         )
         self.metadata, self._plans = metadata or self.metadata, (central, local, True)
-        report = tempfile.TemporaryFile()  # noqa: SIM115 (read when the request is finalized)
+        # Read when the request is finalized. In memory: a node whose temporary directory is full saves all the same.
+        report = os.fdopen(os.memfd_create("report of a checkpoint's writer"), "w+b")
         return AsyncRequest(
             write_files,
             (Path(checkpoint_dir), list(writer.buckets), report),
@@ -235,7 +245,7 @@ def _outcome(report: IO[bytes]) -> Written:
         content = report.read()
     try:
         written: Written = pickle.loads(content)
-    except UNREADABLE as error:  # it was killed, or its report found no room where temporary files lie
+    except UNREADABLE as error:  # it was killed
         how = f", and left a report that cannot be read: {error}" if content else ""
         return Written(error=f"the writing process died{how}")
     return written
@@ -248,6 +258,13 @@ def write_contents(directory: Path, metadata: Metadata, parts: list[Written]) ->
     plain = Metadata(metadata.state_dict_metadata, metadata.planner_data, metadata.storage_data, StorageMeta())
     digests = {name: digest for part in parts for name, digest in part.digests.items()}
     digests[METADATA_FILE] = write_synced(directory / METADATA_FILE, pickle.dumps(plain))
-    save_config(FORMAT, str(directory))
-    digests[FORMAT_FILE] = read_digest(directory / FORMAT_FILE)
+    digests[FORMAT_FILE] = write_format(directory)
     return digests
+
+
+def write_format(directory: Path) -> Digest:
+    """Writes what tells megatron-core the format, and returns once it is on the disk."""
+    save_config(FORMAT, str(directory))
+    with (directory / FORMAT_FILE).open("rb") as raw:
+        os.fsync(raw.fileno())
+    return read_digest(directory / FORMAT_FILE)

@@ -11,14 +11,16 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import psutil
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import Metadata
 
 from model.config import MtpConfig
 from parallel import groups as process_groups
-from parallel.checkpoint import saving, writer
+from parallel.checkpoint import host_memory, saving, stored, writer
 from parallel.collectives import from_first
 from parallel.engine import Engine
 from parallel.topology import ParallelConfig
@@ -143,8 +145,10 @@ def _failures(job: Job, engine: Engine, checkpoints: Checkpoints) -> dict[str, s
         )
         checkpoints.save(6, {})
         found["read-only"] = checkpoints.failed
-    checkpoints.save(7, {})
-    checkpoints.wait()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tempfile.tempdir", str(job.config.run.path / "no temporary directory"))
+        checkpoints.save(7, {})
+        checkpoints.wait()
     found["afterwards"] = checkpoints.failed
     return found
 
@@ -286,6 +290,44 @@ def test_what_is_written_of_a_tensor_is_that_alone_and_copied_only_where_it_has_
     assert (alone.untyped_storage().data_ptr() == tensor.data_ptr()) == (tensor.is_contiguous() and tensor.numel() > 0)
 
 
+def test_copies_of_a_gpus_tensors_take_little_more_memory_than_their_numbers(monkeypatch):
+    monkeypatch.setattr(host_memory, "BLOCK_BYTES", 2**15)
+    shapes = [(), (0, 3), (7,), *[(33, 65)] * 40, (300, 200)]  # many just above a power of two, and one of many blocks
+    kinds = (torch.float32, torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.bool, torch.int64)
+    tensors = [torch.randn(shape).to(kinds[number % len(kinds)]) for number, shape in enumerate(shapes)]
+    copies = host_memory.host_copies(tensors, pin=False)
+    for copy, tensor in zip(copies, tensors, strict=True):
+        copy.copy_(tensor)
+    bits = [(copy.dtype, copy.shape, copy.contiguous().view(-1).view(torch.uint8)) for copy in copies]
+    for (dtype, shape, own), tensor in zip(bits, tensors, strict=True):
+        assert (dtype, shape) == (tensor.dtype, tensor.shape)
+        assert torch.equal(own, tensor.view(-1).view(torch.uint8)), "written over by another one"
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in copies}
+    held = sum(1 << (size - 1).bit_length() for size in storages.values())
+    own = sum(x.nbytes for x in tensors)
+    apart = sum(1 << (x.nbytes - 1).bit_length() for x in tensors if x.nbytes)
+    # Left over: the end of each block, smaller than the tensors of that size, and half of the last block.
+    assert held < 1.2 * own < 1.5 * own < apart
+
+
+def test_a_gpus_state_is_written_from_its_copies(monkeypatch, tmp_path):
+    """All of the way but the GPU itself, which tests/gpu/test_saving_gpu.py has."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, Mock())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(writer, "_is_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(writer, "host_copies", lambda tensors, pin: host_memory.host_copies(tensors, pin=not pin))
+    state = [torch.randn(5, 7), torch.randn(7, 5).T, torch.arange(3), torch.randn(6, 2)[2:4]]
+    wanted = [x.clone() for x in state]
+    staging = writer.Staging([("file", list(zip("abcd", state, strict=True)))], {writer.storage_of(state[0])})
+    (bucket,) = staging.finish()
+    for x in (state[0], *state[2:]):  # that with gaps goes PyTorch's own way, which is none from a CPU to a CPU
+        x.zero_()
+    assert [item for item, _ in bucket[1]] == list("abcd")
+    assert all(torch.equal(copy, x) for (_, copy), x in zip(bucket[1], wanted, strict=True))
+
+
 def test_all_meet_while_the_first_one_copies_and_give_it_up_in_time(ranks):
     done, given_up = (set(met) for met in zip(*(rank["met"] for rank in ranks), strict=True))
     assert done == {3}
@@ -320,6 +362,24 @@ def test_where_none_is_whole_nothing_begins_anew_and_all_stay(ranks):
 def test_all_meet_while_the_first_one_fetches_a_copy(ranks):
     assert {rank["fetched"][0].name for rank in ranks} == {"step_00000007"}
     assert all(2 < rank["fetched"][1] <= 21 for rank in ranks)  # 0.2 s, at least 0.01 s each
+
+
+def test_each_file_of_a_checkpoint_is_on_the_disk_before_it_is_called_whole(tmp_path, monkeypatch):
+    synced: list[tuple[int, int]] = []
+
+    def note(descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        synced.append((status.st_ino, status.st_size))
+
+    monkeypatch.setattr(os, "fsync", note)
+    view = torch.zeros(2**20)[:4]
+    item = stored._item(stored.StoredSlice("x", (4,), 0, (4,), torch.float32, lambda: view))
+    written = writer._write_file(tmp_path, ("__0_0.distcp", [(item, view)]))
+    assert written.digests["__0_0.distcp"].size < 2**12, "all of the storage is in the file, not the tensor alone"
+    digests = writer.write_contents(tmp_path, Metadata({}), [written])
+    files = list(tmp_path.iterdir())
+    assert digests.keys() == {file.name for file in files} and len(files) == 3
+    assert {(file.stat().st_ino, file.stat().st_size) for file in files} <= set(synced)
 
 
 def test_a_writers_torn_report_is_a_failed_save():
