@@ -26,6 +26,7 @@ from parallel.domains import ExpertDomains
 from parallel.topology import ParallelConfig, resolve
 from tests.dist import run_ranks
 from tests.model.helpers import randomise
+from tests.parallel.test_exchange import events_of
 from tests.parallel.tiny import MODEL, PIPELINED, build_tiny, fill, leave_layout, tiny_config
 from train.job.build import Job
 from train.watch import metrics
@@ -47,6 +48,21 @@ LOADS = {
     "all on one rank, in chunks": ((EXPERTS // 2, EXPERTS // 2 + EXPERTS // WORLD), 0.0, dispatch.UNEVEN),
     "all dropped but one process's": ((0, EXPERTS), 1.0, math.inf),
 }
+# What travels: where rows belong, the rows, to the next holder both again, results of the second leg and of the first.
+FORWARD = ["launch", "launch", "first half", "wait", "launch", "wait", "launch", "wait", "wait"]
+FORWARD += ["launch", "wait", "launch", "second half", "wait"]
+BACKWARD = [
+    "launch",
+    "second half's gradient",
+    "wait",
+    "launch",
+    "wait",
+    "experts' gradient",
+    "launch",
+    "launch",
+    "wait",
+]
+BACKWARD += ["launch", "wait", "launch", "first half's gradient", "wait", "wait"]
 # Recomputation is another way through the experts alone.
 CASES = [(name, load) for name in LAYOUTS for load in LOADS if "recomputed" not in name or load == "some dropped"]
 
@@ -200,6 +216,8 @@ def _all() -> dict[str, dict]:
             with _one_leg(moe):
                 found["refused"].append(_refusal(moe))
         leave_layout()
+    found["events"] = events_of(LAYOUTS["EP4"])
+    leave_layout()
     found["one leg"] = {}
     for size in (1, WORLD):
         domains: ExpertDomains = _build(ParallelConfig(expert=4, nvlink_domain=size))[1].domains
@@ -232,6 +250,14 @@ def test_experts_over_domains_are_those_of_a_loop(ranks, name: str, load: str) -
         # Results return, and gradients go both ways: what left a domain in one pass enters it in the other.
         counted = sum(rank[name][load]["crossed"][way // 2] for rank in ranks)
         assert [sum(rank[name][load]["moved"][way + turn] for rank in ranks) for turn in (0, 1)] == [2 * counted] * 2
+
+
+def test_the_shared_expert_is_computed_while_rows_are_on_the_network(ranks) -> None:
+    """All ranks start and wait in the same order, which is turned round on the way back."""
+    for found in (rank["events"] for rank in ranks):
+        assert found["forward"] == found["no gradients"] == FORWARD
+        assert found["backward"] == BACKWARD
+        assert found["recomputed"] == FORWARD + FORWARD + BACKWARD
 
 
 def test_what_does_not_fit_in_two_legs_is_refused_by_all_before_a_row_is_sent(ranks) -> None:

@@ -54,7 +54,7 @@ def _note(moe: MixtureOfExperts, events: list[str]) -> None:
     moe.experts.weight1.register_hook(lambda _: events.append("experts' gradient"))
 
 
-def _events(parallel: ParallelConfig) -> dict[str, list[str]]:
+def events_of(parallel: ParallelConfig) -> dict[str, list[str]]:
     """What one mixture does, in order; forwards and backwards, without gradients, recomputed, with little to learn."""
     (chunk,) = fill(build_tiny(tiny_config(parallel=parallel)))
     moe = chunk.moe_layers()[0]
@@ -184,7 +184,7 @@ def _all_events() -> dict[str, dict]:
     process_groups.start(torch.device("cpu"))
     found = {}
     for name, parallel in LAYOUTS.items():
-        found[name] = _events(parallel)
+        found[name] = events_of(parallel)
         leave_layout()
         for (kind, favoured), uneven in LOADS.items():
             found[name][kind] = _against_a_loop(parallel, favoured, uneven)
