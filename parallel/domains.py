@@ -7,9 +7,11 @@ The ranks of a job lie domain by domain, and the holders of a layer's experts li
 import datetime
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 
-from parallel.topology import Topology
+from parallel.collectives import gather_numbers
+from parallel.topology import Topology, TopologyError
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,16 @@ class ExpertDomains:
         """Rows that go to other domains, of those for each rank that a token's row is sent to first."""
         numbers = self.number_P if self.inside is None else self.number_P[:: self.inside.size()]
         return sum(size for size, number in zip(rows, numbers, strict=True) if number != self.own)
+
+
+def require_alike(topology: Topology, device: torch.device) -> None:
+    """Raises TopologyError, on every process, where launchers say different things: they would wait for each other."""
+    found = sorted(set(gather_numbers(topology.nvlink_domain, device)))
+    if len(found) > 1:
+        raise TopologyError(
+            f"the machines of this job start {' and '.join(map(str, found))} processes each: start as many on all "
+            f"(NPROC), or set parallel.nvlink_domain, to 1 if nothing else fits"
+        )
 
 
 def expert_domains(topology: Topology, timeout: datetime.timedelta) -> ExpertDomains:

@@ -22,8 +22,8 @@ from model.layers.experts import WIDTH_DIM, MixtureOfExperts
 from model.stack import hybrid_config
 from parallel import groups as process_groups
 from parallel.alone import as_first_of
-from parallel.domains import ExpertDomains
-from parallel.topology import ParallelConfig, resolve
+from parallel.domains import ExpertDomains, require_alike
+from parallel.topology import ParallelConfig, TopologyError, resolve
 from tests.dist import run_ranks
 from tests.model.helpers import randomise
 from tests.parallel.test_exchange import events_of
@@ -216,6 +216,11 @@ def _all() -> dict[str, dict]:
             with _one_leg(moe):
                 found["refused"].append(_refusal(moe))
         leave_layout()
+    topology = resolve(LAYOUTS["EP4"], MODEL, WORLD)
+    require_alike(topology, torch.device("cpu"))
+    with pytest.raises(TopologyError, match="start 2 and 4 processes each: start as many on all"):
+        other = replace(topology, nvlink_domain=2 if dist.get_rank() else 4)
+        require_alike(other, torch.device("cpu"))
     found["events"] = events_of(LAYOUTS["EP4"])
     leave_layout()
     found["one leg"] = {}

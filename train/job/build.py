@@ -15,6 +15,7 @@ from model.stack import hybrid_config
 from parallel import engine_megatron
 from parallel import groups as process_groups
 from parallel.collectives import from_first
+from parallel.domains import require_alike
 from parallel.engine import Engine
 from parallel.engine_megatron import MegatronEngine
 from parallel.half_state import fused_adam_error
@@ -149,6 +150,7 @@ def build_job(config: Config, tokenizer: Tokenizer | None = None) -> Job:
     device = gpu_or_cpu(config)
     process_groups.start(device, config.run.start_timeout)
     topology = resolve(config.parallel, config.model, torch.distributed.get_world_size())
+    require_alike(topology, device)
     if device.type == "cuda":
         check_kernels(config.model, topology)
     groups = process_groups.lay_out(topology, config.run.start_timeout)
