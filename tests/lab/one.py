@@ -122,7 +122,7 @@ class Unchecked(Kernels):
     """No check of kernels: the lease's first run has made it, and arms that start together would all compile."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
-        self.needed, self._compiling = False, None
+        self.needed, self._compiling, self._turn = False, None, None
 
 
 def prepare(seams: tuple[str, ...], check: bool) -> None:

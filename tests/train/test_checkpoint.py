@@ -17,7 +17,7 @@ from parallel import groups as process_groups
 from parallel.checkpoint.saving import SaveError
 from parallel.checkpoint.stored import StoredTensors
 from parallel.stages import run_schedule
-from parallel.topology import ParallelConfig
+from parallel.topology import ParallelConfig, Topology
 from tests.dist import run_ranks
 from tests.parallel.tiny import (
     INTERLEAVED,
@@ -33,7 +33,7 @@ from tests.parallel.tiny import (
     start_engine,
     tiny_config,
 )
-from train.job import shelf
+from train.job import directory, shelf
 from train.job.build import Job, build_engine
 from train.job.checkpoint import load, load_model, save
 from train.job.directory import require_same_data, steps_done
@@ -41,7 +41,7 @@ from train.job.footprint import checkpoint_bytes
 from train.job.shelf import Shelf, read_state, write_state
 from train.loop import train_step
 from train.observe import step_metrics
-from train.settings.run import BatchConfig, RunConfig, save_config
+from train.settings.run import BatchConfig, Config, RunConfig, save_config
 from train.settings.tree import ConfigError
 from train.watch.metrics import GRAD_NORM
 
@@ -243,6 +243,14 @@ def test_a_run_goes_on_with_the_settings_it_is_given(resumed):
         assert rank["settings"] == {(0.3, (0.8, 0.9), 1e-6), (0.0, (0.8, 0.9), 1e-6)}
 
 
+def test_a_checkpoint_that_says_nothing_of_domains_is_no_other_layout(monkeypatch):
+    topology = Topology(world=2, tensor=1, pipeline=1, context=1, expert=1, data=2, nvlink_domain=2)
+    before = {key: size for key, size in vars(topology).items() if key != "nvlink_domain"} | {"expert": 2}
+    monkeypatch.setattr(directory, "starting_checkpoint", lambda run: run.path)
+    monkeypatch.setattr(directory, "read_state", lambda path: {"layout": before})
+    assert directory.layout_change(Config(), topology) == "going on with another layout: expert 1 (was 2)"
+
+
 def test_the_directory_of_a_checkpoint(straight, runs):
     kept = Shelf(runs / "EP2" / "checkpoints")
     path = kept.path(HALF)
@@ -258,6 +266,7 @@ def test_the_directory_of_a_checkpoint(straight, runs):
         "data": 2,
         "virtual": 1,
         "expert_tensor": 1,
+        "nvlink_domain": 2,
     }
     assert read_state(path) == {"version": 3, "step": HALF, "data": DATA, "layout": layout}
 

@@ -136,7 +136,12 @@ def assert_traces(logs: Path, output: str) -> None:
         assert "step 2" not in names
 
 
-ELSEWHERE = {catalog.GPU, "balance.forced", "balance.capacity"}  # what no run has whose metrics are looked through
+ELSEWHERE = {
+    catalog.GPU,
+    catalog.APART,
+    "balance.forced",
+    "balance.capacity",
+}  # what no run has whose metrics are looked through
 
 
 def assert_catalogued(entries: list[dict]) -> None:

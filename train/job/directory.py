@@ -140,7 +140,7 @@ def layout_change(config: Config, topology: Topology) -> str:
     path = starting_checkpoint(config.run)
     before = read_state(path)["layout"] if path else vars(topology)
     now = vars(topology).items()
-    changed = [f"{key} {size} (was {before.get(key)})" for key, size in now if size != before.get(key)]
+    changed = [f"{key} {size} (was {before.get(key)})" for key, size in now if size != before.get(key, size)]
     return f"going on with another layout: {', '.join(changed)}" if changed else ""
 
 
